@@ -1,0 +1,43 @@
+# The project's commands, the same for people and CI. `make PYTHON=python3.12 test` picks another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.PHONY: fit test check lowest benchmarks readme clean
+
+fit: $(INSTALLED)  ## fine-tune a small model on Python's own documentation
+	$(BIN)/python -m tfclm.fit
+
+test: $(INSTALLED)-dev  ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)-dev  ## lint, type-check, test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lowest:  ## the journey from text to model on the lowest versions that pyproject.toml allows
+	$(MAKE) VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt .venv-lowest/.installed-dev
+	.venv-lowest/bin/python -m pytest tests/test_fit.py tests/test_checkpoint.py
+
+readme: $(INSTALLED)-dev  ## print the tables of settings for the README
+	@for verb in fit generate evaluate; do $(BIN)/python -m tfclm.settings $$verb; done
+
+benchmarks: $(INSTALLED)-dev  ## the figures of the README
+	$(BIN)/python -m benchmarks.data
+
+clean:  ## remove what make has made
+	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info
+
+CONSTRAINTS ?= constraints.txt
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	touch $@
+
+$(INSTALLED)-dev: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@

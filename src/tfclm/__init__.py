@@ -1,0 +1,47 @@
+"""Fine-tune a causal language model with Keras on TensorFlow and put it behind TensorFlow Serving."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfclm.checkpoint import load, save
+    from tfclm.corpus import pack
+    from tfclm.errors import InputError
+    from tfclm.perplexity import Perplexity, perplexity
+    from tfclm.training import TrainingRecord, TrainingSettings, finetune
+
+# Where each public name lives; it is imported on first use, so that `import tfclm` does not import TensorFlow.
+_HOMES = {
+    "InputError": "errors",
+    "Perplexity": "perplexity",
+    "TrainingRecord": "training",
+    "TrainingSettings": "training",
+    "finetune": "training",
+    "load": "checkpoint",
+    "pack": "corpus",
+    "perplexity": "perplexity",
+    "save": "checkpoint",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "InputError",
+    "Perplexity",
+    "TrainingRecord",
+    "TrainingSettings",
+    "finetune",
+    "load",
+    "pack",
+    "perplexity",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tfclm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tfclm.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,222 @@
+"""A command's settings: one frozen dataclass that is its flags, its `--config` file and its record."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NoReturn, TypeVar
+
+from tfclm.errors import InputError
+
+T = TypeVar("T")
+
+
+def setting(default: Any, help: str, *, recorded: bool = True) -> Any:
+    """A dataclass field with its help text; what is not recorded is left out of the settings file."""
+    return dataclasses.field(default=default, metadata={"help": help, "recorded": recorded})
+
+
+def parse(
+    settings: type[T],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    preset: Callable[[Collection[str]], Mapping[str, Any]] = lambda given: {},
+) -> T:
+    """Reads a settings dataclass from command-line arguments, over the values of the file named by `--config`.
+
+    Every field is a flag, `--learning-rate` and `--learning_rate` alike; a bool has a `--no-` twin; a tuple takes
+    several values; None is written `none`. `preset` gets the names of the fields that are given, and may give others.
+
+    Raises:
+        InputError: an unknown flag or key, or a value that its field does not take.
+    """
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings; flags override it")
+    for field, kind in _fields(settings):
+        _add(parser, field, kind)
+    given = vars(parser.parse_args(arguments))
+    path = given.pop("config", None)
+    values = {**(vars(parser.parse_args(_from_yaml(settings, path))) if path else {}), **given}
+    values.pop("config", None)
+    return settings(**{**preset(values), **values})
+
+
+def record(settings: Any) -> dict[str, Any]:
+    """The settings as plain values, in the order of the fields: what `fit.yaml` holds."""
+    values = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if field.metadata["recorded"]
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain settings as YAML, in their own order."""
+    import yaml
+
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120))
+
+
+def table(settings: type) -> str:
+    """The settings as a Markdown table: flag, default, meaning."""
+    rows = ["| flag | default | meaning |", "|---|---|---|"]
+    for field, kind in _fields(settings):
+        default = "" if field.default in (None, (), "") else f"`{field.default}`"
+        choices = f" ({', '.join(map(str, typing.get_args(kind)))})" if typing.get_origin(kind) is Literal else ""
+        rows.append(f"| `--{field.name.replace('_', '-')}` | {default} | {field.metadata['help']}{choices} |")
+    return "\n".join(rows) + "\n"
+
+
+def command(
+    settings: type[T],
+    run: Callable[[T], int | None],
+    *,
+    verb: str,
+    description: str,
+    preset: Callable[[Collection[str]], Mapping[str, Any]] = lambda given: {},
+    tensorflow: bool = True,
+) -> NoReturn:
+    """Runs a command as `python -m tfclm.VERB` does and exits: 0 done, 2 for what the user gave, 1 for the rest."""
+    prog = f"python -m tfclm.{verb}"
+    try:
+        values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
+        if tensorflow:
+            _import_tensorflow()
+        sys.exit(run(values) or 0)
+    except InputError as error:
+        print(f"tfclm.{verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"tfclm.{verb}: interrupted", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of stdout has gone (`| head`); Python must not complain about it again while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _import_tensorflow() -> None:
+    """Imports TensorFlow without the lines in which it announces itself, which would bury ours."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            import tensorflow  # noqa: F401
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            said.seek(0)
+            for line in said.read().decode(errors="replace").splitlines():
+                # Informational lines begin with I and a date; this one says that they are not in the log file yet.
+                if not line.startswith(("I0000", "WARNING: All log messages before absl")):
+                    print(line, file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=min(120, int(os.environ.get("COLUMNS", 120))))
+
+
+def _fields(settings: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(settings)
+    return [(field, hints[field.name]) for field in dataclasses.fields(settings)]
+
+
+def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:
+    flags = [f"--{field.name.replace('_', '-')}"]
+    if "_" in field.name:
+        flags.append(f"--{field.name}")
+    default = field.default
+    shown = "" if default in (None, (), False, "") else f" (default: {default})"
+    # A flag that is not given stays out of the result, so that the file's value can be told from a default.
+    common: dict[str, Any] = {
+        "dest": field.name,
+        "help": (field.metadata["help"] + shown).replace("%", "%%"),
+        "default": argparse.SUPPRESS,
+    }
+    optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    if optional:
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    metavar = field.name.split("_")[-1].upper()
+    if kind is bool:
+        parser.add_argument(*flags, action="store_true", **common)
+        negative = {f"--no-{field.name.replace('_', '-')}": None, f"--no_{field.name}": None}
+        parser.add_argument(*negative, **common | {"help": argparse.SUPPRESS}, action="store_false")
+    elif typing.get_origin(kind) is Literal:
+        parser.add_argument(*flags, choices=typing.get_args(kind), **common)
+    elif typing.get_origin(kind) is tuple:
+        parser.add_argument(*flags, nargs="*", action=_Tuple, metavar=metavar, **common)
+    else:
+        parser.add_argument(*flags, type=_optional(kind) if optional else kind, metavar=metavar, **common)
+
+
+class _Tuple(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        return None if text == "none" else kind(text)
+
+    convert.__name__ = getattr(kind, "__name__", "value")
+    return convert
+
+
+def _from_yaml(settings: type, path: str) -> list[str]:
+    """A settings file as the flags that say the same, so that both are checked by the same code."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: no valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: give one `setting: value` a line")
+    known = {field.name: kind for field, kind in _fields(settings)}
+    arguments: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise InputError(f"--config {path}: {key} is no setting; there are {', '.join(known)}")
+        flag = f"--{name.replace('_', '-')}"
+        if known[name] is bool:
+            if not isinstance(value, bool):
+                raise InputError(f"--config {path}: {key} is true or false, not {value!r}")
+            arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        elif typing.get_origin(known[name]) is tuple:
+            items = value if isinstance(value, list) else [] if value is None else [value]
+            arguments += [flag, *map(str, items)]
+        else:
+            arguments.append(f"{flag}={'none' if value is None else value}")
+    return arguments
+
+
+if __name__ == "__main__":
+    # `python -m tfclm.settings fit` prints the command's table of the README.
+    import importlib
+
+    print(table(getattr(importlib.import_module(f"tfclm.{sys.argv[1]}"), f"{sys.argv[1].capitalize()}Settings")))

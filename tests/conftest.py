@@ -1,0 +1,96 @@
+"""Tiny real models and tokenizers, made here: no network, no Hub."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+
+
+def documents() -> list[str]:
+    """Python's own documentation, a text a topic: real prose in every interpreter."""
+    return [text for _, text in sorted(pydoc_data.topics.topics.items())]
+
+
+@pytest.fixture(scope="session", name="documents")
+def documents_fixture() -> list[str]:
+    return documents()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer of 512 entries with `<|endoftext|>` as its EOS and no pad token, as GPT-2's."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2TokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(documents()[:20], vocab_size=512, special_tokens=["<|endoftext|>"], show_progress=False)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe.save_model(str(folder))
+    GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir: Path):  # type: ignore[no-untyped-def]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+ARCHITECTURES = ["gpt2", "opt", "mistral"]
+
+
+def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, **overrides):  # type: ignore[no-untyped-def]
+    """The config of a two-layer model of width 32; dropout stays at the architecture's default unless overridden."""
+    from transformers import GPT2Config, MistralConfig, OPTConfig
+
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    if architecture == "gpt2":
+        return GPT2Config(vocab_size=vocab_size, n_positions=context, n_embd=32, n_layer=2, n_head=2, **ids | overrides)
+    if architecture == "opt":
+        ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+        return OPTConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=context,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=32,
+            **ids | overrides,
+        )
+    if architecture == "mistral":
+        return MistralConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=context,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=None,
+            **ids | overrides,
+        )
+    raise ValueError(architecture)
+
+
+@pytest.fixture
+def make_model():  # type: ignore[no-untyped-def]
+    """`make_model("opt", context=128, seed=3)`: a tiny TensorFlow model with seeded random weights, built."""
+
+    def make(architecture: str = "gpt2", seed: int = 0, **config):  # type: ignore[no-untyped-def]
+        import tf_keras
+
+        from tfclm.checkpoint import create
+
+        tf_keras.utils.set_random_seed(seed)
+        return create(tiny_config(architecture, **config))
+
+    return make

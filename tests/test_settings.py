@@ -1,0 +1,133 @@
+"""Settings: one dataclass is the command line, the file and the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import tfclm
+from tfclm.errors import InputError
+from tfclm.settings import parse, record, setting, table, to_yaml
+
+COMMANDS = ["fit", "evaluate", "generate"]
+
+
+@dataclass(frozen=True)
+class Example:
+    rate: float = setting(0.1, "a number, in %")
+    block_size: int | None = setting(None, "a whole number")
+    kind: Literal["eos", "none"] = setting("eos", "one of two")
+    train_file: tuple[str, ...] = setting((), "files")
+    jit_compile: bool = setting(True, "a switch")
+    again: bool = setting(False, "not recorded", recorded=False)
+
+
+def read(*arguments: str) -> Example:
+    """The settings of an example command line."""
+    return parse(Example, arguments, prog="example", description="")
+
+
+def test_dashes_and_underscores_are_alike():
+    """A flag spelled as the field is, or as flags are, must not be two settings."""
+    assert read("--block-size", "7") == read("--block_size=7") == Example(block_size=7)
+    assert read("--no-jit-compile") == read("--no_jit_compile") == Example(jit_compile=False)
+    assert read("--train-file", "a", "b").train_file == ("a", "b")
+
+
+def test_file_is_overridden_by_flags(tmp_path: Path):
+    """A file's value must win over a default, and lose to a flag even where the flag gives the default."""
+    file = tmp_path / "run.yaml"
+    file.write_text("rate: 0.5\nkind: none\nblock-size: 9\ntrain_file: [x, y]\njit_compile: false\n")
+    settings = read("--config", str(file), "--rate", "0.1")
+    assert settings == Example(0.1, 9, "none", ("x", "y"), False)
+
+
+def test_record_gives_the_settings_back(tmp_path: Path):
+    """`fit.yaml` repeats a run: every value survives the way through the file, None, tuples and 2e-05 too."""
+    settings = Example(rate=2e-5, train_file=("a b", "c"), jit_compile=False, again=True)
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(record(settings)))
+    assert read("--config", str(file)) == dataclasses.replace(settings, again=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("rates: 1\n", ["rates", "is no setting", "train_file"]),
+        ("rate: fast\n", ["--rate", "fast"]),
+        ("jit_compile: 3\n", ["jit_compile", "true or false"]),
+        ("kind: both\n", ["--kind", "both"]),
+        ("- a\n", ["setting: value"]),
+        ("a: [\n", ["no valid YAML"]),
+        (None, ["No such file"]),
+    ],
+)
+def test_bad_file_is_named(tmp_path: Path, content: str | None, words: list[str]):
+    """A typing error in a settings file must not be a traceback, nor be passed over."""
+    file = tmp_path / "run.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InputError) as error:
+        read("--config", str(file))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("arguments", [["--rate", "fast"], ["--nope"], ["--kind", "x"], ["stray"], ["--rat", "1"]])
+def test_bad_flag_is_refused(arguments: list[str]):
+    """An unknown or shortened flag must not be guessed at."""
+    with pytest.raises(InputError, match="--help"):
+        read(*arguments)
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_help_answers_within_a_second(verb: str):
+    """`--help` that imports TensorFlow takes many seconds. The best of three counts: other work may be going on."""
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", f"tfclm.{verb}", "--help"], capture_output=True, text=True)
+        seconds.append(time.monotonic() - start)
+        assert done.returncode == 0, done.stderr
+        assert "--model" in done.stdout
+    assert min(seconds) < 1.0
+
+
+def test_import_does_not_import_tensorflow():
+    """Whoever imports tfclm for its client or its settings must not wait for TensorFlow."""
+    code = "import sys, tfclm, tfclm.fit, tfclm.corpus, tfclm.checkpoint; print('tensorflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_public_names():
+    """A public name that is listed but cannot be imported, or one that is not listed."""
+    assert tfclm.__all__ == sorted(tfclm.__all__)
+    for name in tfclm.__all__:
+        assert callable(getattr(tfclm, name)), name
+    with pytest.raises(AttributeError):
+        tfclm.nothing  # noqa: B018
+
+
+def test_perplexity_is_module_and_function():
+    """`tfclm.perplexity` is a submodule once that is imported; it must stay callable as the public function."""
+    importlib.import_module("tfclm.perplexity")
+    assert callable(tfclm.perplexity)
+    with pytest.raises(ValueError, match="window"):
+        tfclm.perplexity(None, [1, 2, 3])
+
+
+def test_every_setting_is_in_the_readme():
+    """The README's table is generated; a new setting must not be missing there."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for verb in COMMANDS:
+        module = importlib.import_module(f"tfclm.{verb}")
+        settings = getattr(module, f"{verb.capitalize()}Settings")
+        assert table(settings) in readme, f"paste the output of: python -m tfclm.settings {verb}"
