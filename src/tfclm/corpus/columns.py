@@ -1,0 +1,111 @@
+"""Which column is the text: a dotted path into an Arrow schema, and the texts that it leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from tfclm.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def is_blank(text: str | None) -> bool:
+    """Whether a row has no text: null, empty, or only spaces."""
+    return text is None or not text or text.isspace()
+
+
+def locate(schema: pa.Schema, column: str, where: str) -> tuple[str, str]:
+    """Split a dotted path into a top-level column and the path inside it; checks that it leads to text."""
+    head = max((name for name in schema.names if column == name or column.startswith(f"{name}.")), key=len, default="")
+    kind = _type_at(schema.field(head).type, column[len(head) + 1 :]) if head else None
+    if kind is None:
+        raise InputError(f"{where} has no column {column}: it has {', '.join(schema_paths(schema))}")
+    if not _is_text(kind):
+        raise InputError(
+            f"column {column} of {where} is {kind}, not text: give one of "
+            f"{', '.join(schema_paths(schema, text_only=True)) or 'another dataset, it has no text'}"
+        )
+    return head, column[len(head) + 1 :]
+
+
+def _elements(kind: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    kind = _elements(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+
+
+def _type_at(kind: pa.DataType, path: str) -> pa.DataType | None:
+    import pyarrow as pa
+
+    if not path:
+        return kind
+    kind = _elements(kind)
+    if not pa.types.is_struct(kind):
+        return None
+    fields = {field.name: field.type for field in kind}
+    name = path if path in fields else path.partition(".")[0]
+    return _type_at(fields[name], path[len(name) + 1 :]) if name in fields else None
+
+
+def schema_paths(schema: pa.Schema, text_only: bool = False) -> list[str]:
+    """Every dotted path to a leaf, in order."""
+    import pyarrow as pa
+
+    def paths(name: str, kind: pa.DataType) -> Iterator[str]:
+        inner = _elements(kind)
+        if pa.types.is_struct(inner):
+            for field in inner:
+                yield from paths(f"{name}.{field.name}", field.type)
+        elif not text_only or _is_text(inner):
+            yield name
+
+    return [path for field in schema for path in paths(field.name, field.type)]
+
+
+def texts_of(column: pa.Array | pa.ChunkedArray, path: str) -> list[str | None]:
+    """The text of each row of a column whose type `locate` has checked."""
+    rows = column.to_pylist()
+    return (
+        rows
+        if not path and all(row is None or isinstance(row, str) for row in rows)
+        else [text_at(row, path) for row in rows]
+    )
+
+
+def text_at(value: object, path: str) -> str | None:
+    """The text at a dotted path inside plain Python values; a list of strings is joined with a space.
+
+    Raises KeyError when the path leads nowhere and TypeError when it leads to something that is not text.
+    """
+    if isinstance(value, str) and not path:
+        return value
+    pieces = list(_strings(value, path))
+    return " ".join(pieces) if pieces else None
+
+
+def _strings(value: object, path: str) -> Iterator[str]:
+    if value is None:
+        return
+    if isinstance(value, list):
+        for item in value:
+            yield from _strings(item, path)
+    elif not path:
+        if not isinstance(value, str):
+            raise TypeError(type(value).__name__)
+        yield value
+    elif isinstance(value, dict):
+        name = path if path in value else path.partition(".")[0]
+        yield from _strings(value[name], path[len(name) + 1 :])
+    else:
+        raise KeyError(path)

@@ -1,0 +1,305 @@
+"""Local files: text, JSON, CSV and Parquet to documents, every fault with its file and line."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from tfclm.corpus.cache import stored
+from tfclm.corpus.columns import is_blank, locate, text_at, texts_of
+from tfclm.errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+EXTENSIONS = ".txt, .jsonl, .json, .csv (each also with .gz) or .parquet"
+# The longest document of a .txt file, in characters: what a file without blank lines is cut into.
+DOCUMENT_CHARACTERS = 1 << 16
+BATCH_CHARACTERS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Split:
+    """The documents of one split: `texts` has one column, "text"; `description` says where they came from."""
+
+    texts: datasets.Dataset
+    description: dict[str, Any]
+
+
+def resolve(patterns: Sequence[str], flag: str) -> list[Path]:
+    """The files that paths and globs name, in the order given; the matches of one glob are sorted."""
+    paths: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            raise InputError(f"{flag} {pattern} is a folder: give its files, for example '{path}/*.txt'")
+        found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        found = [name for name in found if name.is_file()]
+        if not found:
+            kind = "file matches" if glob.has_magic(str(path)) else "such file:"
+            raise InputError(f"no {kind} {flag} {pattern}: give an existing file or a quoted glob")
+        for name in found:
+            if _extension(name) not in _READERS:
+                raise InputError(f"{name} is of no known kind: give {EXTENSIONS}")
+            if name.resolve() in paths:
+                raise InputError(f"{flag} names {name} twice: give each file once")
+            paths.append(name.resolve())
+    return paths
+
+
+def _extension(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        return "".join(suffixes[-2:-1]) if suffixes[-2:-1] != [".parquet"] else ""
+    return "".join(suffixes[-1:])
+
+
+def read_files(paths: list[Path], column: str) -> Split:
+    """All documents of some files, through one Arrow file in the cache."""
+    import pyarrow as pa
+
+    schema = pa.schema({"text": pa.string()})
+
+    def write(append: Callable[[pa.RecordBatch], None]) -> dict[str, Any]:
+        dropped = 0
+        batch: list[str] = []
+        size = 0
+        for path in paths:
+            rows = kept = 0
+            for text in _documents(path, column):
+                rows += 1
+                if text is None or is_blank(text):
+                    continue
+                kept += 1
+                batch.append(text)
+                size += len(text)
+                if size >= BATCH_CHARACTERS:
+                    append(pa.record_batch([pa.array(batch, pa.string())], schema=schema))
+                    batch, size = [], 0
+            if not kept:
+                raise InputError(f"{path} has no text" + (f": its {rows} rows are empty" if rows else ": it is empty"))
+            dropped += rows - kept
+        if batch:
+            append(pa.record_batch([pa.array(batch, pa.string())], schema=schema))
+        return {"dropped_rows": dropped}
+
+    stats = [path.stat() for path in paths]
+    key = [column, *([str(path), stat.st_mtime_ns, stat.st_size] for path, stat in zip(paths, stats, strict=True))]
+    texts, facts = stored("texts", key, schema, write)
+    source = [str(path) for path in paths]
+    return Split(texts, {"source": source, "split": None, "rows": len(texts), "dropped_rows": facts["dropped_rows"]})
+
+
+def _documents(path: Path, column: str) -> Iterator[str | None]:
+    try:
+        yield from _READERS[_extension(path)](path, column)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is not a whole gzip file ({error}): compress it again") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb"))
+
+
+def _not_utf8(path: Path, line: int) -> InputError:
+    return InputError(f"{path}, line {line} is not UTF-8: save the file as UTF-8 (iconv -t UTF-8 converts it)")
+
+
+def _lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file with their numbers; \\r\\n becomes \\n. Lines beyond `limit` bytes come in pieces."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line = 1
+    carriage_return = ""
+    with _open(path) as file:
+        while True:
+            piece = file.readline(limit)
+            try:
+                text = carriage_return + decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, line) from error
+            # A limit can fall between \r and \n.
+            carriage_return = "\r" if piece and text.endswith("\r") else ""
+            if text.endswith("\r\n"):
+                text = text[:-2] + "\n"
+            if text := text[: len(text) - len(carriage_return)]:
+                yield line, text
+            if not piece:
+                return
+            line += piece.endswith(b"\n")
+
+
+def _text(path: Path, column: str) -> Iterator[str]:
+    """The paragraphs of a plain text file, each with the blank lines that follow it."""
+    held: list[str] = []
+    size = 0
+    has_text = after_blank = False
+    for _, line in _lines(path, DOCUMENT_CHARACTERS):
+        blank = line.isspace()
+        if held and ((has_text and after_blank and not blank) or size + len(line) > DOCUMENT_CHARACTERS):
+            yield "".join(held)
+            held, size, has_text = [], 0, False
+        held.append(line)
+        size += len(line)
+        has_text = has_text or not blank
+        after_blank = blank
+    if held:
+        yield "".join(held)
+
+
+def _json_lines(path: Path, column: str) -> Iterator[str | None]:
+    def rows() -> Iterator[tuple[int, object]]:
+        for number, line in _lines(path):
+            if line.isspace():
+                continue
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number} is not JSON ({error}): each line must be an object") from error
+
+    return _json_texts(path, column, rows())
+
+
+def _json_values(path: Path, column: str) -> Iterator[str | None]:
+    """The objects of a .json file, an array or one after the other, decoded one at a time."""
+
+    def rows() -> Iterator[tuple[int, object]]:
+        decoder = json.JSONDecoder()
+        lines = _lines(path, 1 << 20)
+        buffer, position, ended = "", 0, False
+        line, counted = 1, 0  # the line of buffer[counted]
+
+        def fill() -> None:
+            nonlocal buffer, position, counted, ended, line
+            line += buffer.count("\n", counted, position)
+            # At least doubles what is left: decoding a large object again stays linear on the whole.
+            wanted = max(2 * (len(buffer) - position), 1 << 20)
+            pieces = [buffer[position:]]
+            size = len(pieces[0])
+            while size < wanted:
+                piece = next(lines, None)
+                if piece is None:
+                    ended = True
+                    break
+                pieces.append(piece[1])
+                size += len(piece[1])
+            buffer, position, counted = "".join(pieces), 0, 0
+
+        between = re.compile(r"[\s,]*")
+        outer = re.compile(r"\s*\[")
+        fill()
+        array = outer.match(buffer)
+        position = array.end() if array else 0
+        while True:
+            position = cast("re.Match[str]", between.match(buffer, position)).end()
+            done = array and buffer.startswith("]", position)
+            if done or (position == len(buffer) and ended):
+                if array and not done:
+                    raise InputError(f"{path} ends inside its array: the file is cut off")
+                return
+            try:
+                value, end = decoder.raw_decode(buffer, position)
+            except ValueError as error:
+                if not ended:
+                    fill()
+                    continue
+                number = line + buffer.count("\n", counted, getattr(error, "pos", position))
+                raise InputError(
+                    f"{path}, line {number} is not JSON ({error}): the file must hold an array of objects, or objects"
+                ) from error
+            line += buffer.count("\n", counted, position)
+            counted = position
+            yield line, value
+            position = end
+
+    return _json_texts(path, column, rows())
+
+
+def _json_texts(path: Path, column: str, rows: Iterator[tuple[int, object]]) -> Iterator[str | None]:
+    found = False
+    columns: dict[str, None] = {}
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise InputError(f'{path}, line {number} is no object: each row must be like {{"{column}": "…"}}')
+        try:
+            text = text_at(row, column)
+        except KeyError:
+            # Rows need not all have the same columns; that none has this one shows at the end.
+            if not found and len(columns) < 100:
+                columns |= dict.fromkeys(_value_paths(row))
+            yield None
+            continue
+        except TypeError as error:
+            raise InputError(
+                f"{path}, line {number}: column {column} is {error}, not text: give a column of strings"
+            ) from error
+        found = True
+        yield text
+    if columns and not found:
+        raise InputError(f"{path} has no column {column}: it has {', '.join(columns)}")
+
+
+def _value_paths(value: object, prefix: str = "") -> Iterator[str]:
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        value = value[0]
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _value_paths(inner, f"{prefix}.{name}" if prefix else str(name))
+    elif prefix:
+        yield prefix
+
+
+def _csv(path: Path, column: str) -> Iterator[str | None]:
+    # The default limit of a field is 128 KiB.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        if column not in header:
+            raise InputError(f"{path} has no column {column}: it has {', '.join(header)}")
+        index = header.index(column)
+        for row in reader:
+            if row and len(row) != len(header):
+                raise InputError(
+                    f"{path}, line {reader.line_num} has {len(row)} fields where the header has {len(header)}: "
+                    "quote fields that contain a comma or a newline"
+                )
+            if row:
+                yield row[index]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num} is not CSV ({error}): check its quotes") from error
+
+
+def _parquet(path: Path, column: str) -> Iterator[str | None]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            head, rest = locate(file.schema_arrow, column, str(path))
+            for batch in file.iter_batches(batch_size=1000, columns=[head]):
+                yield from texts_of(batch.column(0), rest)
+    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{path} is not a readable parquet file ({said}): write it again") from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
+    ".txt": _text,
+    ".jsonl": _json_lines,
+    ".json": _json_values,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
