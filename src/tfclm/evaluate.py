@@ -1,0 +1,94 @@
+"""`python -m tfclm.evaluate`: the perplexity of a checkpoint on a text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tfclm.corpus.settings import SourceSettings
+from tfclm.errors import InputError
+from tfclm.settings import command, setting
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(SourceSettings):
+    """Settings of `evaluate`."""
+
+    model: str | None = setting(None, "folder or Hub id of the checkpoint")
+    revision: str | None = setting(None, "branch, tag or commit of a Hub model id")
+    split: str = setting("test", "split of the dataset, also an expression such as test[:100]")
+    file: tuple[str, ...] = setting((), "local files (.txt .jsonl .json .csv .parquet, also .gz) or globs of them")
+    stride: int | None = setting(None, "score one long text in windows that move by this many tokens, not in blocks")
+    window: int | None = setting(None, "tokens of a window, with --stride; the model's context if not given")
+    batch_size: int = setting(8, "rows a forward pass")
+    json: bool = setting(False, "print a JSON object")
+
+
+def run(settings: EvaluateSettings) -> None:
+    """Prints the perplexity."""
+    from tfclm import corpus
+    from tfclm.checkpoint import load
+    from tfclm.perplexity import perplexity
+
+    if settings.model is None:
+        raise InputError("--model is missing: give the folder or Hub id of a checkpoint")
+    if settings.batch_size < 1:
+        raise InputError(f"--batch-size {settings.batch_size}: give 1 or more")
+    if settings.window is not None and settings.stride is None:
+        raise InputError("--window goes with --stride; the length of blocks is --block-size")
+    model, tokenizer = load(settings.model, revision=settings.revision)
+    context = getattr(model.config, "max_position_embeddings", None)
+    split = corpus.read_split(
+        dataset=settings.dataset,
+        dataset_config=settings.dataset_config,
+        revision=settings.dataset_revision,
+        split=settings.split,
+        files=settings.file,
+        text_column=settings.text_column,
+    )
+    if settings.stride is None:
+        corpus.check_block_size(settings.block_size, context)
+        tokens = corpus.tokenize(split.texts, tokenizer, settings.num_proc)
+        packed = corpus.pack(tokens, settings.block_size, settings.separator_ids(tokenizer))
+        corpus.check_vocabulary(packed.largest_id, model.config.vocab_size)
+        blocks = packed.blocks.with_format("numpy")[:]["input_ids"]
+        score = perplexity(model, blocks, batch_size=settings.batch_size)
+        protocol: dict[str, Any] = {
+            "block_size": settings.block_size,
+            "separator": settings.separator,
+            "dropped_tokens": packed.dropped_tokens,
+        }
+    else:
+        window = settings.window or context
+        if window is None:
+            raise InputError("this model's context has no bound: give --window")
+        if not 2 <= window <= (context or window):
+            raise InputError(f"--window {window}: give 2 to {context}, the model's context")
+        if not 0 < settings.stride <= window:
+            raise InputError(f"--stride {settings.stride}: give 1 to {window}, the window")
+        ids = tokenizer("\n\n".join(split.texts["text"]), verbose=False)["input_ids"]
+        if len(ids) < 2:
+            raise InputError(f"the text has {len(ids)} tokens: 2 are needed, the first is only context")
+        score = perplexity(model, ids, window=window, stride=settings.stride, batch_size=settings.batch_size)
+        protocol = {"window": window, "stride": settings.stride, "separator": "\n\n"}
+    result = {
+        "perplexity": score.perplexity,
+        "standard_error": score.standard_error,
+        "loss": score.loss,
+        "tokens": score.tokens,
+        "protocol": protocol | split.description,
+    }
+    if settings.json:
+        print(json.dumps(result))
+    else:
+        print(f"perplexity {score.perplexity:.4f} ± {score.standard_error:.4f} over {score.tokens} tokens")
+
+
+def main() -> None:
+    """The command."""
+    command(EvaluateSettings, run, verb="evaluate", description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""`python -m tfclm.fit`: fine-tunes a causal language model; without arguments, the quickstart."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfclm.corpus.settings import SourceSettings
+from tfclm.errors import InputError
+from tfclm.settings import command, record, setting
+from tfclm.training.settings import TrainingSettings
+
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class FitSettings(TrainingSettings, SourceSettings):
+    """Settings of `fit`."""
+
+    train_split: str = setting("train", "split to train on, also an expression such as train_asks[:5000]")
+    validation_split: str | None = setting(None, "split to validate on; the dataset's own if it has one")
+    train_file: tuple[str, ...] = setting(
+        (), "local files (.txt .jsonl .json .csv .parquet, also .gz) or globs of them"
+    )
+    validation_file: tuple[str, ...] = setting((), "the same to validate on")
+    validation_fraction: float = setting(0.1, "part of the documents to validate on, where nothing else is given")
+    model: str = setting(
+        SCRATCH, "Hub id or folder; scratch trains a tokenizer on the train split and makes a small GPT-2"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of the Hub model")
+    vocab_size: int = setting(4096, "entries of the tokenizer that scratch trains")
+    learning_rate: float | None = setting(  # type: ignore[assignment]
+        None, "peak learning rate; if not given, 2e-5 for a checkpoint and 1e-3 for scratch"
+    )
+    output_dir: str | None = setting(None, "folder of the result; runs/quickstart for the quickstart")
+    overwrite: bool = setting(False, "start afresh where a run has been before", recorded=False)
+    push_to_hub: str | None = setting(None, "Hub repository that the model is pushed to after every epoch, me/eli5")
+
+    def resolved(self) -> FitSettings:
+        """With the values that depend on others filled in.
+
+        Raises:
+            InputError: settings that contradict each other, or one out of range.
+        """
+        if self.dataset is None and not self.train_file:
+            raise InputError("nothing to train on: give --dataset or --train-file")
+        rate = 1e-3 if self.model == SCRATCH else 2e-5
+        settings = self if self.learning_rate is not None else dataclasses.replace(self, learning_rate=rate)
+        if settings.output_dir is None:
+            raise InputError("--output-dir is missing: give the folder that the result goes to, such as runs/eli5")
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(f"--validation-fraction {self.validation_fraction}: give a number between 0 and 1")
+        if self.vocab_size < 257:
+            raise InputError(f"--vocab-size {self.vocab_size}: give 257 or more, one entry a byte and the EOS")
+        settings.check()
+        return settings
+
+
+# What `fit` does without a model or text: from Python's own documentation to a model, minutes on two cores.
+QUICKSTART: dict[str, Any] = {
+    "dataset": "python-docs",
+    "output_dir": "runs/quickstart",
+    "epochs": 6,
+    "batch_size": 8,
+    "learning_rate": 2e-3,
+    "schedule": "cosine",
+    "warmup_steps": 50,
+    "jit_compile": True,
+}
+
+
+def preset(given: Collection[str]) -> dict[str, Any]:
+    """The values that stand in for flags which are not given: the quickstart's, if neither model nor text is."""
+    return {} if {"model", "dataset", "train_file"} & set(given) else QUICKSTART
+
+
+def run(settings: FitSettings) -> int:
+    """Text to blocks to the fine-tuned model's folder."""
+    settings = settings.resolved()
+
+    from tfclm import checkpoint, corpus, hub
+    from tfclm.sampling import sample
+    from tfclm.training import finetune
+    from tfclm.training.folder import RunFolder
+    from tfclm.training.resume import Interrupted
+
+    folder = RunFolder(Path(str(settings.output_dir)), record(settings), settings.overwrite)
+    if folder.results is not None:
+        return show(folder.results, settings, f"{folder.path} is complete; --overwrite starts afresh")
+    with folder:
+        repo_id = hub.preflight(settings.push_to_hub) if settings.push_to_hub else None
+        strategy = set_up(settings)
+        model: Any = None
+        tokenizer: Any = None
+        if settings.model != SCRATCH:
+            with strategy.scope():
+                model, tokenizer = checkpoint.load(settings.model, revision=settings.revision)
+            corpus.check_block_size(settings.block_size, getattr(model.config, "max_position_embeddings", None))
+        texts = corpus.read(
+            dataset=settings.dataset,
+            dataset_config=settings.dataset_config,
+            revision=settings.dataset_revision,
+            split=settings.train_split,
+            validation_split=settings.validation_split,
+            files=settings.train_file,
+            validation_files=settings.validation_file,
+            text_column=settings.text_column,
+            validation_fraction=settings.validation_fraction,
+            seed=settings.seed,
+        )
+        say(f"{len(texts.train)} documents to train on, {len(texts.validation)} to validate with")
+        if tokenizer is None:
+            model, tokenizer = from_scratch(settings, texts.train, strategy)
+        train, validation = (
+            corpus.pack(
+                corpus.tokenize(split, tokenizer, settings.num_proc),
+                settings.block_size,
+                settings.separator_ids(tokenizer),
+            )
+            for split in (texts.train, texts.validation)
+        )
+        corpus.check_vocabulary(max(train.largest_id, validation.largest_id), model.config.vocab_size)
+        say(
+            f"{len(train.blocks)} blocks of {settings.block_size} tokens to train on, "
+            f"{len(validation.blocks)} to validate with"
+        )
+        push = [hub.push_callback(repo_id, tokenizer, folder.path / "resume" / "hub")] if repo_id else []
+        try:
+            done = finetune(
+                model,
+                tokenizer,
+                train.blocks,
+                validation.blocks,
+                settings,
+                output_dir=folder.path,
+                callbacks=push,
+                strategy=strategy,
+            )
+        except Interrupted as reason:
+            say(f"{reason}; the same command goes on from there")
+            return 1
+        protocol = {
+            **texts.description,
+            "block_size": settings.block_size,
+            "separator": settings.separator,
+            "dropped_tokens": validation.dropped_tokens,
+            "train_dropped_tokens": train.dropped_tokens,
+        }
+        checkpoint.save(model, tokenizer, folder.path)
+        prompt = tokenizer.decode(validation.blocks[0]["input_ids"][:8], skip_special_tokens=True)
+        text = sample(
+            model, tokenizer, prompt, max_new_tokens=min(60, settings.block_size - 8) or 1, seed=settings.seed
+        )
+        results = folder.finish(done, protocol, len(validation.blocks) * (settings.block_size - 1), text)
+    return show(results, settings)
+
+
+def set_up(settings: FitSettings) -> Any:
+    """Precision and seed for what is made next, and the strategy to make it under."""
+    import tensorflow as tf
+    import tf_keras
+
+    policy = "float32" if settings.mixed_precision == "no" else f"mixed_{settings.mixed_precision}"
+    tf_keras.mixed_precision.set_global_policy(policy)
+    tf_keras.utils.set_random_seed(settings.seed)
+    return tf.distribute.MirroredStrategy() if settings.strategy == "mirrored" else tf.distribute.get_strategy()
+
+
+def from_scratch(settings: FitSettings, train: Any, strategy: Any) -> tuple[Any, Any]:
+    """A new model and its tokenizer; the tokenizer sees the train split alone."""
+    from tfclm import checkpoint
+    from tfclm.scratch import small_config, train_tokenizer
+
+    tokenizer = train_tokenizer(train["text"], settings.vocab_size, settings.block_size)
+    with strategy.scope():
+        model = checkpoint.create(small_config(tokenizer, settings.block_size))
+    say(f"new GPT-2 of {model.num_parameters() / 1e6:.1f} M parameters, tokenizer of {len(tokenizer)} entries")
+    return model, tokenizer
+
+
+def show(results: dict[str, Any], settings: FitSettings, note: str | None = None) -> int:
+    """Says what a complete run came to; the exit code."""
+    model = settings.output_dir
+    before, after = results["initial_perplexity"], results["perplexity"]
+    lines = [
+        *([note] if note else []),
+        f"validation perplexity {before:.2f} before, {after:.2f} after ({before / after:.1f} times lower), in {model}",
+        f"sample: {results['sample']!r}",
+        "go on with:",
+        f'  python -m tfclm.generate --model {model} --prompt "…"',
+        f"  python -m tfclm.evaluate --model {model} --file FILE",
+    ]
+    if results["train"]["diverged"]:
+        lines.insert(
+            0,
+            f"training stopped: {results['train']['diverged']}; the last good weights are kept. "
+            "Try a lower --learning-rate, more --warmup-steps or a smaller --max-grad-norm",
+        )
+    say("\n".join(lines))
+    return 1 if results["train"]["diverged"] else 0
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The command."""
+    command(FitSettings, run, verb="fit", description=__doc__ or "", preset=preset)
+
+
+if __name__ == "__main__":
+    main()

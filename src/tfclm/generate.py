@@ -1,0 +1,56 @@
+"""`python -m tfclm.generate`: text from a checkpoint, in this process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+
+from tfclm.errors import InputError
+from tfclm.settings import command, setting
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Settings of `generate`."""
+
+    model: str | None = setting(None, "folder or Hub id of the checkpoint")
+    revision: str | None = setting(None, "branch, tag or commit of a Hub id")
+    prompt: str | None = setting(None, "what to go on from; standard input if not given")
+    max_new_tokens: int | None = setting(None, "tokens at most; 100, or what the context leaves, if not given")
+    temperature: float = setting(1.0, "flattens (above 1) or sharpens the distribution; 0 is greedy")
+    top_k: int = setting(50, "draw from this many of the likeliest tokens; 0 is off")
+    top_p: float = setting(0.95, "draw from the likeliest tokens that together have this probability; 1 is off")
+    seed: int | None = setting(None, "the same seed gives the same text")
+    json: bool = setting(False, "print a JSON object")
+
+
+def run(settings: GenerateSettings) -> None:
+    """Prints the prompt and its continuation."""
+    from tfclm.checkpoint import load
+    from tfclm.sampling import sample
+
+    if settings.model is None:
+        raise InputError("--model is missing: give the folder or Hub id of a checkpoint")
+    prompt = sys.stdin.read() if settings.prompt is None else settings.prompt
+    model, tokenizer = load(settings.model, revision=settings.revision)
+    text = sample(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=settings.seed,
+    )
+    print(json.dumps({"generated_text": text}, ensure_ascii=False) if settings.json else text)
+
+
+def main() -> None:
+    """The command."""
+    command(GenerateSettings, run, verb="generate", description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Training: the tf.data feed, the optimizer, the step, the callbacks, the fit, and resuming."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tfclm.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from tfclm.training.run import TrainingRecord, finetune
+
+__all__ = ["TrainingRecord", "TrainingSettings", "finetune"]
+
+
+def __getattr__(name: str) -> Any:
+    # The settings are read by `--help`, which does not wait for TensorFlow.
+    if name not in __all__:
+        raise AttributeError(f"module 'tfclm.training' has no attribute {name!r}")
+    value = getattr(importlib.import_module("tfclm.training.run"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,189 @@
+"""Keras callbacks of a run: keeping its state, its best weights and its record, and showing how it goes."""
+
+# The names of the hooks are Keras', and say when it calls them.
+# ruff: noqa: D102
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+from tqdm.auto import tqdm
+
+from tfclm.training.resume import Interrupted, Progress, Snapshots
+from tfclm.training.settings import TrainingSettings
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is no longer finite."""
+
+
+def exp(loss: float) -> float:
+    """exp(loss), infinite instead of an error where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class RunKeeper(tf_keras.callbacks.Callback):
+    """Counts steps, saves state, keeps the best weights and ends the run when it is to end."""
+
+    def __init__(
+        self,
+        snapshots: Snapshots,
+        progress: Progress,
+        settings: TrainingSettings,
+        total_steps: int,
+        stop: threading.Event,
+    ) -> None:
+        super().__init__()
+        self.snapshots, self.progress, self.settings, self.stop = snapshots, progress, settings, stop
+        self.total_steps = total_steps
+        self._since = time.monotonic()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if self.progress.step:
+            self.snapshots.restore_loss(self.progress)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.progress.step = batch + 1
+        self.progress.steps += 1
+        # Read now: the validation after the epoch's last step begins the sums anew.
+        self.progress.loss_sums = self.snapshots.loss_sums()
+        # Under float16 a gradient that overflows is skipped and the loss scale halved, which is no divergence.
+        norm = 0.0 if self.settings.mixed_precision == "float16" else logs["grad_norm"]
+        if not (math.isfinite(logs["loss"]) and math.isfinite(norm)):
+            what = "loss" if not math.isfinite(logs["loss"]) else "norm of the gradient"
+            raise Diverged(f"the {what} is not finite at step {self.progress.steps}")
+        if self.stop.is_set():
+            self.save()
+            raise Interrupted(f"stopped after step {self.progress.steps} of {self.total_steps}")
+        if self.progress.steps >= self.total_steps:
+            self.model.stop_training = True
+        elif self.progress.steps % self.settings.save_steps == 0:
+            self.save()
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.stop.is_set():
+            self.save()
+            raise Interrupted(f"stopped while validating after step {self.progress.steps} of {self.total_steps}")
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.epoch_over(logs)
+
+    def epoch_over(self, logs: dict[str, float]) -> None:
+        """Records a trained and validated epoch, keeps its weights if they are the best, and saves."""
+        progress = self.progress
+        if logs["val_loss"] < progress.best_loss:
+            self.snapshots.keep_best(progress, f"best-{progress.epoch + 1}", float(logs["val_loss"]))
+        progress.epochs.append(
+            {
+                "epoch": progress.epoch + 1,
+                "step": self.progress.steps,
+                "loss": float(logs["loss"]),
+                "val_loss": float(logs["val_loss"]),
+                "val_perplexity": exp(logs["val_loss"]),
+            }
+        )
+        if self.progress.steps >= self.total_steps or self._patience_over():
+            self.model.stop_training = True
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        self.save()
+
+    def _patience_over(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        losses = [self.progress.initial_loss, *(epoch["val_loss"] for epoch in self.progress.epochs)]
+        return bool(patience) and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        epochs = self.progress.epochs
+        return bool(epochs) and (epochs[-1]["step"] >= self.total_steps or self._patience_over())
+
+    def save(self) -> None:
+        """Saves a snapshot of the present state."""
+        now = time.monotonic()
+        self.progress.seconds += now - self._since
+        self._since = now
+        self.snapshots.save(self.progress)
+
+
+class ProgressBar(tf_keras.callbacks.Callback):
+    """Tokens done, tokens a second, time left, loss and perplexity, on stderr."""
+
+    def __init__(self, keeper: RunKeeper, tokens_per_step: int) -> None:
+        super().__init__()
+        self.keeper, self.tokens_per_step = keeper, tokens_per_step
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.bar = tqdm(
+            total=self.keeper.total_steps * self.tokens_per_step,
+            initial=self.keeper.progress.steps * self.tokens_per_step,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            # A log file gets a line now and then, a terminal a bar that moves.
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+        loss = self.keeper.progress.initial_loss
+        self.bar.write(f"before: validation loss {loss:.4f}, validation perplexity {exp(loss):.2f}", file=sys.stderr)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.bar.set_postfix(
+            refresh=False,
+            loss=f"{logs['loss']:.3f}",
+            perplexity=f"{exp(logs['loss']):.1f}",
+            step=self.keeper.progress.steps,
+        )
+        self.bar.update(self.tokens_per_step)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        record = self.keeper.progress.epochs[-1]
+        self.bar.write(
+            f"epoch {record['epoch']:.0f}: loss {record['loss']:.4f}, validation loss {record['val_loss']:.4f}, "
+            f"validation perplexity {record['val_perplexity']:.2f}",
+            file=sys.stderr,
+        )
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+class EventLog(tf_keras.callbacks.Callback):
+    """TensorBoard scalars over optimizer steps: loss, gradient norm and learning rate; by epoch the validation's."""
+
+    def __init__(self, keeper: RunKeeper, folder: Path, every: int = 10) -> None:
+        super().__init__()
+        self.keeper, self.every = keeper, every
+        self.writer = tf.summary.create_file_writer(str(folder))
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        step = self.keeper.progress.steps
+        if step % self.every == 0 or step == self.keeper.total_steps:
+            rate = self.model.optimizer.learning_rate
+            self._write(step, loss=logs["loss"], grad_norm=logs["grad_norm"], learning_rate=rate(step - 1))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        record = self.keeper.progress.epochs[-1]
+        self._write(int(record["step"]), **{name: record[name] for name in ("val_loss", "val_perplexity")})
+        self.writer.flush()
+
+    def _write(self, step: int, **values: Any) -> None:
+        with self.writer.as_default(step):
+            for name, value in values.items():
+                # A perplexity may be beyond float32, which a scalar is written in: infinity says so.
+                tf.summary.scalar(name, tf.cast(tf.constant(float(value), tf.float64), tf.float32))
+
+    def close(self) -> None:
+        """Writes what is pending and closes the file."""
+        self.writer.close()

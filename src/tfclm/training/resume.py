@@ -1,0 +1,130 @@
+"""The state that an interrupted run goes on from: weights, optimizer, dropout, position and record, saved as one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from tfclm.perplexity import TokenLoss
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended the run after its state was saved."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come; plain values, saved within the same checkpoint as the weights."""
+
+    data: str  # digest of the training blocks and of what orders them
+    epoch: int = 0  # epochs that are over
+    step: int = 0  # optimizer steps done inside the present epoch
+    steps: int = 0  # optimizer steps done in all
+    initial_loss: float = float("nan")  # before the first evaluation
+    epochs: list[dict[str, float]] = field(default_factory=list)  # one record an epoch
+    best: str | None = None  # name of the checkpoint of the best weights
+    best_loss: float = float("inf")
+    seconds: float = 0.0
+    loss_sums: tuple[float, float] = (0.0, 0.0)  # of the present epoch: negative log-likelihood, tokens
+
+
+def seed_dropout(model: Any, seed: int) -> list[tf.random.Generator]:
+    """Gives every random layer a generator of its own, whose state can be saved, seeded by its place in the model.
+
+    Keras' default draws from the runtime's hidden counters, which nothing can save or restore.
+    """
+    generators = []
+    for place, layer in enumerate(model.submodules):
+        if isinstance(layer, tf_keras.__internal__.layers.BaseRandomLayer):
+            kind = type(layer._random_generator)
+            layer._random_generator = kind(seed=(seed * 100_003 + place) % 2**31, rng_type=kind.RNG_STATEFUL)
+            layer._random_generator._maybe_init()
+            generators.append(layer._random_generator._generator)
+    return generators
+
+
+class Snapshots:
+    """Saves and restores all of a run's state in one folder; the newest complete snapshot is the one that counts."""
+
+    def __init__(
+        self, folder: Path, model: Any, optimizer: Any, generators: list[tf.random.Generator], loss: TokenLoss
+    ) -> None:
+        self.folder = folder
+        self._loss = loss
+        # The variables alone: by way of the model the optimizer would come along.
+        self._weights = tf.train.Checkpoint(weights=model.weights)
+        with tf.device("CPU:0"):
+            self._progress = tf.Variable("", dtype=tf.string, name="progress")
+        self._state = tf.train.Checkpoint(
+            model=model, optimizer=optimizer, generators=generators, progress=self._progress
+        )
+        self._manager = tf.train.CheckpointManager(self._state, str(folder / "state"), max_to_keep=1)
+
+    def save(self, progress: Progress) -> None:
+        """Writes a snapshot; until it is complete the one before stays in force."""
+        self._progress.assign(json.dumps(asdict(progress)))
+        self._manager.save()
+        for index in self.folder.glob("best-*.index"):
+            if index.stem != progress.best:
+                for file in self.folder.glob(f"{index.stem}.*"):
+                    file.unlink()
+
+    def restore(self) -> Progress | None:
+        """Brings back the newest snapshot; None if there is none."""
+        if not self._manager.latest_checkpoint:
+            return None
+        # The optimizer makes its moments at its first step, and takes the saved values then.
+        self._state.restore(self._manager.latest_checkpoint).expect_partial()
+        values = json.loads(self._progress.numpy())
+        return Progress(**values | {"loss_sums": tuple(values["loss_sums"])})
+
+    def loss_sums(self) -> tuple[float, float]:
+        """What the epoch's loss is made of so far: summed negative log-likelihood, tokens."""
+        return float(self._loss.total.numpy()), float(self._loss.tokens.numpy())
+
+    def restore_loss(self, progress: Progress) -> None:
+        """Goes on with the sums of an epoch's loss; Keras resets them when an epoch begins."""
+        for variable, value in zip((self._loss.total, self._loss.tokens), progress.loss_sums, strict=True):
+            variable.assign(value)
+
+    def keep_best(self, progress: Progress, name: str, loss: float) -> None:
+        """Keeps the present weights as the best; a name of its own, so that a kill leaves the older ones whole."""
+        self._weights.write(str(self.folder / name))
+        progress.best, progress.best_loss = name, loss
+
+    def restore_best(self, progress: Progress) -> None:
+        """Puts the best weights back into the model."""
+        self._weights.read(str(self.folder / str(progress.best))).assert_consumed()
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second signal acts at once, as without us."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # only the main thread may take signals
+        return
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        event.set()
+        for each, handler in former.items():
+            signal.signal(each, handler)
+
+    for number in former:
+        signal.signal(number, stop)
+    try:
+        yield event
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,165 @@
+"""Fine-tuning with Keras' fit: from token blocks to the best weights."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from tfclm.errors import InputError
+from tfclm.training.callbacks import Diverged, EventLog, ProgressBar, RunKeeper
+from tfclm.training.feed import feed, run_order
+from tfclm.training.optimizer import make_optimizer
+from tfclm.training.resume import Progress, Snapshots, seed_dropout, stop_signals
+from tfclm.training.settings import TrainingSettings
+from tfclm.training.step import finetuning_step
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a run did; losses are mean negative log-likelihoods a token (natural log)."""
+
+    initial_loss: float
+    best_loss: float
+    best_epoch: int  # 0: the weights that the run began with
+    epochs: list[dict[str, float]]  # epoch, step, loss, val_loss, val_perplexity
+    steps: int
+    tokens: int
+    seconds: float
+    diverged: str | None = None
+
+
+def finetune(
+    model: Any,
+    tokenizer: Any,
+    train: Any,
+    validation: Any,
+    settings: TrainingSettings | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    callbacks: Sequence[tf_keras.callbacks.Callback] = (),
+    strategy: tf.distribute.Strategy | None = None,
+) -> TrainingRecord:
+    """Fine-tunes a causal language model in place; it ends with the weights of the best validation loss.
+
+    Args:
+        model: a TensorFlow causal language model of transformers, built under `strategy` if one is given.
+        tokenizer: its tokenizer.
+        train: a dataset of token blocks, `input_ids` int32 [L], as `tfclm.pack` makes them.
+        validation: the same of texts that are not trained on.
+        settings: how to train; `TrainingSettings()` if not given.
+        output_dir: gets `logs/` (TensorBoard) and `resume/`. A run that was interrupted goes on from there when called
+            with the same arguments, to the same weights as if it had not been (bit for bit on one CPU).
+        callbacks: more Keras callbacks.
+        strategy: the tf.distribute strategy to train under.
+
+    Returns:
+        A `TrainingRecord`; `diverged` says why the run ended early if the loss was no longer finite.
+
+    Raises:
+        InputError: settings out of range, no block, or the state in `output_dir` is of another run.
+        Interrupted: Ctrl-C or SIGTERM came; the state is saved.
+    """
+    settings = settings or TrainingSettings()
+    settings.check()
+    if output_dir is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return finetune(
+                model, tokenizer, train, validation, settings, output_dir=folder, callbacks=callbacks, strategy=strategy
+            )
+    if not len(train) or not len(validation):
+        raise InputError("no block of tokens to train on or to validate with: give more text, or a smaller block size")
+    if settings.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    tf_keras.utils.set_random_seed(settings.seed)
+    strategy = strategy or tf.distribute.get_strategy()
+    output = Path(output_dir)
+
+    rows = min(settings.batch_size * settings.gradient_accumulation_steps, len(train))
+    steps_per_epoch = len(train) // rows
+    total_steps = min(settings.epochs * steps_per_epoch, settings.max_steps or sys.maxsize)
+    order = run_order(len(train), rows, -(-total_steps // steps_per_epoch), settings.seed)
+    replicas = strategy.num_replicas_in_sync
+    block_size = len(train[0]["input_ids"])
+
+    accumulate = settings.gradient_accumulation_steps > 1
+    pass_rows = -(-settings.batch_size // replicas) if accumulate else None
+    with strategy.scope(), finetuning_step(model, pass_rows, settings.max_grad_norm), stop_signals() as stop:
+        generators = seed_dropout(model, settings.seed)
+        optimizer = make_optimizer(model, settings, total_steps)
+        model.compile(optimizer=optimizer, jit_compile=settings.jit_compile)
+        validation_feed = feed(model, validation, tokenizer, batch_size=settings.batch_size)
+
+        snapshots = Snapshots(output / "resume", model, optimizer, generators, model.step_state.loss)
+        progress = snapshots.restore()
+        if progress is None:
+            progress = Progress(data=digest(train, rows))
+        elif progress.data != digest(train, rows):
+            raise InputError(
+                f"the training text has changed since the run in {output} began; --overwrite starts afresh"
+            )
+        keeper = RunKeeper(snapshots, progress, settings, total_steps, stop)
+        keeper.set_model(model)
+        if progress.best is None:
+            progress.initial_loss = model.evaluate(validation_feed, verbose=0, return_dict=True)["loss"]
+            snapshots.keep_best(progress, "best-0", progress.initial_loss)
+            keeper.save()
+        elif progress.step and progress.steps == min((progress.epoch + 1) * steps_per_epoch, total_steps):
+            # Interrupted after the last step of an epoch, before its validation was over.
+            total, tokens = progress.loss_sums
+            loss = model.evaluate(validation_feed, verbose=0, return_dict=True)["loss"]
+            keeper.epoch_over({"loss": total / tokens, "val_loss": loss})
+
+        diverged = None
+        bar, log = ProgressBar(keeper, rows * block_size), EventLog(keeper, output / "logs")
+        try:
+            if not keeper.finished:
+                model.step_state.start = (progress.epoch, progress.step)
+                model.fit(
+                    feed(model, train, tokenizer, batch_size=rows, order=order[progress.steps * rows :]),
+                    validation_data=validation_feed,
+                    epochs=-(-total_steps // steps_per_epoch),
+                    steps_per_epoch=steps_per_epoch,
+                    callbacks=[keeper, bar, log, *callbacks],
+                    verbose=0,
+                )
+        except Diverged as error:
+            diverged = str(error)
+            last = snapshots.restore()
+            if last is not None:
+                keeper.progress = progress = last
+                loss = model.evaluate(validation_feed, verbose=0, return_dict=True)["loss"]
+                if loss < progress.best_loss:
+                    snapshots.keep_best(progress, f"best-{progress.epoch}-{progress.step}", loss)
+                    keeper.save()
+        finally:
+            bar.close()
+            log.close()
+        snapshots.restore_best(progress)
+
+    best_epoch = int(str(progress.best).split("-")[1])
+    return TrainingRecord(
+        initial_loss=progress.initial_loss,
+        best_loss=progress.best_loss,
+        best_epoch=best_epoch,
+        epochs=progress.epochs,
+        steps=progress.steps,
+        tokens=progress.steps * rows * (block_size - 1),
+        seconds=progress.seconds,
+        diverged=diverged,
+    )
+
+
+def digest(blocks: Any, rows: int) -> str:
+    """A digest of the blocks and of the number of rows a step: equal for equal runs alone."""
+    state = hashlib.sha256(f"{len(blocks)} {rows}".encode())
+    for batch in blocks.with_format("numpy").iter(batch_size=4096):
+        state.update(batch["input_ids"].tobytes())
+    return state.hexdigest()

@@ -1,0 +1,337 @@
+"""From text to a model's folder: the commands `fit`, `generate` and `evaluate`, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import yaml
+from conftest import ARCHITECTURES, tiny_config
+
+from tfclm import evaluate, fit, generate
+from tfclm.checkpoint import create, load, save
+from tfclm.perplexity import perplexity
+from tfclm.settings import parse
+
+TOKENIZER_FILES = {"merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
+OUTPUT = {
+    "README.md",
+    "config.json",
+    "fit.yaml",
+    "generation_config.json",
+    "logs",
+    "loss.png",
+    "model.safetensors",
+    "results.json",
+} | TOKENIZER_FILES
+
+
+class Console:
+    """Calls a command with the arguments of a shell; gives its exit code, stdout and stderr."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+
+    def __call__(self, module, *arguments: object) -> tuple[int, str, str]:
+        self.capfd.readouterr()
+        self.monkeypatch.setattr(sys, "argv", ["tfclm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            module.main()
+        out, err = self.capfd.readouterr()
+        return end.value.code, out, err
+
+
+@pytest.fixture
+def console(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Console:
+    """To call commands with."""
+    return Console(monkeypatch, capfd)
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
+    """Sixty documents of about 800 characters, in the guide's shape: answers, each a list of texts."""
+    path = tmp_path_factory.mktemp("text") / "eli5.jsonl"
+    rows = [{"q_id": str(i), "answers": {"text": [d[:400], d[400:800]]}} for i, d in enumerate(documents[:60])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> dict[str, Path]:
+    """A tiny checkpoint of each architecture."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    for architecture in ARCHITECTURES:
+        tf.random.set_seed(0)
+        save(create(tiny_config(architecture)), tokenizer, folder / architecture)
+    return {architecture: folder / architecture for architecture in ARCHITECTURES}
+
+
+def arguments(checkpoint: Path, text: Path, output: Path) -> list[object]:
+    """A short run's."""
+    return [
+        *("--model", checkpoint, "--train-file", text, "--text-column", "answers.text", "--output-dir", output),
+        *("--block-size", 32, "--batch-size", 8, "--epochs", 2, "--learning-rate", 1e-2, "--num-proc", 1),
+    ]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus_file: Path) -> Path:
+    """The folder of a finished run on GPT-2's shape."""
+    folder = tmp_path_factory.mktemp("runs") / "gpt2"
+    settings = fit.FitSettings(
+        model=str(checkpoints["gpt2"]),
+        train_file=(str(corpus_file),),
+        text_column="answers.text",
+        output_dir=str(folder),
+        block_size=32,
+        batch_size=8,
+        epochs=2,
+        learning_rate=1e-2,
+        num_proc=1,
+    )
+    assert fit.run(settings) == 0
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fit_leaves_exactly_these_files(
+    console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path, architecture: str
+):
+    """A file too few, one too many (state that is left over), or numbers that do not belong to the weights saved."""
+    output = tmp_path / "run"
+    code, out, err = console(fit, *arguments(checkpoints[architecture], corpus_file, output))
+    assert code == 0, err
+    assert out == ""
+    assert {path.name for path in output.iterdir()} == OUTPUT
+    results = json.loads((output / "results.json").read_text())
+    assert results["perplexity"] < results["initial_perplexity"] / 1.5
+    assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
+    assert f"{results['perplexity']:.2f} after" in err
+    assert "python -m tfclm.generate --model" in err
+    assert {"block_size", "separator", "dropped_tokens", "split"} <= results["protocol"].keys()
+    assert {"loss", "steps", "tokens", "seconds"} <= results["train"].keys()
+    assert results["versions"]["tensorflow"] == tf.__version__
+    assert any((output / "logs").iterdir())
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (output / "README.md").read_text()
+    assert f"{results['perplexity']:.2f}" in card
+
+    # What was saved is what was measured: the validation blocks, scored anew from the folder.
+    evaluated = evaluate_validation(output, corpus_file)
+    assert evaluated.tokens == results["tokens"]
+    assert evaluated.loss == pytest.approx(results["loss"], rel=1e-6)
+
+
+def evaluate_validation(output: Path, text: Path):
+    """The perplexity of a folder's model on the documents that its run held out."""
+    from tfclm import corpus
+
+    settings = yaml.safe_load((output / "fit.yaml").read_text())
+    held_out = corpus.read(files=(str(text),), text_column=settings["text_column"], seed=settings["seed"]).validation
+    model, tokenizer = load(output)
+    packed = corpus.pack(corpus.tokenize(held_out, tokenizer, 1), settings["block_size"], [tokenizer.eos_token_id])
+    return perplexity(model, np.array(packed.blocks["input_ids"]))
+
+
+def test_fit_yaml_repeats_the_run(console: Console, fitted: Path, tmp_path: Path):
+    """A setting that is missing from the record, or a run that its seed does not determine."""
+    code, _, err = console(fit, "--config", fitted / "fit.yaml", "--output-dir", tmp_path / "again")
+    assert code == 0, err
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (fitted / "model.safetensors").read_bytes()
+
+
+def test_finished_run_is_kept_unless_overwritten(console: Console, fitted: Path, tmp_path: Path):
+    """Results lost to a command typed twice, or to one with other settings."""
+    folder = shutil.copytree(fitted, tmp_path / "run")
+    same = ("--config", folder / "fit.yaml", "--output-dir", folder)
+    (folder / "fit.yaml").write_text((folder / "fit.yaml").read_text().replace(str(fitted), str(folder)))
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    code, _, err = console(fit, *same)
+    assert code == 0
+    assert "is complete" in err
+    code, _, err = console(fit, *same, "--learning-rate", "1e-3")
+    assert code == 2
+    assert "learning_rate 0.01 there, 0.001 now" in err
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    code, _, err = console(fit, *same, "--learning-rate", "1e-3", "--overwrite")
+    assert code == 0, err
+    assert (folder / "model.safetensors").stat().st_mtime_ns != before
+    assert yaml.safe_load((folder / "fit.yaml").read_text())["learning_rate"] == 1e-3
+
+
+def test_pipeline_opens_the_folder(fitted: Path):
+    """A folder that transformers' own pipeline cannot open, as in the guide's last step."""
+    from transformers import pipeline
+
+    # Without PyTorch, transformers 4.54 trips over its own default of torch_dtype.
+    generator = pipeline("text-generation", model=str(fitted), framework="tf", torch_dtype=None)
+    text = generator("Python is", max_new_tokens=8, do_sample=True, top_k=50, top_p=0.95)[0]["generated_text"]
+    assert text.startswith("Python is")
+    assert len(text) > len("Python is")
+
+
+def test_generate_prints_the_text_alone(console: Console, fitted: Path):
+    """Noise on stdout, a seed without effect, or a greedy text that is not transformers' own."""
+    model, tokenizer = load(fitted)
+    code, out, _ = console(generate, "--model", fitted, "--prompt", "The", "--temperature", 0, "--max-new-tokens", 9)
+    ids = tokenizer("The", return_tensors="tf")
+    expected = model.generate(**ids, do_sample=False, max_new_tokens=9, pad_token_id=0)
+    assert code == 0
+    assert out == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
+    drawn = [console(generate, "--model", fitted, "--prompt", "The", "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    code, out, _ = console(generate, "--model", fitted, "--prompt", "The", "--json")
+    assert json.loads(out)["generated_text"].startswith("The")
+
+
+def test_evaluate_equals_a_plain_loop(console: Console, fitted: Path, documents: list[str], tmp_path: Path):
+    """Blocks or windows that are not what the protocol says; the references below are written out."""
+    model, tokenizer = load(fitted)
+    texts = [document[:700] for document in documents[20:30]]
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def loss_of(row: list[int], scored: int) -> list[float]:
+        logits = model(input_ids=tf.constant([row]), training=False).logits.numpy()[0].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return [-log_probabilities[i - 1, row[i]] for i in range(max(1, len(row) - scored), len(row))]
+
+    ids = [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    expected = [loss for start in range(0, len(ids) - 31, 32) for loss in loss_of(ids[start : start + 32], 32)]
+    code, out, err = console(evaluate, "--model", fitted, "--file", file, "--block-size", 32, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["tokens"] == len(expected)
+    assert result["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert result["protocol"]["dropped_tokens"] == len(ids) % 32
+
+    ids = tokenizer("\n\n".join(texts))["input_ids"]
+    expected, end_before = [], 0
+    for begin in range(0, len(ids), 24):
+        end = min(begin + 64, len(ids))
+        expected += loss_of(ids[begin:end], end - end_before)
+        end_before = end
+        if end == len(ids):
+            break
+    code, out, err = console(evaluate, "--model", fitted, "--file", file, "--stride", 24, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["tokens"] == len(expected) == len(ids) - 1
+    assert result["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(np.mean(expected)), rel=1e-5)
+    _, out, _ = console(evaluate, "--model", fitted, "--file", file, "--stride", 24)
+    assert out.startswith(f"perplexity {result['perplexity']:.4f} ± {result['standard_error']:.4f} over {len(ids) - 1}")
+
+
+def test_quickstart_is_what_is_meant_without_model_and_text():
+    """A flag such as --epochs that turns the quickstart into an error, or a real run that gets its settings."""
+
+    def read(*arguments: str) -> fit.FitSettings:
+        return parse(fit.FitSettings, arguments, prog="fit", description="", preset=fit.preset)
+
+    assert read() == fit.FitSettings(**fit.QUICKSTART)
+    assert read("--epochs", "3") == fit.FitSettings(**fit.QUICKSTART | {"epochs": 3})
+    real = read("--model", "distilgpt2", "--dataset", "x", "--output-dir", "y").resolved()
+    assert (real.learning_rate, real.jit_compile, real.epochs) == (2e-5, False, 3)
+
+
+def test_scratch_tokenizer_sees_the_train_split_alone(console: Console, tmp_path: Path):
+    """A vocabulary that has seen the validation text makes its perplexity look better than it is."""
+    (tmp_path / "a.txt").write_text("\n\n".join("the quick brown fox jumps over it again" for _ in range(300)))
+    (tmp_path / "b.txt").write_text("\n\n".join("zzqj zzqj zzqj zzqj zzqj zzqj" for _ in range(100)))
+    files = ("--train-file", tmp_path / "a.txt", "--validation-file", tmp_path / "b.txt")
+    run = ("--block-size", 16, "--max-steps", 2, "--vocab-size", 300, "--output-dir", tmp_path / "run")
+    code, _, err = console(fit, *files, *run)
+    assert code == 0, err
+    vocabulary = json.loads((tmp_path / "run" / "vocab.json").read_text())
+    assert "quick" in "".join(vocabulary)
+    assert not any("zz" in entry or "qj" in entry for entry in vocabulary)
+
+
+BAD = {
+    "no such file": (["--train-file", "nowhere.txt", "--output-dir", "o"], ["nowhere.txt"]),
+    "no such column": (["--train-file", "good.jsonl", "--text-column", "txt", "--output-dir", "o"], ["txt", "text"]),
+    "column of numbers": (["--train-file", "good.jsonl", "--text-column", "n", "--output-dir", "o"], ["n", "text"]),
+    "empty file": (["--train-file", "empty.txt", "--output-dir", "o"], ["empty.txt"]),
+    "no UTF-8": (["--train-file", "latin.txt", "--output-dir", "o"], ["latin.txt", "line 2", "UTF-8"]),
+    "no JSON": (["--train-file", "broken.jsonl", "--output-dir", "o"], ["broken.jsonl", "line 2"]),
+    "shorter than a block": (["--train-file", "short.txt", "--output-dir", "o"], ["--block-size"]),
+    "no output": (["--train-file", "good.jsonl"], ["--output-dir"]),
+    "nothing to train on": (["--model", "MODEL", "--output-dir", "o"], ["--dataset", "--train-file"]),
+    "no such model": (["--model", "nowhere/at-all", "--train-file", "good.jsonl", "--output-dir", "o"], ["nowhere"]),
+    "beyond the context": (
+        ["--model", "MODEL", "--train-file", "good.jsonl", "--block-size", "65", "--output-dir", "o"],
+        ["--block-size 65", "64"],
+    ),
+    "folder of something else": (["--train-file", "good.jsonl", "--output-dir", "taken"], ["taken", "another"]),
+    "output is a file": (["--train-file", "good.jsonl", "--output-dir", "good.jsonl"], ["good.jsonl"]),
+    "offline dataset": (["--dataset", "no/such-dataset", "--output-dir", "o"], ["no/such-dataset"]),
+    "push offline": (["--train-file", "good.jsonl", "--output-dir", "o", "--push-to-hub", "me/x"], ["HF_HUB_OFFLINE"]),
+    "learning rate": (
+        ["--train-file", "good.jsonl", "--output-dir", "o", "--learning-rate", "-1"],
+        ["--learning-rate"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_loses_nothing(
+    console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path], case: str
+):
+    """A traceback, a message that does not name what is wrong, or a folder that is left half made."""
+    monkeypatch.chdir(tmp_path)
+    text = "It is a text of some length, for a tokenizer to learn from. "
+    Path("good.jsonl").write_text("".join(json.dumps({"text": f"{i} {text}", "n": i}) + "\n" for i in range(40)))
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("One.\n\nTwo.\n")
+    Path("latin.txt").write_bytes(b"good\n\xe9t\xe9\n")
+    Path("broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    Path("taken").mkdir()
+    Path("taken/thesis.txt").write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    given, words = BAD[case]
+    code, out, err = console(fit, *(str(checkpoints["gpt2"]) if word == "MODEL" else word for word in given))
+    line = err.strip().splitlines()[-1]
+    assert (code, out) == (2, ""), err
+    assert line.startswith("tfclm.fit: ")
+    assert "Traceback" not in err
+    assert all(word in line for word in words), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "words"),
+    [
+        (generate, ["--prompt", "x"], ["--model"]),
+        (generate, ["--model", "nowhere", "--prompt", "x"], ["nowhere"]),
+        (generate, ["--model", "MODEL", "--prompt", "x", "--top-p", "0"], ["--top-p"]),
+        (generate, ["--model", "MODEL", "--prompt", "x", "--temperature", "-1"], ["--temperature"]),
+        (generate, ["--model", "MODEL", "--prompt", "word " * 200], ["context of 64", "shorter prompt"]),
+        (generate, ["--model", "MODEL", "--prompt", "x", "--max-new-tokens", "64"], ["room for 63"]),
+        (evaluate, ["--file", "x.txt"], ["--model"]),
+        (evaluate, ["--model", "MODEL"], ["--dataset", "--file"]),
+        (evaluate, ["--model", "MODEL", "--file", "TEXT", "--stride", "0"], ["--stride 0"]),
+        (evaluate, ["--model", "MODEL", "--file", "TEXT", "--stride", "8", "--window", "65"], ["--window 65", "64"]),
+        (evaluate, ["--model", "MODEL", "--file", "TEXT", "--window", "8"], ["--stride"]),
+    ],
+)
+def test_bad_arguments_of_the_other_commands(
+    console: Console, checkpoints: dict[str, Path], tmp_path: Path, module, given: list[str], words: list[str]
+):
+    """A traceback from inside TensorFlow for what a user mistyped."""
+    text = tmp_path / "x.txt"
+    text.write_text("some text\n\nand more of it\n")
+    stand_ins = {"MODEL": checkpoints["gpt2"], "TEXT": text}
+    code, out, err = console(module, *(stand_ins.get(word, word) for word in given))
+    assert (code, out) == (2, ""), err
+    assert all(word in err.strip().splitlines()[-1] for word in words), err

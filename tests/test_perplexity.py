@@ -1,0 +1,119 @@
+"""Perplexity: known answers, and equality with a plain loop in float64."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import ARCHITECTURES
+
+from tfclm.perplexity import Perplexity, TokenLoss, perplexity, token_losses
+
+
+def reference(model, windows) -> tuple[float, int, float]:
+    """Mean loss, count and standard error by a plain loop: one row at a time, log-softmax in float64."""
+    losses = []
+    for ids, scored in windows:
+        logits = model(input_ids=tf.constant([ids]), training=False).logits.numpy()[0].astype(np.float64)
+        for position in range(1, len(ids)):
+            if position >= len(ids) - scored:
+                row = logits[position - 1]
+                losses.append(np.log(np.sum(np.exp(row - row.max()))) + row.max() - row[ids[position]])
+    return float(np.mean(losses)), len(losses), float(np.std(losses, ddof=1) / math.sqrt(len(losses)))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_blocks_equal_a_plain_loop(make_model, architecture: str):
+    """A mean of batch means: with 7 blocks in batches of 3 the last block would count three times."""
+    model = make_model(architecture)
+    blocks = np.random.default_rng(0).integers(2, 512, (7, 24))
+    loss, tokens, error = reference(model, [(row, 24) for row in blocks])
+    for batch_size in (1, 3, 7, 100):
+        score = perplexity(model, blocks, batch_size=batch_size)
+        assert score.tokens == tokens == 7 * 23
+        # Logits in float32 leave about 1e-6 of a loss near 6.
+        assert score.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+        assert score.loss_standard_error == pytest.approx(error, rel=1e-4)
+        assert score.standard_error == pytest.approx(math.exp(loss) * error, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(100, 32, 16), (33, 32, 1), (64, 32, 31), (20, 32, 8), (96, 32, 32)]
+)
+def test_strided_equals_the_fixed_length_protocol(make_model, length: int, window: int, stride: int):
+    """A token scored twice or never, or with less context than the protocol gives it."""
+    model = make_model("gpt2")
+    ids = np.random.default_rng(length).integers(0, 512, length)
+    windows, end_before = [], 0
+    for begin in range(0, length, stride):
+        end = min(begin + window, length)
+        windows.append((ids[begin:end], end - end_before))
+        end_before = end
+        if end == length:
+            break
+    loss, tokens, _ = reference(model, windows)
+    score = perplexity(model, ids, window=window, stride=stride, batch_size=3)
+    assert score.tokens == tokens
+    if stride < window:
+        assert tokens == length - 1
+    assert score.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_uniform_logits_have_the_vocabulary_as_perplexity():
+    """A shift by one, or a log of another base."""
+
+    def uniform(input_ids, training):
+        return SimpleNamespace(logits=tf.zeros([*tf.unstack(tf.shape(input_ids)), 50]))
+
+    score = perplexity(uniform, np.arange(40).reshape(4, 10))
+    assert score.perplexity == pytest.approx(50, rel=1e-6)
+    assert score.loss_standard_error == pytest.approx(0, abs=1e-6)
+
+
+def test_ignored_labels_count_for_nothing():
+    """A label of -100 that is scored as token 0, or counted."""
+    logits = tf.random.stateless_normal((2, 4, 9), seed=(1, 2))
+    labels = tf.constant([[1, 2, -100, 3], [4, -100, -100, -100]])
+    losses, mask = token_losses(logits, labels)
+    assert mask.numpy().tolist() == [[True, False, True], [False] * 3]
+    expected = -tf.nn.log_softmax(logits).numpy()[0, [0, 2], [2, 3]]
+    np.testing.assert_allclose(losses.numpy()[mask.numpy()], expected, rtol=1e-6)
+    assert not losses.numpy()[~mask.numpy()].any()
+
+
+def test_loss_of_bfloat16_logits_is_float32():
+    """A loss in bfloat16 moves in steps of 1/16 near 10."""
+    logits = tf.cast(tf.random.stateless_normal((1, 50, 40000), seed=(1, 2)), tf.bfloat16)
+    losses, _ = token_losses(logits, tf.range(50)[None])
+    exact, _ = token_losses(tf.cast(logits, tf.float64), tf.range(50)[None])
+    assert losses.dtype == tf.float32
+    np.testing.assert_allclose(losses, exact, rtol=1e-6)
+
+
+def test_metric_sums_over_batches():
+    """Keras' own mean of batch means."""
+    metric = TokenLoss()
+    assert math.isnan(metric.result())
+    metric.update_state(tf.constant([[1.0, 2.0, 6.0]]), tf.constant([[True, True, True]]))
+    metric.update_state(tf.constant([[1.0, 0.0, 0.0]]), tf.constant([[True, False, False]]))
+    assert metric.result().numpy() == 2.5
+    metric.reset_state()
+    metric.update_state(tf.constant([[4.0]]), tf.constant([[True]]))
+    assert metric.result().numpy() == 4.0
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 1}, {"window": 8, "stride": 9}, {"window": 8, "stride": 0}])
+def test_what_cannot_be_scored_is_refused(make_model, options):
+    """A window without a token to predict, or a stride that leaves tokens out, must not give a number."""
+    with pytest.raises(ValueError, match=r"window|stride"):
+        perplexity(make_model("gpt2"), np.arange(20), **options)
+
+
+def test_one_token_is_no_text(make_model):
+    """0 / 0 must not be reported as a perplexity of NaN."""
+    with pytest.raises(ValueError, match="no token to score"):
+        perplexity(make_model("gpt2"), np.array([5]), window=8)
+    assert Perplexity(loss=1e4, tokens=1, loss_standard_error=0.0).perplexity == math.inf

@@ -1,0 +1,201 @@
+"""Fine-tuning in this process: the step, what it reports, and how a run ends."""
+
+from __future__ import annotations
+
+import math
+
+import datasets
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from conftest import ARCHITECTURES
+
+from tfclm.errors import InputError
+from tfclm.perplexity import perplexity
+from tfclm.training import TrainingSettings, finetune
+from tfclm.training.step import finetuning_step
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+FAST = {"learning_rate": 1e-2, "deterministic": False, "batch_size": 8}
+
+
+def blocks(count: int, seed: int = 0, length: int = 16) -> datasets.Dataset:
+    """Blocks with something to learn: each token follows from the one before."""
+    first = np.random.default_rng(seed).integers(2, 60, (count, 1))
+    return datasets.Dataset.from_dict({"input_ids": ((first + np.arange(length) * 3) % 60 + 2).astype(np.int32)})
+
+
+def weights(model) -> list[np.ndarray]:
+    """The values of the trainable variables."""
+    return [variable.numpy() for variable in model.trainable_variables]
+
+
+def batch(rows: int, seed: int = 0):
+    """Features and labels [rows, 16]."""
+    ids = np.random.default_rng(seed).integers(2, 500, (rows, 16))
+    labels = ids.copy()
+    labels[1, 3:] = -100  # rows that do not weigh the same
+    return {"input_ids": tf.constant(ids), "attention_mask": tf.ones_like(ids)}, tf.constant(labels)
+
+
+def one_step(model, rows: int, pass_rows: int | None, **options):
+    """What one step of plain SGD reports and leaves."""
+    with finetuning_step(model, pass_rows, max_grad_norm=1.0):
+        model.compile(optimizer=tf_keras.optimizers.legacy.SGD(1.0), **options)
+        logs = model.train_on_batch(*batch(rows), return_dict=True)
+    return logs, weights(model)
+
+
+@pytest.mark.parametrize(("rows", "pass_rows"), [(8, 2), (8, 8), (7, 2), (3, 4)])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_accumulated_passes_equal_one_batch(make_model, rows: int, pass_rows: int, jit_compile: bool):
+    """Gradients averaged over passes: one with few labels, or a short last one, would weigh as much as a full one."""
+    logs, expected = one_step(make_model(**NO_DROPOUT), rows, None)
+    accumulated_logs, accumulated = one_step(make_model(**NO_DROPOUT), rows, pass_rows, jit_compile=jit_compile)
+    for name in ("loss", "grad_norm"):
+        assert accumulated_logs[name] == pytest.approx(logs[name], rel=1e-5)
+    for one, other in zip(expected, accumulated, strict=True):
+        np.testing.assert_allclose(other, one, atol=2e-6)
+
+
+def test_gradient_is_clipped_to_the_global_norm(make_model):
+    """Clipping each weight by itself, or a norm reported after clipping."""
+    model = make_model(**NO_DROPOUT)
+    before = weights(model)
+    with finetuning_step(model, None, max_grad_norm=0.125):
+        model.compile(optimizer=tf_keras.optimizers.legacy.SGD(1.0))
+        logs = model.train_on_batch(*batch(8), return_dict=True)
+    change = math.sqrt(sum(float(((a - b) ** 2).sum()) for a, b in zip(before, weights(model), strict=True)))
+    assert logs["grad_norm"] > 0.125
+    assert change == pytest.approx(0.125, rel=1e-3)
+
+
+def test_model_is_itself_again(make_model):
+    """A model that keeps our steps, or a metric among its weights, saves under another class or with more variables."""
+    model = make_model()
+    kind, names = type(model), [variable.name for variable in model.weights]
+    with finetuning_step(model, None, 1.0):
+        assert type(model).__name__ == kind.__name__
+        model.compile(optimizer="sgd")
+        model.train_on_batch(*batch(4))
+        assert [variable.name for variable in model.weights] == names
+    assert type(model) is kind
+    assert not hasattr(model, "step_state")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("batch_size", [4, 5])
+def test_val_loss_is_the_perplexity(make_model, tokenizer, architecture: str, batch_size: int):
+    """Keras' val_loss is a mean of batch means; 11 blocks leave a short last batch. And the best weights are kept."""
+    model = make_model(architecture)
+    settings = TrainingSettings(epochs=3, **FAST | {"batch_size": batch_size})
+    validation = blocks(11, seed=1)
+    initial = perplexity(model, np.array(validation["input_ids"]))
+    done = finetune(model, tokenizer, blocks(64), validation, settings)
+    assert done.initial_loss == pytest.approx(initial.loss, rel=1e-6)
+    # Float64 sums of float32 losses; exp(loss) to 1e-5 is loss to 1e-5.
+    final = perplexity(model, np.array(validation["input_ids"]))
+    assert math.exp(done.best_loss) == pytest.approx(final.perplexity, rel=1e-5)
+    assert final.loss < initial.loss - 0.5
+    assert [epoch["epoch"] for epoch in done.epochs] == [1, 2, 3]
+    assert done.best_loss == min(epoch["val_loss"] for epoch in done.epochs)
+    assert done.steps == 3 * (64 // batch_size)
+
+
+def test_training_loss_is_token_weighted(make_model, tokenizer):
+    """The mean of batch losses; with a learning rate of next to nothing the epoch's loss is that of the blocks."""
+    model = make_model(**NO_DROPOUT)
+    train = blocks(24)
+    settings = TrainingSettings(epochs=1, **FAST | {"learning_rate": 1e-12})
+    done = finetune(model, tokenizer, train, blocks(4, 1), settings)
+    assert done.epochs[0]["loss"] == pytest.approx(perplexity(model, np.array(train["input_ids"])).loss, rel=1e-6)
+
+
+def test_max_steps_ends_inside_an_epoch(make_model, tokenizer):
+    """A limit that is rounded to whole epochs, or a last epoch that is not validated."""
+    done = finetune(make_model(), tokenizer, blocks(64), blocks(8, 1), TrainingSettings(max_steps=11, **FAST))
+    assert [epoch["step"] for epoch in done.epochs] == [8, 11]
+    assert done.steps == 11
+    assert done.tokens == 11 * 8 * 15
+
+
+def test_early_stopping(make_model, tokenizer):
+    """Patience that counts from the last epoch, not from the best; 9 is a rate at which nothing is learnt."""
+    settings = TrainingSettings(epochs=10, early_stopping_patience=2, **FAST | {"learning_rate": 9.0})
+    done = finetune(make_model(), tokenizer, blocks(16), blocks(8, 1), settings)
+    assert (done.best_epoch, len(done.epochs)) == (0, 2)
+
+
+def test_fewer_blocks_than_a_batch(make_model, tokenizer):
+    """An epoch of no steps."""
+    done = finetune(make_model(), tokenizer, blocks(3), blocks(2, 1), TrainingSettings(epochs=2, **FAST))
+    assert done.steps == 2
+
+
+class Poison(tf_keras.callbacks.Callback):
+    """Makes one weight NaN after a step, as an overflow would."""
+
+    def __init__(self, step: int):
+        self.step = step
+        self.seen = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen += 1
+        if self.seen == self.step:
+            variable = self.model.trainable_variables[0]
+            variable.assign(variable * float("nan"))
+
+
+@pytest.mark.parametrize(("step", "best_epoch"), [(3, 0), (11, 1)])
+def test_nan_stops_with_the_last_good_weights(make_model, tokenizer, step: int, best_epoch: int):
+    """A run that goes on with NaN and saves it. Before the first epoch is over, the last state saved counts."""
+    model = make_model()
+    settings = TrainingSettings(epochs=3, save_steps=2, **FAST)
+    validation = blocks(8, 1)
+    done = finetune(model, tokenizer, blocks(64), validation, settings, callbacks=[Poison(step)])
+    assert done.diverged is not None
+    assert f"step {step + 1}" in done.diverged
+    assert done.best_epoch == best_epoch
+    assert done.best_loss < done.initial_loss
+    assert perplexity(model, np.array(validation["input_ids"])).loss == pytest.approx(done.best_loss, rel=1e-6)
+
+
+def test_changed_text_does_not_resume(make_model, tokenizer, tmp_path):
+    """Weights of one text's run that go on silently with another text."""
+    settings = TrainingSettings(epochs=1, **FAST)
+    finetune(make_model(), tokenizer, blocks(64), blocks(8, 1), settings, output_dir=tmp_path)
+    with pytest.raises(InputError, match="has changed"):
+        finetune(make_model(), tokenizer, blocks(64, seed=5), blocks(8, 1), settings, output_dir=tmp_path)
+
+
+def test_no_block_is_refused(make_model, tokenizer):
+    """A division by zero."""
+    with pytest.raises(InputError, match="more text"):
+        finetune(make_model(), tokenizer, blocks(8), blocks(8).select([]), TrainingSettings())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mixed_precision_learns_with_a_float32_loss(make_model, tokenizer, precision: str, architecture: str):
+    """A loss reported in bfloat16 (steps of 1/32 here), variables that are not float32, or a type that cannot run."""
+    tf_keras.mixed_precision.set_global_policy(f"mixed_{precision}")
+    try:
+        model = make_model(architecture)
+        settings = TrainingSettings(epochs=2, mixed_precision=precision, gradient_accumulation_steps=2, **FAST)
+        done = finetune(model, tokenizer, blocks(64), blocks(9, 1), settings)
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    assert all(variable.dtype == tf.float32 for variable in model.trainable_variables)
+    losses = [done.initial_loss, *(epoch["val_loss"] for epoch in done.epochs)]
+    assert losses[-1] < losses[0] - 0.3
+    assert any(loss * 32 % 1 for loss in losses)
+
+
+def test_jit_compile_trains_the_same(make_model, tokenizer):
+    """A step that XLA compiles to something else; its sums are in another order, hence the tolerance."""
+    settings = {"epochs": 2, **FAST, "learning_rate": 1e-3}
+    plain, compiled = make_model(**NO_DROPOUT), make_model(**NO_DROPOUT)
+    one = finetune(plain, tokenizer, blocks(64), blocks(9, 1), TrainingSettings(**settings))
+    other = finetune(compiled, tokenizer, blocks(64), blocks(9, 1), TrainingSettings(jit_compile=True, **settings))
+    assert other.best_loss == pytest.approx(one.best_loss, rel=1e-4)
