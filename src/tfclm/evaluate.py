@@ -21,7 +21,7 @@ class EvaluateSettings(SourceSettings):
     file: tuple[str, ...] = setting((), "local files (.txt .jsonl .json .csv .parquet, also .gz) or globs of them")
     stride: int | None = setting(None, "score one long text in windows that move by this many tokens, not in blocks")
     window: int | None = setting(None, "tokens of a window, with --stride; the model's context if not given")
-    batch_size: int = setting(8, "rows a forward pass")
+    batch_size: int = setting(4, "rows a forward pass")
     json: bool = setting(False, "print a JSON object")
 
 

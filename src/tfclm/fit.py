@@ -128,6 +128,7 @@ def run(settings: FitSettings) -> int:
             f"{len(train.blocks)} blocks of {settings.block_size} tokens to train on, "
             f"{len(validation.blocks)} to validate with"
         )
+        folder.begin()
         push = [hub.push_callback(repo_id, tokenizer, folder.path / "resume" / "hub")] if repo_id else []
         try:
             done = finetune(

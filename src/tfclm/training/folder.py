@@ -19,7 +19,7 @@ from tfclm.training.report import draw_curve, model_card
 from tfclm.training.run import TrainingRecord
 
 # Settings that may differ between a run and its continuation: they change how, not what.
-FREE = ("num_proc", "save_steps")
+FREE = ("num_proc", "output_dir", "save_steps")
 # What a run writes beside the files of the checkpoint; `--overwrite` removes these and nothing else.
 RUN_FILES = ("README.md", "fit.yaml", "logs", "loss.png", "results.json", "resume")
 PACKAGES = ("tfclm", "tensorflow", "tf-keras", "transformers", "tokenizers", "datasets", "huggingface-hub")
@@ -41,6 +41,7 @@ class RunFolder:
         self.path, self.settings = path, settings
         self.results: dict[str, Any] | None = None
         mine = (path / "fit.yaml").is_file()
+        self._fresh = overwrite or not mine
         try:
             if not mine and path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise InputError(f"--output-dir {path} is there already and holds no run: give another folder")
@@ -53,9 +54,6 @@ class RunFolder:
                     return
             path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(path)
-            if mine and overwrite:
-                self._remove(*RUN_FILES)
-            write(path / "fit.yaml", to_yaml(settings))
         except OSError as error:
             raise InputError(
                 f"--output-dir {path}: {error.strerror or error}; give a folder that can be written"
@@ -81,16 +79,19 @@ class RunFolder:
         for entry in (self.path / name for name in names):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
+    def begin(self) -> None:
+        """From here on the folder is this run's; what it held before is kept until all input has proved good."""
+        if self._fresh:
+            self._remove(*RUN_FILES)
+        write(self.path / "fit.yaml", to_yaml(self.settings))
+
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._lock.release()
-        if kind is not None and not (self.path / "resume").exists():
-            # Nothing was trained yet: leave the place as it was found.
-            self._remove(*RUN_FILES)
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
+        if kind is not None and not any(self.path.iterdir()):
+            self.path.rmdir()  # nothing was begun: leave the place as it was found
 
     def finish(self, done: TrainingRecord, protocol: dict[str, Any], tokens: int, sample: str) -> dict[str, Any]:
         """Writes curve, card and results beside the model; `results.json` comes last and marks the run complete."""

@@ -26,7 +26,7 @@ class Interrupted(Exception):
 class Progress:
     """How far a run has come; plain values, saved within the same checkpoint as the weights."""
 
-    data: str  # digest of the training blocks and of what orders them
+    identity: str  # digest of the blocks and of the settings
     epoch: int = 0  # epochs that are over
     step: int = 0  # optimizer steps done inside the present epoch
     steps: int = 0  # optimizer steps done in all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 import tempfile
@@ -98,24 +99,26 @@ def finetune(
         validation_feed = feed(model, validation, tokenizer, batch_size=settings.batch_size)
 
         snapshots = Snapshots(output / "resume", model, optimizer, generators, model.step_state.loss)
-        progress = snapshots.restore()
-        if progress is None:
-            progress = Progress(data=digest(train, rows))
-        elif progress.data != digest(train, rows):
+        identity = _identity(settings, train, validation)
+        progress = snapshots.restore() or Progress(identity)
+        if progress.identity != identity:
             raise InputError(
-                f"the training text has changed since the run in {output} began; --overwrite starts afresh"
+                f"text or settings have changed since the run in {output} began; --overwrite starts afresh"
             )
         keeper = RunKeeper(snapshots, progress, settings, total_steps, stop)
         keeper.set_model(model)
+
+        def validate() -> float:
+            return float(model.evaluate(validation_feed, callbacks=[keeper], verbose=0, return_dict=True)["loss"])
+
         if progress.best is None:
-            progress.initial_loss = model.evaluate(validation_feed, verbose=0, return_dict=True)["loss"]
+            progress.initial_loss = validate()
             snapshots.keep_best(progress, "best-0", progress.initial_loss)
             keeper.save()
         elif progress.step and progress.steps == min((progress.epoch + 1) * steps_per_epoch, total_steps):
             # Interrupted after the last step of an epoch, before its validation was over.
             total, tokens = progress.loss_sums
-            loss = model.evaluate(validation_feed, verbose=0, return_dict=True)["loss"]
-            keeper.epoch_over({"loss": total / tokens, "val_loss": loss})
+            keeper.epoch_over({"loss": total / tokens, "val_loss": validate()})
 
         diverged = None
         bar, log = ProgressBar(keeper, rows * block_size), EventLog(keeper, output / "logs")
@@ -132,13 +135,11 @@ def finetune(
                 )
         except Diverged as error:
             diverged = str(error)
-            last = snapshots.restore()
-            if last is not None:
-                keeper.progress = progress = last
-                loss = model.evaluate(validation_feed, verbose=0, return_dict=True)["loss"]
-                if loss < progress.best_loss:
-                    snapshots.keep_best(progress, f"best-{progress.epoch}-{progress.step}", loss)
-                    keeper.save()
+            keeper.progress = progress = snapshots.restore() or progress
+            loss = validate()
+            if loss < progress.best_loss:
+                snapshots.keep_best(progress, f"best-{progress.epoch}-{progress.step}", loss)
+                keeper.save()
         finally:
             bar.close()
             log.close()
@@ -157,9 +158,12 @@ def finetune(
     )
 
 
-def digest(blocks: Any, rows: int) -> str:
-    """A digest of the blocks and of the number of rows a step: equal for equal runs alone."""
-    state = hashlib.sha256(f"{len(blocks)} {rows}".encode())
-    for batch in blocks.with_format("numpy").iter(batch_size=4096):
-        state.update(batch["input_ids"].tobytes())
-    return state.hexdigest()
+def _identity(settings: TrainingSettings, *splits: Any) -> str:
+    """A digest of all that determines a run's weights; how often it is saved does not."""
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainingSettings)}
+    digest = hashlib.sha256(repr(fields | {"save_steps": None}).encode())
+    for blocks in splits:
+        digest.update(f"{len(blocks)} ".encode())
+        for batch in blocks.with_format("numpy").iter(batch_size=4096):
+            digest.update(batch["input_ids"].tobytes())
+    return digest.hexdigest()
