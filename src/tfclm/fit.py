@@ -186,14 +186,17 @@ def from_scratch(settings: FitSettings, train: Any, strategy: Any) -> tuple[Any,
 def show(results: dict[str, Any], settings: FitSettings, note: str | None = None) -> int:
     """Says what a complete run came to; the exit code."""
     model = settings.output_dir
+    # What `make` has installed is no other shell's `python`.
+    own = Path(sys.executable)
+    python = own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else "python"
     before, after = results["initial_perplexity"], results["perplexity"]
     lines = [
         *([note] if note else []),
         f"validation perplexity {before:.2f} before, {after:.2f} after ({before / after:.1f} times lower), in {model}",
         f"sample: {results['sample']!r}",
         "go on with:",
-        f'  python -m tfclm.generate --model {model} --prompt "…"',
-        f"  python -m tfclm.evaluate --model {model} --file FILE",
+        f'  {python} -m tfclm.generate --model {model} --prompt "…"',
+        f"  {python} -m tfclm.evaluate --model {model} --file FILE",
     ]
     if results["train"]["diverged"]:
         lines.insert(

@@ -23,7 +23,7 @@ class SourceSettings:
     )
     block_size: int = setting(128, "tokens a block")
     separator: Literal["eos", "none"] = setting("eos", "what stands between documents; the guide puts nothing there")
-    num_proc: int | None = setting(None, "processes that tokenize; one a processor by default")
+    num_proc: int | None = setting(None, "processes that tokenize; one if not given")
 
     def separator_ids(self, tokenizer: Any) -> list[int]:
         """The ids that `pack` puts after each document.
