@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+# A file's tests share what is slow to make, so they stay in one process.
+PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: fit test check lowest benchmarks readme clean
 
@@ -10,23 +12,24 @@ fit: $(INSTALLED)  ## fine-tune a small model on Python's own documentation
 	$(BIN)/python -m tfclm.fit
 
 test: $(INSTALLED)-dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 check: $(INSTALLED)-dev  ## lint, type-check, test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 lowest:  ## the journey from text to model on the lowest versions that pyproject.toml allows
 	$(MAKE) VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt .venv-lowest/.installed-dev
-	.venv-lowest/bin/python -m pytest tests/test_fit.py tests/test_checkpoint.py
+	.venv-lowest/bin/python $(PYTEST) tests/test_fit.py tests/test_checkpoint.py tests/savedmodel/test_detokenizer.py
 
 readme: $(INSTALLED)-dev  ## print the tables of settings for the README
 	@for verb in fit generate evaluate; do $(BIN)/python -m tfclm.settings $$verb; done
 
 benchmarks: $(INSTALLED)-dev  ## the figures of the README
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.tokenizer
 
 clean:  ## remove what make has made
 	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info

@@ -269,7 +269,7 @@ BAD = {
     "empty file": (["--train-file", "empty.txt", "--output-dir", "o"], ["empty.txt"]),
     "no UTF-8": (["--train-file", "latin.txt", "--output-dir", "o"], ["latin.txt", "line 2", "UTF-8"]),
     "no JSON": (["--train-file", "broken.jsonl", "--output-dir", "o"], ["broken.jsonl", "line 2"]),
-    "shorter than a block": (["--train-file", "short.txt", "--output-dir", "o"], ["--block-size"]),
+    "shorter than a block": (["--train-file", "short.txt", "--output-dir", "o"], ["training split", "--block-size"]),
     "no output": (["--train-file", "good.jsonl"], ["--output-dir"]),
     "nothing to train on": (["--model", "MODEL", "--output-dir", "o"], ["--dataset", "--train-file"]),
     "no such model": (["--model", "nowhere/at-all", "--train-file", "good.jsonl", "--output-dir", "o"], ["nowhere"]),

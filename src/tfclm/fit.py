@@ -115,14 +115,8 @@ def run(settings: FitSettings) -> int:
         say(f"{len(texts.train)} documents to train on, {len(texts.validation)} to validate with")
         if tokenizer is None:
             model, tokenizer = from_scratch(settings, texts.train, strategy)
-        train, validation = (
-            corpus.pack(
-                corpus.tokenize(split, tokenizer, settings.num_proc),
-                settings.block_size,
-                settings.separator_ids(tokenizer),
-            )
-            for split in (texts.train, texts.validation)
-        )
+        train = blocks_of("training", texts.train, tokenizer, settings)
+        validation = blocks_of("validation", texts.validation, tokenizer, settings)
         corpus.check_vocabulary(max(train.largest_id, validation.largest_id), model.config.vocab_size)
         say(
             f"{len(train.blocks)} blocks of {settings.block_size} tokens to train on, "
@@ -158,6 +152,17 @@ def run(settings: FitSettings) -> int:
         )
         results = folder.finish(done, protocol, len(validation.blocks) * (settings.block_size - 1), text)
     return show(results, settings)
+
+
+def blocks_of(name: str, texts: Any, tokenizer: Any, settings: FitSettings) -> Any:
+    """The blocks of one split."""
+    from tfclm import corpus
+
+    tokens = corpus.tokenize(texts, tokenizer, settings.num_proc)
+    try:
+        return corpus.pack(tokens, settings.block_size, settings.separator_ids(tokenizer))
+    except InputError as error:
+        raise InputError(f"{name} split: {error}") from error
 
 
 def set_up(settings: FitSettings) -> Any:

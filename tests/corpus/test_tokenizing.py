@@ -135,6 +135,7 @@ def test_long_texts_make_no_noise(tokenizer_dir: Path, caplog: pytest.LogCapture
     """Catches the warning of "sequence length longer than the maximum", which does not concern packed text."""
     texts = datasets.Dataset.from_dict({"text": ["a long text, many tokens"]})
     loggers = [logging.getLogger(name) for name in ("transformers", "datasets")]
+    caplog.set_level(logging.WARNING, logger="transformers")  # a command that ran before may have quieted it
     for use_fast in (True, False):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, use_fast=use_fast, model_max_length=4)
         for logger in loggers:
