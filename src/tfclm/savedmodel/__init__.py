@@ -1,0 +1,1 @@
+"""What goes into the exported graph, and how a finished version is validated and published."""

@@ -1,0 +1,150 @@
+"""Text in, token ids out, as the fast tokenizer of the checkpoint gives them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfclm.errors import InputError
+from tfclm.savedmodel.tokenizer.added import PLAIN, AddedTokens
+from tfclm.savedmodel.tokenizer.classes import Tensor
+from tfclm.savedmodel.tokenizer.composing import Composer
+from tfclm.savedmodel.tokenizer.merging import Merger, ragged_gather
+from tfclm.savedmodel.tokenizer.splitting import encode, splitters
+
+__all__ = ["GraphTokenizer"]
+
+END = 0  # the kind of the NUL that is put after each text
+REPLACEMENT = 0xFFFD
+
+
+class GraphTokenizer(tf.Module):
+    """A fast byte-level BPE tokenizer as core TensorFlow ops.
+
+    `tokenizer` is a `transformers.PreTrainedTokenizerFast`; its configuration is read once, here. The ids are exactly
+    those of `tokenizer(text)`, special tokens of its post-processor included, and without truncation. Raises
+    `InputError` naming the component that cannot be put into the graph exactly. Nothing is cached between calls.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        backend = tokenizer.backend_tokenizer
+        config = json.loads(backend.to_str())
+        self._merger = Merger(config["model"], backend.model.tokenize)
+        self._compose = _composer(config["normalizer"])
+        self._space, self._splitters = splitters(config["pre_tokenizer"])
+        added = config["added_tokens"]
+        if self._compose is not None:  # what is looked for in normalized text is normalized itself
+            nfc = backend.normalizer.normalize_str
+            added = [t | {"content": nfc(t["content"])} if t["normalized"] else t for t in added]
+        self._raw, self._normalized = (
+            _group([(kind, token) for kind, token in enumerate(added, END + 1) if token["normalized"] == normalized])
+            for normalized in (False, True)
+        )
+        before, after = _surroundings(config["post_processor"])
+        sample = backend.encode("a", add_special_tokens=False).ids
+        if tokenizer("a")["input_ids"] != [*before, *sample, *after]:
+            raise InputError("the tokenizer's post_processor is unsupported: it does not only put tokens around a text")
+        self._before = tf.constant(before, tf.int32)
+        self._fixed = tf.constant([*after, *(token["id"] for token in added)], tf.int32)
+        self._fixed_ends = tf.constant(len(after) + np.arange(len(added) + 1), tf.int64)
+
+    def encode(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """The token ids of `texts` (string [B]): int32 [B, L], padded with 0 on the right, and lengths int32 [B].
+
+        Bytes that are not UTF-8 count as U+FFFD, as Python's `errors="replace"` has it.
+        """
+        with tf.device("CPU:0"):
+            # A NUL ends each text, and an empty text the batch: no array is empty from here on.
+            texts = tf.strings.join([tf.concat([texts, [""]], 0), "\0"])
+            rows, points = tf.raw_ops.UnicodeDecode(
+                input=texts, input_encoding="UTF-8", errors="replace", replacement_char=REPLACEMENT
+            )
+            last = rows[1:] - 1
+            shape = tf.shape(points, tf.int64)
+            kinds = tf.scatter_nd(last[:, None], tf.ones_like(last, tf.int32), shape) + PLAIN
+            edges = tf.concat([rows[:-1], last], 0)
+            starts = tf.scatter_nd(edges[:, None], tf.ones_like(edges, tf.int32), shape) > 0
+            if self._raw:
+                starts, kinds = self._raw.find(points, starts, kinds)
+            if self._compose:
+                points, starts, source = self._compose(points, starts, kinds != PLAIN)
+                kinds = tf.gather(kinds, source)
+            if self._normalized:
+                starts, kinds = self._normalized.find(points, starts, kinds)
+            if self._space:
+                points, starts, kinds = _put_spaces(points, starts, kinds)
+            for split in self._splitters:
+                starts = split(points, starts, kinds != PLAIN)
+            ids, splits = self._ids(encode(points, starts), tf.boolean_mask(kinds, starts))
+            ids = tf.RaggedTensor.from_row_splits(ids[: splits[-2]], splits[:-1], validate=False)
+            size = tf.size(self._before)
+            before = tf.broadcast_to(self._before, [ids.nrows(tf.int32), size])
+            lengths = tf.cast(ids.row_lengths(), tf.int32) + size
+            return tf.concat([before, ids.to_tensor()], 1), lengths
+
+    def _ids(self, words: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [T] of the words [W] of all texts, and where each text's begin, int64 [texts + 1]."""
+        distinct, word = tf.unique(words)
+        ids, splits = self._merger(distinct)
+        row = tf.where(kinds == PLAIN, word, tf.size(distinct) + kinds)
+        ids, splits = ragged_gather(
+            tf.concat([ids, self._fixed], 0), tf.concat([splits, splits[-1] + self._fixed_ends], 0), row
+        )
+        return ids, tf.concat([[0], tf.boolean_mask(splits[1:], kinds == END)], 0)
+
+
+def _composer(config: dict[str, Any] | None) -> Composer | None:
+    """What the normalizer of a tokenizer.json does: nothing, or NFC."""
+    while config is not None and config["type"] == "Sequence" and len(config["normalizers"]) == 1:
+        config = config["normalizers"][0]
+    if config is None or (config["type"] == "Sequence" and not config["normalizers"]):
+        return None
+    if config["type"] == "NFC":
+        return Composer()
+    raise InputError(f"the tokenizer's normalizer {config['type']} is unsupported in the graph: only NFC is")
+
+
+def _group(tokens: list[tuple[int, dict[str, Any]]]) -> AddedTokens | None:
+    return AddedTokens([token for _, token in tokens], [kind for kind, _ in tokens]) if tokens else None
+
+
+def _put_spaces(points: Tensor, starts: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A space before each plain piece that does not begin with one."""
+    wanting = tf.cast(starts & (kinds == PLAIN) & (points != ord(" ")), tf.int64)
+    place = (tf.range(tf.size(points, tf.int64)) + tf.cumsum(wanting))[:, None]
+    shape = tf.shape(points, tf.int64) + tf.reduce_sum(wanting)
+    begin = tf.boolean_mask(place - wanting[:, None], starts)
+    return (
+        tf.tensor_scatter_nd_update(tf.fill(shape, ord(" ")), place, points),
+        tf.scatter_nd(begin, tf.ones_like(begin[:, 0], tf.int32), shape) > 0,
+        tf.tensor_scatter_nd_update(tf.fill(shape, PLAIN), place, kinds),
+    )
+
+
+def _surroundings(config: dict[str, Any] | None) -> tuple[list[int], list[int]]:
+    """The ids that the post_processor of a tokenizer.json puts before and after a text."""
+    if config is None or config["type"] == "ByteLevel":
+        return [], []
+    if config["type"] in ("RobertaProcessing", "BertProcessing"):
+        return [config["cls"][1]], [config["sep"][1]]
+    if config["type"] == "Sequence":
+        before: list[int] = []
+        after: list[int] = []
+        for inner in config["processors"]:
+            outer = _surroundings(inner)
+            before, after = outer[0] + before, after + outer[1]
+        return before, after
+    if config["type"] == "TemplateProcessing":
+        sides: tuple[list[int], list[int]] = ([], [])
+        side = 0
+        for item in config["single"]:
+            if "Sequence" in item:
+                side += 1
+            else:
+                sides[side].extend(config["special_tokens"][item["SpecialToken"]["id"]]["ids"])
+        return sides
+    raise InputError(f"the tokenizer's post_processor {config['type']} is unsupported")
