@@ -487,3 +487,15 @@ def test_source_must_be_given_once(tmp_path: Path) -> None:
     refused("exclude each other", dataset="x", validation_split="test", validation_files=[path])
     refused("needs --dataset", files=[path], validation_split="test")
     assert re.search(r"is a file: give it as --train-file .*a\.jsonl", refused(dataset=path))
+
+
+def test_a_text_that_occurs_twice_is_on_one_side(tmp_path: Path) -> None:
+    """Catches validation on a text that was trained on, because a crawl or a forum holds it twice."""
+    path = tmp_path / "twice.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i % 40}"}) + "\n" for i in range(200)))
+    for seed in range(5):
+        texts = read(files=[str(path)], seed=seed)
+        train, validation = set(texts.train["text"]), set(texts.validation["text"])
+        assert len(validation) == 4
+        assert not train & validation
+        assert len(texts.train) + len(texts.validation) == 200

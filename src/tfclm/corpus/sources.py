@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ def read(
 
     Validation is, in this order: `validation_split`; `validation_files`; the dataset's own split that goes with
     `split` (`validation`, `valid`, `val`, `dev` or `test`; for `train_asks`, `validation_asks` and so on); else
-    `validation_fraction` of the documents, drawn by `seed`, both parts in their original order.
+    `validation_fraction` of the documents, drawn by `seed`, both parts in their original order; documents of the same
+    text are drawn together.
 
     Raises `InputError` for input that cannot be used, naming the file and line, the column, the split or the flag.
     """
@@ -145,15 +147,26 @@ def _hold_out(texts: datasets.Dataset, fraction: float, seed: int) -> tuple[data
 
     if not 0 < fraction < 1:
         raise InputError(f"--validation-fraction {fraction:g} is not between 0 and 1, for example 0.1")
-    rows = len(texts)
-    if rows < 2:
+    # A text that occurs twice goes to one side: else it would be validated on after being trained on.
+    digests = np.fromiter(
+        (
+            int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+            for batch in texts.iter(batch_size=1000)
+            for text in batch["text"]
+        ),
+        np.int64,
+        len(texts),
+    )
+    _, first, place = np.unique(digests, return_index=True, return_inverse=True)
+    different = np.argsort(np.argsort(first))[place]  # numbered as they first occur
+    count = len(first)
+    if count < 2:
         raise InputError(
-            f"{rows} document is too little to hold some out for validation: "
+            f"{count} document is too little to hold some out for validation: "
             "give more text, or --validation-file or --validation-split"
         )
-    count = min(max(round(rows * fraction), 1), rows - 1)
-    drawn = np.zeros(rows, dtype=bool)
-    drawn[np.random.default_rng(seed).permutation(rows)[:count]] = True
+    held_out = np.random.default_rng(seed).permutation(count)[: min(max(round(count * fraction), 1), count - 1)]
+    drawn = np.isin(different, held_out)
     return texts.select(np.flatnonzero(~drawn)), texts.select(np.flatnonzero(drawn))
 
 

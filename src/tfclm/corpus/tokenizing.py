@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 GROUP_CHARACTERS = 1 << 20
 # Some 50 MB a process.
 REMEMBERED_WORDS = 1 << 18
+REMEMBERED_LENGTH = 64  # longer ones, which no language repeats, are forgotten at once
 # Spaces and the word after them; the spaces at the end of a text.
 _WORD = re.compile(r"\s*\S+|\s+")
 
@@ -97,12 +98,16 @@ class _Encoder:
             known.clear()
         new = list({word for words in pieces if words for word in words} - known.keys())
         known.update(zip(new, self._encode(new), strict=True))
-        return [
+        encoded = [
             np.array(next(whole), np.int32)
             if words is None
             else np.fromiter(chain.from_iterable(map(known.__getitem__, words)), np.int32)
             for words in pieces
         ]
+        for word in new:
+            if len(word) > REMEMBERED_LENGTH:
+                del known[word]
+        return encoded
 
     def _encode(self, texts: Iterable[str]) -> Iterator[list[int]]:
         # The fast variant leaves out the offsets, which nobody reads here.
