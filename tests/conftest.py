@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-
 import pydoc_data.topics
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Caches of their own, gone with the tests: what an older reader wrote must not be found again.
+_CACHES = tempfile.TemporaryDirectory(prefix="tfclm-tests-")
+os.environ["HF_HOME"] = _CACHES.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 def documents() -> list[str]:
