@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         folder = self.server.root / name
         if not folder.exists():
-            _make_repository(folder)
+            make_repository(folder)
         host, port = self.server.server_address[:2]
         return self._answer(200, {"url": f"http://{host}:{port}/{name}", "name": name, "id": name})
 
@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
 
-def _make_repository(folder: Path) -> None:
+def make_repository(folder: Path) -> None:
     """A bare repository with a first commit, as the Hub makes it."""
 
     def git(*arguments: str, text: str = "") -> str:

@@ -67,3 +67,12 @@ def test_we_open_what_pytorch_saves(architecture: str, config: dict, size: str, 
     assert (tmp_path / "model.safetensors").exists() == (size == "1GB")
     loaded, _ = checkpoint.load(tmp_path)
     np.testing.assert_allclose(tensorflow_logits(loaded), pytorch_logits(model), atol=1e-4)
+
+
+def test_pipeline_takes_the_folder_as_it_is(tokenizer, tmp_path: Path) -> None:
+    """The guide's last step, word for word; without PyTorch transformers 4.54 needs `torch_dtype=None` beside it."""
+    from transformers import pipeline
+
+    checkpoint.save(checkpoint.create(tiny_config("gpt2")), tokenizer, tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path))
+    assert generator("Python is", max_new_tokens=4)[0]["generated_text"].startswith("Python is")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_config
-from hub_server import hub
+from hub_server import hub, make_repository
 
 GIT_LFS = pytest.mark.skipif(shutil.which("git-lfs") is None, reason="git-lfs is not installed")
 
@@ -63,16 +63,21 @@ def test_preflight_names_what_is_missing(tmp_path: Path):
         assert "cannot be reached" in preflight("me/tiny", gone)[1]
 
 
+def arguments(folder: Path, documents: list[str]) -> list[object]:
+    """A short run's, on the model in `folder`."""
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document[:800]}) + "\n" for document in documents[:10]))
+    given = ["--model", folder / "model", "--train-file", text, "--output-dir", folder / "run"]
+    return [*given, "--block-size", 32, "--epochs", 2, "--learning-rate", 1e-2, "--push-to-hub", "me/tiny"]
+
+
 @GIT_LFS
 def test_fit_pushes_what_can_be_loaded(tmp_path: Path, tokenizer, documents: list[str]):
     """A push that leaves out the tokenizer or the last epoch, or a folder that keeps the clone."""
     from tfclm.checkpoint import create, load, save
 
     save(create(tiny_config("gpt2")), tokenizer, tmp_path / "model")
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": document[:800]}) + "\n" for document in documents[:10]))
-    given = ["--model", tmp_path / "model", "--train-file", text, "--output-dir", tmp_path / "run"]
-    given += ["--block-size", 32, "--epochs", 2, "--learning-rate", 1e-2, "--push-to-hub", "me/tiny"]
+    given = arguments(tmp_path, documents)
     with hub(tmp_path) as endpoint:
         done = subprocess.run(
             [sys.executable, "-m", "tfclm.fit", *map(str, given)],
@@ -95,3 +100,24 @@ def test_fit_pushes_what_can_be_loaded(tmp_path: Path, tokenizer, documents: lis
     for one, other in zip(pushed.weights, kept.weights, strict=True):
         assert (one.numpy() == other.numpy()).all()
     assert pushed_tokenizer("some text") == tokenizer("some text")
+
+
+@GIT_LFS
+def test_failed_push_keeps_token_and_run(tmp_path: Path, tokenizer, documents: list[str]):
+    """git's message about a push that is refused holds the token; and a run that a push ends must not be lost."""
+    from tfclm.checkpoint import create, save
+
+    save(create(tiny_config("gpt2")), tokenizer, tmp_path / "model")
+    command = [sys.executable, "-m", "tfclm.fit", *map(str, arguments(tmp_path, documents))]
+    repository = tmp_path / "me" / "tiny"
+    make_repository(repository)
+    with hub(tmp_path) as endpoint:
+        user = environment(endpoint, "hf_writer", tmp_path)
+        subprocess.run(["git", "-C", repository, "config", "http.receivepack", "false"], check=True)
+        refused = subprocess.run(command, env=user, capture_output=True, text=True)
+        assert refused.returncode == 1, refused.stderr
+        assert "hf_writer" not in refused.stdout + refused.stderr
+        subprocess.run(["git", "-C", repository, "config", "http.receivepack", "true"], check=True)
+        again = subprocess.run(command, env=user, capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+    assert (tmp_path / "run" / "results.json").is_file()

@@ -151,7 +151,11 @@ def run(settings: FitSettings) -> int:
             model, tokenizer, prompt, max_new_tokens=min(60, settings.block_size - 8) or 1, seed=settings.seed
         )
         results = folder.finish(done, protocol, len(validation.blocks) * (settings.block_size - 1), text)
-    return show(results, settings)
+    code = show(results, settings)
+    if push and push[0].repo.commands_failed:
+        say(f"a push to {repo_id} failed, so the Hub may hold older weights: hf upload {repo_id} {folder.path}")
+        return 1
+    return code
 
 
 def blocks_of(name: str, texts: Any, tokenizer: Any, settings: FitSettings) -> Any:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -103,6 +104,19 @@ def command(
         # The reader of stdout has gone (`| head`); Python must not complain about it again while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception:
+        # git puts the Hub's token into its messages, by way of the remote's address.
+        trace = traceback.format_exc()
+        for token in filter(None, (os.environ.get("HF_TOKEN"), _stored_token())):
+            trace = trace.replace(token, "***")
+        print(trace, file=sys.stderr, end="")
+        sys.exit(1)
+
+
+def _stored_token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
 
 
 def _import_tensorflow() -> None:
