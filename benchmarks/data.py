@@ -149,7 +149,7 @@ def compare(rounds: int, sample: list[str], num_proc: int) -> dict[str, tuple[fl
         ratios = [theirs / ours for theirs, ours in pairs[1:]]
         medians = (count / statistics.median(each) / 1e6 for each in (theirs_took, ours_took))
         results[name] = (*medians, ratios)
-    return results  # type: ignore[return-value]
+    return results
 
 
 def exhaust(batches: Any) -> None:

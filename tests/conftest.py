@@ -41,7 +41,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tokenizer(tokenizer_dir: Path):  # type: ignore[no-untyped-def]
+def tokenizer(tokenizer_dir: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tokenizer_dir)
@@ -50,7 +50,7 @@ def tokenizer(tokenizer_dir: Path):  # type: ignore[no-untyped-def]
 ARCHITECTURES = ["gpt2", "opt", "mistral"]
 
 
-def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, **overrides):  # type: ignore[no-untyped-def]
+def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, **overrides):
     """The config of a two-layer model of width 32; dropout stays at the architecture's default unless overridden."""
     from transformers import GPT2Config, MistralConfig, OPTConfig
 
@@ -85,10 +85,10 @@ def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, **o
 
 
 @pytest.fixture
-def make_model():  # type: ignore[no-untyped-def]
+def make_model():
     """`make_model("opt", context=128, seed=3)`: a tiny TensorFlow model with seeded random weights, built."""
 
-    def make(architecture: str = "gpt2", seed: int = 0, **config):  # type: ignore[no-untyped-def]
+    def make(architecture: str = "gpt2", seed: int = 0, **config):
         import tf_keras
 
         from tfclm.checkpoint import create

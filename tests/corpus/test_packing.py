@@ -91,7 +91,7 @@ def test_many_batches_leave_one_remainder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_proc", [None, 2, 3])
 @pytest.mark.parametrize("batch", [1, 7, None])
 def test_blocks_do_not_depend_on_how_the_text_was_tokenized(
-    tokenizer,  # type: ignore[no-untyped-def]
+    tokenizer,
     documents: list[str],
     num_proc: int | None,
     batch: int | None,

@@ -50,7 +50,7 @@ def texts_of(path: Path | str, column: str = "text") -> list[str]:
 def refused(*what: str, **arguments: object) -> str:
     """The message of the error, once it is one line that holds all of `what`."""
     with pytest.raises(InputError) as caught:
-        (read_split if arguments.pop("one", False) else read)(**arguments)  # type: ignore[arg-type]
+        (read_split if arguments.pop("one", False) else read)(**arguments)
     message = str(caught.value)
     assert "\n" not in message
     for part in what:
@@ -233,7 +233,7 @@ def save_eli5(folder: Path, layout: str) -> dict[str, object]:
         rows = []
         for row in ELI5:
             answers = row["answers"]
-            columns = zip(answers["a_id"], answers["text"], answers["score"], strict=True)  # type: ignore[index]
+            columns = zip(answers["a_id"], answers["text"], answers["score"], strict=True)
             rows.append(
                 row | {"answers": [dict(zip(("a_id", "text", "score"), each, strict=True)) for each in columns]}
             )
@@ -250,7 +250,7 @@ def save_eli5(folder: Path, layout: str) -> dict[str, object]:
 @pytest.mark.parametrize("layout", ["struct of lists", "list of structs", "flattened", "jsonl", "parquet"])
 def test_nested_answers_of_eli5(tmp_path: Path, layout: str) -> None:
     """Catches a nested column that is not found, or answers that come one a row instead of joined."""
-    split = read_split(**save_eli5(tmp_path, layout), text_column="answers.text")  # type: ignore[arg-type]
+    split = read_split(**save_eli5(tmp_path, layout), text_column="answers.text")
     assert list(split.texts["text"]) == ANSWERS
     assert split.texts.column_names == ["text"]
 

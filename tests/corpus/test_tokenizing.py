@@ -19,7 +19,7 @@ def texts(documents: list[str]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": [*documents[:40], "", "ünï 六\x00 \U0001f600", "a<|endoftext|>b"]})
 
 
-def expected(texts: datasets.Dataset, tokenizer) -> list[list[int]]:  # type: ignore[no-untyped-def]
+def expected(texts: datasets.Dataset, tokenizer) -> list[list[int]]:
     """The ids of one text at a time."""
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts["text"]]
 
@@ -73,14 +73,14 @@ def test_random_text_gives_the_tokenizers_ids(kind: str) -> None:
 
 
 @pytest.mark.parametrize("num_proc", [None, 1, 2, 64])
-def test_ids_are_the_tokenizers(texts: datasets.Dataset, tokenizer, num_proc: int | None) -> None:  # type: ignore[no-untyped-def]
+def test_ids_are_the_tokenizers(texts: datasets.Dataset, tokenizer, num_proc: int | None) -> None:
     """Catches rows lost, doubled or out of order between processes, and more processes than rows."""
     tokens = tokenize(texts.select(range(20)) if num_proc == 64 else texts, tokenizer, num_proc)
     assert tokens.features == datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     assert list(tokens["input_ids"]) == expected(texts, tokenizer)[: len(tokens)]
 
 
-def test_long_batches_are_encoded_in_order(tokenizer, documents: list[str]) -> None:  # type: ignore[no-untyped-def]
+def test_long_batches_are_encoded_in_order(tokenizer, documents: list[str]) -> None:
     """Catches documents that change places where a batch is encoded in several groups."""
     texts = datasets.Dataset.from_dict({"text": ["".join(documents[i : i + 30]) for i in range(0, 70, 10)]})
     assert sum(map(len, texts["text"])) > 1 << 20
@@ -113,7 +113,7 @@ def test_special_tokens_in_the_text_follow_the_tokenizer(tokenizer_dir: Path) ->
         assert (0 in ids) is not split
 
 
-def test_slow_tokenizer_gives_the_same_ids(texts: datasets.Dataset, tokenizer, tokenizer_dir: Path) -> None:  # type: ignore[no-untyped-def]
+def test_slow_tokenizer_gives_the_same_ids(texts: datasets.Dataset, tokenizer, tokenizer_dir: Path) -> None:
     """Catches a tokenizer without a Rust backend that cannot be used."""
     slow = AutoTokenizer.from_pretrained(tokenizer_dir, use_fast=False)
     assert not slow.is_fast
@@ -121,7 +121,7 @@ def test_slow_tokenizer_gives_the_same_ids(texts: datasets.Dataset, tokenizer, t
     assert list(tokenize(few, slow)["input_ids"]) == expected(few, tokenizer)
 
 
-def test_second_run_reads_the_cache_whatever_the_tokenizer_did_between(tmp_path: Path, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_second_run_reads_the_cache_whatever_the_tokenizer_did_between(tmp_path: Path, tokenizer) -> None:
     """Catches a fingerprint that depends on what the tokenizer was last asked to do, so that nothing is ever reused."""
     datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
     first = tokenize(datasets.load_from_disk(str(tmp_path / "saved")), tokenizer)

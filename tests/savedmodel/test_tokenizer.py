@@ -40,14 +40,14 @@ MISTRAL = (
 )
 
 
-def split(regex: str):  # type: ignore[no-untyped-def]
+def split(regex: str):
     """The pre-tokenizer of the tokenizers that came after GPT-2: a rule of their own, then bytes."""
     return pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(regex), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
 
 
-def prefixed(*tokens: tuple[str, int]):  # type: ignore[no-untyped-def]
+def prefixed(*tokens: tuple[str, int]):
     """The post-processor that puts tokens before a text."""
     return processors.TemplateProcessing(
         single=" ".join([name for name, _ in tokens] + ["$A"]), special_tokens=list(tokens)
@@ -121,7 +121,7 @@ def make(kind: str = "gpt2", **changes: object) -> PreTrainedTokenizerFast:
     config = json.loads(gpt2().backend_tokenizer.to_str())
     config["model"]["ignore_merges"] = parts.get("ignore_merges", False)
     backend = Tokenizer.from_str(json.dumps(config))
-    for token in parts.get("added", []):  # type: ignore[attr-defined]
+    for token in parts.get("added", []):
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if name in parts:
@@ -397,13 +397,13 @@ def test_saved_model_with_tensorflow_alone(kind: str, tmp_path: Path) -> None:
     module.tokenizer, module.detokenizer = GraphTokenizer(tokenizer), GraphDetokenizer(tokenizer)
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "text")])
-    def encode(text):  # type: ignore[no-untyped-def]
+    def encode(text):
         return dict(zip(("ids", "lengths"), module.tokenizer.encode(text), strict=True))
 
     @tf.function(
         input_signature=[tf.TensorSpec([None, None], tf.int32, "ids"), tf.TensorSpec([None], tf.int32, "lengths")]
     )
-    def decode(ids, lengths):  # type: ignore[no-untyped-def]
+    def decode(ids, lengths):
         return {"text": module.detokenizer.decode(ids, lengths)}
 
     tf.saved_model.save(module, str(tmp_path), signatures={"encode": encode, "decode": decode})

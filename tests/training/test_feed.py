@@ -42,7 +42,7 @@ def assert_same(found: tf.data.Dataset, wanted: tf.data.Dataset) -> None:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "mistral"])
 @pytest.mark.parametrize("drop_remainder", [False, True])
-def test_batches_equal_the_stock_call(architecture: str, drop_remainder: bool, make_model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_batches_equal_the_stock_call(architecture: str, drop_remainder: bool, make_model, tokenizer) -> None:
     """Catches a fast way that differs from `prepare_tf_dataset` with the stock collator in any value, type or shape."""
     model, blocks = make_model(architecture), make_blocks(75)
     order = np.random.default_rng(1).permutation(75)
@@ -56,7 +56,7 @@ def test_batches_equal_the_stock_call(architecture: str, drop_remainder: bool, m
     assert int(ours.cardinality()) == int(stock.cardinality()) == (9 if drop_remainder else 10)
 
 
-def test_batches_equal_the_stock_call_of_a_tokenizer_with_its_own_pad(make_model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_batches_equal_the_stock_call_of_a_tokenizer_with_its_own_pad(make_model, tokenizer) -> None:
     """Catches a private pad token that changes the batches of a model whose pad is none of the text's ids."""
     model, blocks = make_model("opt"), make_blocks(20)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -65,7 +65,7 @@ def test_batches_equal_the_stock_call_of_a_tokenizer_with_its_own_pad(make_model
     assert_same(feed(model, blocks, tokenizer, batch_size=8), stock)
 
 
-def test_many_fetches_and_record_batches(make_model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_many_fetches_and_record_batches(make_model, tokenizer) -> None:
     """Catches rows taken from the wrong record batch, or lost where one fetch ends: 5 fetches, 3 record batches."""
     ids = np.random.default_rng(0).integers(0, 512, (20_480, 16)).astype(np.int32)
     parts = [make_table(ids[a:b]) for a, b in ((0, 7_000), (7_000, 7_001), (7_001, 20_480))]
@@ -87,7 +87,7 @@ def make_table(ids: np.ndarray) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("kind", ["slice", "shuffle"])
-def test_feed_of_a_selection_of_blocks(kind: str, make_model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_feed_of_a_selection_of_blocks(kind: str, make_model, tokenizer) -> None:
     """Catches a feed that reads the whole table although the blocks are a part of it."""
     blocks = make_blocks(30)
     blocks = blocks.select(range(5, 25)) if kind == "slice" else blocks.shuffle(seed=3)
@@ -99,7 +99,7 @@ def test_feed_of_a_selection_of_blocks(kind: str, make_model, tokenizer) -> None
     np.testing.assert_array_equal(found, rows[::-1])
 
 
-def test_resumed_order_goes_on_where_the_run_stopped(make_model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_resumed_order_goes_on_where_the_run_stopped(make_model, tokenizer) -> None:
     """Catches a resumed run that sees other batches than the uninterrupted one."""
     model, blocks = make_model(), make_blocks(21)
     order = run_order(21, 4, epochs=3, seed=5)
@@ -111,7 +111,7 @@ def test_resumed_order_goes_on_where_the_run_stopped(make_model, tokenizer) -> N
         np.testing.assert_array_equal(one, other)
 
 
-def test_eos_keeps_its_label_and_the_tokenizer_is_left_alone(make_model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_eos_keeps_its_label_and_the_tokenizer_is_left_alone(make_model, tokenizer) -> None:
     """Catches pad == EOS, which takes every EOS out of the loss, so that the model never learns to stop."""
     blocks = make_blocks(16)
     tokenizer.pad_token = tokenizer.eos_token
@@ -123,7 +123,7 @@ def test_eos_keeps_its_label_and_the_tokenizer_is_left_alone(make_model, tokeniz
     assert (tokenizer.pad_token, len(tokenizer)) == ("<|endoftext|>", length)
 
 
-def test_collator_pads_rows_of_unequal_length_as_the_stock_one(tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_collator_pads_rows_of_unequal_length_as_the_stock_one(tokenizer) -> None:
     """Catches the short way taken for rows that need padding; padding must be out of the loss, EOS in it."""
     own = collator(tokenizer)
     batch = own([{"input_ids": [5, 0]}, {"input_ids": [6, 7, 0]}])
@@ -145,7 +145,7 @@ def test_collator_alone_gives_tensors_as_the_stock_one(tokenizer, rows: list) ->
         np.testing.assert_array_equal(found[name], wanted[name])
 
 
-def test_model_trains_on_the_feed(make_model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_model_trains_on_the_feed(make_model, tokenizer) -> None:
     """Catches a structure that Keras takes for something else than inputs and labels, or an unknown number of steps."""
     model, blocks = make_model("gpt2", context=16), make_blocks(12)
     model.compile(optimizer="sgd")
@@ -156,7 +156,7 @@ def test_model_trains_on_the_feed(make_model, tokenizer) -> None:  # type: ignor
     assert np.isfinite(history.history["loss"]).all()
 
 
-def test_feed_outlives_the_names_of_what_it_reads(make_model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_feed_outlives_the_names_of_what_it_reads(make_model, tokenizer) -> None:
     """Catches buffers that are unmapped while tf.data still reads them, and a second pass that finds nothing."""
     blocks = make_blocks(10)
     rows = np.array(list(blocks["input_ids"]))

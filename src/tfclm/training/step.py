@@ -31,6 +31,10 @@ class FinetuningStep:
     """
 
     step_state: StepState
+    # What the model's own class brings.
+    optimizer: Any
+    trainable_variables: Any
+    __call__: Any
 
     def _maybe_load_initial_counters_from_ckpt(self, steps_per_epoch: int, initial_epoch: int) -> tuple[int, int]:
         # Where Keras asks at which epoch and step to begin; fit's own argument knows epochs alone.
@@ -52,15 +56,15 @@ class FinetuningStep:
         def gradients_of(part: dict[str, tf.Tensor]) -> list[tf.Tensor]:
             part_labels = part.pop("labels")
             with tf.GradientTape() as tape:
-                losses, mask = token_losses(self(part, training=True).logits, part_labels)  # type: ignore[operator]
+                losses, mask = token_losses(self(part, training=True).logits, part_labels)
                 loss = tf.reduce_sum(losses) / tokens
-                if isinstance(self.optimizer, tf_keras.mixed_precision.LossScaleOptimizer):  # type: ignore[attr-defined]
-                    loss = self.optimizer.get_scaled_loss(loss)  # type: ignore[attr-defined]
+                if isinstance(self.optimizer, tf_keras.mixed_precision.LossScaleOptimizer):
+                    loss = self.optimizer.get_scaled_loss(loss)
             state.loss.update_state(losses, mask)
             gradients = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
             return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
-        variables = self.trainable_variables  # type: ignore[attr-defined]
+        variables = self.trainable_variables
         rows = {**features, "labels": labels}
         if state.pass_rows is None:
             gradients = gradients_of(rows)
@@ -79,7 +83,7 @@ class FinetuningStep:
 
     def _apply(self, gradients: list[tf.Tensor], variables: list[tf.Variable]) -> tf.Tensor:
         """Clips and applies gradients that are already summed over the replicas; returns their norm before."""
-        optimizer = self.optimizer  # type: ignore[attr-defined]
+        optimizer = self.optimizer
         if isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer):
             gradients = optimizer.get_unscaled_gradients(gradients)
         norm = tf.linalg.global_norm(gradients)
@@ -91,7 +95,7 @@ class FinetuningStep:
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Loss of (features of [B, L], labels [B, L])."""
         features, labels = data
-        self.step_state.loss.update_state(*token_losses(self(features, training=False).logits, labels))  # type: ignore[operator]
+        self.step_state.loss.update_state(*token_losses(self(features, training=False).logits, labels))
         return {"loss": self.step_state.loss.result()}
 
 
