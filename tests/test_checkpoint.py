@@ -868,7 +868,7 @@ def test_a_sharded_hub_model_loads_quietly_then_from_the_cache(saved, hub, tmp_p
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": str(Path(checkpoint.__file__).parents[1]),
+        "PYTHONPATH": str(Path(checkpoint.__file__).parents[2]),
     }
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -885,6 +885,6 @@ def test_a_sharded_hub_model_loads_quietly_then_from_the_cache(saved, hub, tmp_p
 def test_importing_the_module_imports_no_tensorflow() -> None:
     """`--help` that takes five seconds because of an import at the top."""
     code = "import sys, tfclm.checkpoint; print('tensorflow' in sys.modules, 'transformers' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False"]

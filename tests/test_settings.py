@@ -28,6 +28,8 @@ class Example:
     train_file: tuple[str, ...] = setting((), "files")
     jit_compile: bool = setting(True, "a switch")
     again: bool = setting(False, "not recorded", recorded=False)
+    prompt: str | None = setting(None, "any text", literal=True)
+    precision: Literal["no", "on", "16"] = setting("on", "words that YAML reads as something else")
 
 
 def read(*arguments: str) -> Example:
@@ -50,6 +52,43 @@ def test_file_is_overridden_by_flags(tmp_path: Path):
     assert settings == Example(0.1, 9, "none", ("x", "y"), False)
 
 
+def test_flag_given_again_adds_to_its_values(tmp_path: Path):
+    """Training on the last of several files alone; or, with a file of settings, on its files as well."""
+    both = read("--train-file", "a", "b", "--train-file", "c")
+    assert both.train_file == ("a", "b", "c")
+    file = tmp_path / "run.yaml"
+    file.write_text("train_file: [x, -y]\n")
+    assert read("--config", str(file)).train_file == ("x", "-y")
+    assert read("--config", str(file), "--train-file", "a", "--train-file=b").train_file == ("a", "b")
+
+
+def test_values_of_a_file_are_read_as_they_are_written(tmp_path: Path):
+    """YAML's no, 16 and 010 are False, an int and eight: neither the choice `no` nor the text that was written."""
+    file = tmp_path / "run.yaml"
+    for line, settings in {
+        "precision: no": Example(precision="no"),
+        "precision: on": Example(precision="on"),
+        "precision: 16": Example(precision="16"),
+        "prompt: 010": Example(prompt="010"),
+        "prompt: no": Example(prompt="no"),
+        "prompt: none": Example(prompt="none"),
+        "prompt: null": Example(),
+        "block_size: null": Example(),
+        "block_size: none": Example(),
+        "train_file: [no, 1]": Example(train_file=("no", "1")),
+        "train_file: []": Example(),
+        "again: yes": Example(again=True),
+        "jit_compile: False": Example(jit_compile=False),
+    }.items():
+        file.write_text(line)
+        assert read("--config", str(file)) == settings, line
+
+
+def test_literal_flag_takes_none_as_text():
+    """A prompt of "none" that is taken for no prompt, so that the command waits for standard input."""
+    assert read("--prompt", "none", "--block-size", "none") == Example(prompt="none", block_size=None)
+
+
 def test_record_gives_the_settings_back(tmp_path: Path):
     """`fit.yaml` repeats a run: every value survives the way through the file, None, tuples and 2e-05 too."""
     settings = Example(rate=2e-5, train_file=("a b", "c"), jit_compile=False, again=True)
@@ -65,6 +104,7 @@ def test_record_gives_the_settings_back(tmp_path: Path):
         ("rate: fast\n", ["--rate", "fast"]),
         ("jit_compile: 3\n", ["jit_compile", "true or false"]),
         ("kind: both\n", ["--kind", "both"]),
+        ("kind: [eos]\n", ["kind takes one value"]),
         ("- a\n", ["setting: value"]),
         ("a: [\n", ["no valid YAML"]),
         (None, ["No such file"]),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
+from typing import TextIO
 
 from tfclm.errors import InputError
 from tfclm.settings import command, setting
@@ -16,7 +18,7 @@ class GenerateSettings:
 
     model: str | None = setting(None, "folder or Hub id of the checkpoint")
     revision: str | None = setting(None, "branch, tag or commit of a Hub id")
-    prompt: str | None = setting(None, "what to go on from; standard input if not given")
+    prompt: str | None = setting(None, "what to go on from; standard input if not given", literal=True)
     max_new_tokens: int | None = setting(None, "tokens at most; 100, or what the context leaves, if not given")
     temperature: float = setting(1.0, "flattens (above 1) or sharpens the distribution; 0 is greedy")
     top_k: int = setting(50, "draw from this many of the likeliest tokens; 0 is off")
@@ -32,7 +34,7 @@ def run(settings: GenerateSettings) -> None:
 
     if settings.model is None:
         raise InputError("--model is missing: give the folder or Hub id of a checkpoint")
-    prompt = sys.stdin.read() if settings.prompt is None else settings.prompt
+    prompt = read_prompt(settings.prompt, sys.stdin)
     model, tokenizer = load(settings.model, revision=settings.revision)
     text = sample(
         model,
@@ -45,6 +47,22 @@ def run(settings: GenerateSettings) -> None:
         seed=settings.seed,
     )
     print(json.dumps({"generated_text": text}, ensure_ascii=False) if settings.json else text)
+
+
+def read_prompt(prompt: str | None, stdin: TextIO) -> str:
+    """The prompt that is given, else standard input without the newline that `echo` and editors put at the end.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        if prompt is None:
+            return re.sub(r"\r?\n\Z", "", stdin.buffer.read().decode())
+        prompt.encode()  # fails where the shell's bytes were no text, which Python hands on as surrogates
+        return prompt
+    except UnicodeError as error:
+        given = "standard input" if prompt is None else "--prompt"
+        raise InputError(f"{given} is not UTF-8: give the prompt as UTF-8 (iconv -t UTF-8 converts it)") from error
 
 
 def main() -> None:

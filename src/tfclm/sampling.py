@@ -25,25 +25,29 @@ def sample(
         tokenizer: its tokenizer.
         prompt: what to go on from; empty begins a text of its own.
         max_new_tokens: tokens at most; 100, or what the context leaves, if not given.
-        temperature: above 0; 0 is greedy.
+        temperature: 1e-6 to 1e6; 0 is greedy.
         top_k: draw from this many of the likeliest tokens; 0 is off.
         top_p: draw from the likeliest tokens that together have this probability; 1 is off.
         seed: the same seed gives the same text; None is fresh.
 
     Raises:
-        InputError: a value out of range, or a prompt that leaves no room in the model's context.
+        InputError: a value out of range, a prompt that leaves no room in the model's context, or an empty one where the
+            tokenizer has no token to begin with.
     """
     import tensorflow as tf
 
-    if temperature < 0:
-        raise InputError(f"--temperature {temperature}: give 0 (greedy) or more")
+    if temperature != 0 and not 1e-6 <= temperature <= 1e6:  # beyond, logits overflow or vanish
+        raise InputError(f"--temperature {temperature}: give 0 (greedy) or a number from 1e-6 to 1e6")
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p}: give a number above 0, up to 1 (off)")
     if top_k < 0:
         raise InputError(f"--top-k {top_k}: give 0 (off) or more")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: give 1 or more")
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = tokenizer(prompt)["input_ids"] or [start]
+    if ids == [None]:
+        raise InputError("the prompt is empty, and the tokenizer has no BOS or EOS to begin with: give a --prompt")
     context = getattr(model.config, "max_position_embeddings", None)
     room = (context or len(ids) + (max_new_tokens or 100)) - len(ids)
     if room < (max_new_tokens or 1):

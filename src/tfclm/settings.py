@@ -19,9 +19,12 @@ from tfclm.errors import InputError
 T = TypeVar("T")
 
 
-def setting(default: Any, help: str, *, recorded: bool = True) -> Any:
-    """A dataclass field with its help text; what is not recorded is left out of the settings file."""
-    return dataclasses.field(default=default, metadata={"help": help, "recorded": recorded})
+def setting(default: Any, help: str, *, recorded: bool = True, literal: bool = False) -> Any:
+    """A dataclass field with its help text.
+
+    What is not `recorded` is left out of the settings file. A `literal` flag is any text, "none" too: None by default.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "recorded": recorded, "literal": literal})
 
 
 def parse(
@@ -35,19 +38,20 @@ def parse(
     """Reads a settings dataclass from command-line arguments, over the values of the file named by `--config`.
 
     Every field is a flag, `--learning-rate` and `--learning_rate` alike; a bool has a `--no-` twin; a tuple takes
-    several values; None is written `none`. `preset` gets the names of the fields that are given, and may give others.
+    several values, also of a flag given again; None is written `none`. `preset` gets the names of the fields that are
+    given, and may give others.
 
     Raises:
         InputError: an unknown flag or key, or a value that its field does not take.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings; flags override it")
+    override = "a YAML file of settings; flags override it"
+    parser.add_argument("--config", metavar="FILE", help=override, default=argparse.SUPPRESS)
     for field, kind in _fields(settings):
         _add(parser, field, kind)
     given = vars(parser.parse_args(arguments))
     path = given.pop("config", None)
     values = {**(vars(parser.parse_args(_from_yaml(settings, path))) if path else {}), **given}
-    values.pop("config", None)
     return settings(**{**preset(values), **values})
 
 
@@ -181,12 +185,13 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: A
     elif typing.get_origin(kind) is tuple:
         parser.add_argument(*flags, nargs="*", action=_Tuple, metavar=metavar, **common)
     else:
-        parser.add_argument(*flags, type=_optional(kind) if optional else kind, metavar=metavar, **common)
+        convert = _optional(kind) if optional and not field.metadata["literal"] else kind
+        parser.add_argument(*flags, type=convert, metavar=metavar, **common)
 
 
 class _Tuple(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, tuple(values))
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
 
 
 def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -201,30 +206,42 @@ def _from_yaml(settings: type, path: str) -> list[str]:
     """A settings file as the flags that say the same, so that both are checked by the same code."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Reads a value as it is written, as a flag's is: `no` is a choice of some, 0123456 a commit; null is None."""
+
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+            values = yaml.load(file, Loader)
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: no valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: give one `setting: value` a line")
-    known = {field.name: kind for field, kind in _fields(settings)}
+    known = {field.name: (field, kind) for field, kind in _fields(settings)}
     arguments: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise InputError(f"--config {path}: {key} is no setting; there are {', '.join(known)}")
+        field, kind = known[name]
         flag = f"--{name.replace('_', '-')}"
-        if known[name] is bool:
-            if not isinstance(value, bool):
+        if kind is bool:
+            switch = Loader.bool_values.get(str(value).lower())
+            if switch is None:
                 raise InputError(f"--config {path}: {key} is true or false, not {value!r}")
-            arguments.append(flag if value else flag.replace("--", "--no-", 1))
-        elif typing.get_origin(known[name]) is tuple:
+            arguments.append(flag if switch else flag.replace("--", "--no-", 1))
+        elif typing.get_origin(kind) is tuple:
             items = value if isinstance(value, list) else [] if value is None else [value]
-            arguments += [flag, *map(str, items)]
-        else:
+            arguments += [f"{flag}={item}" for item in items] or [flag]
+        elif isinstance(value, list | dict):
+            raise InputError(f"--config {path}: {key} takes one value, not {value!r}")
+        elif value is not None or not field.metadata["literal"]:
             arguments.append(f"{flag}={'none' if value is None else value}")
     return arguments
 

@@ -271,6 +271,36 @@ def test_column_that_is_not_text(tmp_path: Path, layout: str) -> None:
     refused("answers", "not text", **where, text_column="answers")
 
 
+TEXT_TYPES = [
+    pa.large_string(),
+    pa.string_view(),
+    pa.dictionary(pa.int8(), pa.string()),
+    pa.list_(pa.dictionary(pa.int8(), pa.large_string())),
+]
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
+def test_text_of_every_arrow_type(tmp_path: Path, kind: pa.DataType) -> None:
+    """Catches text refused as no text because another program wrote it, such as pandas with its categories."""
+    texts = ["one", None, "two", "one"]
+    nested = pa.types.is_list(kind)
+    column = pa.array([[text] for text in texts] if nested else texts, kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet") == ["one", "two", "one"]
+    if not nested:
+        datasets.Dataset(pa.table({"text": column})).save_to_disk(tmp_path / "saved")
+        split = read_split(dataset=str(tmp_path / "saved"), split="train")
+        assert list(split.texts["text"]) == ["one", "two", "one"]
+
+
+def test_column_that_is_there_twice(tmp_path: Path) -> None:
+    """Catches the first of two columns of one name taken for the text."""
+    (tmp_path / "a.csv").write_text("text,id,text\none,1,two\n")
+    pq.write_table(pa.table([["one"], ["two"]], names=["text", "text"]), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        refused(f"{name} has column text twice", files=[str(tmp_path / name)], one=True)
+
+
 def test_missing_column_of_csv(tmp_path: Path) -> None:
     """Catches the first column taken for the one asked for."""
     path = write_rows(tmp_path / "a.csv", ["one", "two"])
@@ -343,10 +373,24 @@ def test_splits_that_overlap_are_refused(saved: str) -> None:
 
 def test_unknown_split_lists_those_there_are(saved: str) -> None:
     """Catches a KeyError where the name of the split is all that is missing."""
-    refused("split train ", "train_asks, validation_asks, test_asks, extra", dataset=saved, split="train")
-    refused("split dev ", "validation_asks", dataset=saved, split="train_asks", validation_split="dev")
-    refused("split train_asks[: ", dataset=saved, split="train_asks[:")
-    refused("no rows", dataset=saved, split="train_asks[:0]")
+    refused("--train-split train ", "train_asks, validation_asks, test_asks, extra", dataset=saved, split="train")
+    refused("--validation-split dev ", "validation_asks", dataset=saved, split="train_asks", validation_split="dev")
+    refused("--split dev ", "validation_asks", dataset=saved, split="dev", one=True)
+    refused("--train-split train_asks[: ", dataset=saved, split="train_asks[:")
+
+
+@pytest.mark.parametrize("rows", ["[:0]", "[4:4]", "[4:3]", "[20:]", "[30:40]", "[50%:50%]"])
+def test_split_without_rows(saved: str, rows: str) -> None:
+    """Catches an IndexError for rows beyond the last, and part of an expression that adds nothing."""
+    refused(f"--train-split train_asks{rows} takes none of the 20 rows", dataset=saved, split=f"train_asks{rows}")
+    refused("takes none of the 20", dataset=saved, split=f"extra+train_asks{rows}")
+    refused(f"--split train_asks{rows} takes none", dataset=saved, split=f"train_asks{rows}", one=True)
+    refused(
+        f"--validation-split train_asks{rows} takes none",
+        dataset=saved,
+        split="extra",
+        validation_split=f"train_asks{rows}",
+    )
 
 
 def test_saved_dataset_without_splits(tmp_path: Path) -> None:
@@ -355,6 +399,16 @@ def test_saved_dataset_without_splits(tmp_path: Path) -> None:
     split = read_split(dataset=str(tmp_path / "saved"), split="train")
     assert list(split.texts["text"]) == ["a", "b"]
     assert split.description["dropped_rows"] == 2
+
+
+@pytest.mark.parametrize("flag", ["dataset_config", "revision"])
+def test_what_only_a_hub_dataset_has_is_refused_elsewhere(saved: str, tmp_path: Path, flag: str) -> None:
+    """Catches a configuration or a revision that is silently ignored: the text would be another than was asked for."""
+    option = {"dataset_config": "--dataset-config", "revision": "--dataset-revision"}[flag]
+    for one in (True, False):
+        refused(f"{option} x is for datasets of the Hub", saved, dataset=saved, **{flag: "x"}, one=one)
+        refused(option, "python-docs", dataset="python-docs", **{flag: "x"}, one=one)
+        refused(option, files=[str(write_rows(tmp_path / "a.jsonl", ["a", "b"]))], **{flag: "x"}, one=one)
 
 
 def test_folder_of_data_files_opens_as_a_hub_dataset_does(tmp_path: Path) -> None:
@@ -366,6 +420,7 @@ def test_folder_of_data_files_opens_as_a_hub_dataset_does(tmp_path: Path) -> Non
     texts = read(dataset=str(folder))
     assert list(texts.train["text"]) == ["a", "b", "c"]
     assert list(texts.validation["text"]) == ["d"]
+    refused("--dataset-revision main", dataset=str(folder), revision="main")
 
 
 def test_script_dataset_names_the_way_out(tmp_path: Path) -> None:
@@ -385,7 +440,7 @@ def test_dataset_that_cannot_be_reached(tmp_path: Path) -> None:
 def test_dataset_of_empty_rows(tmp_path: Path) -> None:
     """Catches a run that starts on no text at all."""
     datasets.Dataset.from_dict({"text": ["", None, " "]}).save_to_disk(tmp_path / "saved")
-    refused("every row of column text", dataset=str(tmp_path / "saved"))
+    refused("every row of column text in --train-split train", dataset=str(tmp_path / "saved"))
 
 
 # What is held out
@@ -447,6 +502,15 @@ def test_validation_files(tmp_path: Path) -> None:
         ("a.json", b'[\n{"text": "one"},\n{"text": oops}\n]', "a.json, line 3 is not JSON"),
         ("a.json", b'[\n{"text": "one"},\n{"text": "two"}\n', "a.json ends inside its array"),
         ("a.json", b'[\n{"text": "one"},\n\n 7]', "a.json, line 4 is no object"),
+        ("a.json", b'[{"text": "one"}]\n[{"text": "two"}]', "a.json, line 2 goes on after the end of its array"),
+        ("a.json", b'[\n{"text": "one"}\n]\n\n,', "a.json, line 5 goes on after the end of its array"),
+        ("a.json", b'[{"text": "one"}]' + b" " * (3 << 20) + b"\nx", "a.json, line 2 goes on after the end"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud83d"}\n', "a.jsonl, line 2: column text has half of a surrogate"),
+        ("a.json", b'[{"text": "one"},\n{"text": "\\ude00."}]', "a.json, line 2: column text has half of a surrogate"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": ' + b"[" * 100_000, "a.jsonl, line 2 is nested too deeply"),
+        ("a.json", b'[{"text": "one"},\n' + b"[" * 100_000, "a.json, line 2 is nested too deeply"),
+        ("a.jsonl", b'{"text": ' + b"[" * 3_000 + b"]" * 3_000 + b"}", "a.jsonl, line 1 is nested too deeply"),
+        ("a.jsonl", b'{"a":' * 900 + b"1" + b"}" * 900, "a.jsonl has no column text: it has a.a"),
         ("a.csv", b"id,text\n1,one\n2,two,three\n", "a.csv, line 3 has 3 fields where the header has 2"),
         ("a.csv", b'id,text\n1,"never closed\n\n', "a.csv, line 3 is not CSV"),
         ("a.parquet", b"PAR1 no", "a.parquet is not a readable parquet file"),
@@ -478,6 +542,14 @@ def test_file_that_does_not_exist(tmp_path: Path) -> None:
     refused("is a folder", "*.txt", files=[str(tmp_path)])
 
 
+@pytest.mark.parametrize("home", ["file/cache", "/proc/nowhere/cache"])
+def test_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    """Catches a traceback where HF_HOME lies below a file, or in a place that nothing can be written to."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / home)
+    refused("cache", home, "HF_HOME", files=[str(write_rows(tmp_path / "a.jsonl", ["a", "b"]))])
+
+
 def test_source_must_be_given_once(tmp_path: Path) -> None:
     """Catches one of two sources that is silently ignored."""
     path = str(write_rows(tmp_path / "a.jsonl", ["a", "b"]))
@@ -490,12 +562,14 @@ def test_source_must_be_given_once(tmp_path: Path) -> None:
 
 
 def test_a_text_that_occurs_twice_is_on_one_side(tmp_path: Path) -> None:
-    """Catches validation on a text that was trained on, because a crawl or a forum holds it twice."""
+    """Catches validation on a text that was trained on, because a crawl holds it twice, differently spaced."""
     path = tmp_path / "twice.jsonl"
-    path.write_text("".join(json.dumps({"text": f"text {i % 40}"}) + "\n" for i in range(200)))
+    path.write_text(
+        "".join(json.dumps({"text": f"{' ' * (i // 80)}text {i % 40}{chr(10) * (i // 40)}"}) + "\n" for i in range(200))
+    )
     for seed in range(5):
         texts = read(files=[str(path)], seed=seed)
-        train, validation = set(texts.train["text"]), set(texts.validation["text"])
+        train, validation = ({text.strip() for text in part["text"]} for part in (texts.train, texts.validation))
         assert len(validation) == 4
         assert not train & validation
         assert len(texts.train) + len(texts.validation) == 200

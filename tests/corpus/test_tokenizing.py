@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tfclm.corpus import tokenize
+from tfclm.corpus.tokenizing import _encoder
 
 
 @pytest.fixture
@@ -129,6 +130,13 @@ def test_second_run_reads_the_cache_whatever_the_tokenizer_did_between(tmp_path:
     again = tokenize(datasets.load_from_disk(str(tmp_path / "saved")), tokenizer)
     assert first.cache_files
     assert first.cache_files == again.cache_files
+
+
+def test_encoder_is_made_once(tokenizer, texts: datasets.Dataset) -> None:
+    """Catches one made in vain before the processes fork, and then again in each of them."""
+    _encoder.cache_clear()
+    tokenize(texts, tokenizer)
+    assert _encoder.cache_info().misses == 1
 
 
 def test_long_texts_make_no_noise(tokenizer_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -64,6 +64,10 @@ def test_schedule(course: str, expected):
         ({"learning_rate": math.nan}, "--learning-rate"),
         ({"max_steps": 0}, "--max-steps"),
         ({"weight_decay": -0.1}, "--weight-decay"),
+        ({"weight_decay": math.nan}, "--weight-decay nan"),
+        ({"max_grad_norm": math.inf}, "--max-grad-norm inf"),
+        ({"max_grad_norm": math.nan}, "--max-grad-norm nan"),
+        ({"seed": 2**32}, "--seed 4294967296: give a number below"),
         ({"save_steps": 0}, "--save-steps"),
     ],
 )

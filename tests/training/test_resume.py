@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import tensorflow as tf
+import tf_keras
+
+from tfclm.errors import InputError
+from tfclm.training.resume import Interrupted
 
 # Imports TensorFlow once and forks from there, before it has computed anything: a run starts in a second.
 SERVER = multiprocessing.get_context("forkserver")
@@ -121,7 +131,7 @@ def test_killed_at_random_moments(runs: Runs):
 
 
 @pytest.mark.parametrize(
-    "moment", ["resume/state/ckpt-2*", "resume/state/ckpt-3*", "resume/best-1.*", "model.safetensors"]
+    "moment", ["resume/state/ckpt-2*", "resume/state/ckpt-3*", "resume/best-[1-9]*.index", "model.safetensors"]
 )
 def test_killed_during_a_save(runs: Runs, moment: str):
     """A half-written snapshot that is taken for whole, or a model folder that is taken for a complete run."""
@@ -163,7 +173,6 @@ def test_one_run_a_folder(runs: Runs):
     first = runs.start("shared")
     try:
         assert runs.wait_for("shared", "resume/state/checkpoint", first), runs.log("shared")
-        from tfclm.errors import InputError
         from tfclm.training.folder import Lock
 
         with pytest.raises(InputError, match="in use by another run"):
@@ -174,11 +183,182 @@ def test_one_run_a_folder(runs: Runs):
         first.join()
 
 
-def _replicas(connection) -> None:
-    import datasets
-    import tensorflow as tf
-    import tf_keras
+def make_blocks(count: int, seed: int = 0) -> datasets.Dataset:
+    """Blocks with something to learn: each token follows from the one before."""
+    first = np.random.default_rng(seed).integers(2, 60, (count, 1))
+    return datasets.Dataset.from_dict({"input_ids": ((first + np.arange(16) * 3) % 60 + 2).astype(np.int32)})
+
+
+class Killed(Exception):
+    """Ends a run where it is: nothing is saved on the way."""
+
+
+def kill() -> None:
+    """As `kill -9` would, for the run."""
+    raise Killed
+
+
+def press_ctrl_c() -> None:
+    """As a person would, to this process."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Witness(tf_keras.callbacks.Callback):
+    """Notes which epochs end; calls `end` when that epoch's validation begins, or the one that a resumed run owes."""
+
+    def __init__(self, end: Callable[[], None] | None = None, epoch: int = 0):
+        super().__init__()
+        self.end, self.epoch = end, epoch
+        self.begun: int | None = None
+        self.ended: list[int] = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.begun = epoch + 1
+
+    def on_test_begin(self, logs=None):
+        if self.end and self.begun in (None, self.epoch):
+            self.end()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.ended.append(epoch + 1)
+
+
+def finetune_tiny(folder: Path, tokenizer_dir: Path, callbacks=(), strategy=None, **settings):
+    """A run of a tiny model, always from the same weights: its record, and the values of all weights."""
     from conftest import tiny_config
+    from transformers import AutoTokenizer
+
+    from tfclm.checkpoint import create
+    from tfclm.training import TrainingSettings, finetune
+
+    chosen = TrainingSettings(**{"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 2} | settings)
+    tf_keras.mixed_precision.set_global_policy(chosen.policy)
+    try:
+        tf_keras.utils.set_random_seed(0)
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            model = create(tiny_config("gpt2"))
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        blocks = make_blocks(32), make_blocks(20, seed=1)
+        done = finetune(model, tokenizer, *blocks, chosen, output_dir=folder, callbacks=callbacks, strategy=strategy)
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    return dataclasses.replace(done, seconds=0), [variable.numpy() for variable in model.weights]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tokenizer_dir: Path) -> dict:
+    """By precision, a run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {kind: finetune_tiny(folder / kind, tokenizer_dir, mixed_precision=kind) for kind in ("no", "float16")}
+
+
+def event_steps(folder: Path, name: str) -> list[int]:
+    """The steps for which TensorBoard has that value."""
+    files = sorted(folder.glob("logs/events*"))
+    events = [event for file in files for event in tf.compat.v1.train.summary_iterator(str(file))]
+    return [event.step for event in events for value in event.summary.value if value.tag == name]
+
+
+@pytest.mark.parametrize(
+    ("end", "times", "epoch", "settings"),
+    [
+        (press_ctrl_c, 1, 1, {}),
+        (press_ctrl_c, 2, 1, {}),
+        (kill, 2, 1, {"save_steps": 1}),
+        (press_ctrl_c, 1, 3, {}),
+        (press_ctrl_c, 2, 2, {"mixed_precision": "float16"}),
+    ],
+)
+def test_stopped_while_an_epoch_is_validated(
+    tmp_path: Path,
+    tokenizer_dir: Path,
+    undisturbed: dict,
+    capfd: pytest.CaptureFixture[str],
+    end,
+    times: int,
+    epoch: int,
+    settings: dict,
+):
+    """The optimizer's moments and step number lost, or an epoch whose end no callback, event or line tells of."""
+    expected, expected_weights = undisturbed[settings.get("mixed_precision", "no")]
+    assert expected.best_epoch == 3, "the best weights must be from after the stop, or they show nothing"
+    witnesses = [*(Witness(end, epoch) for _ in range(times)), Witness()]
+    capfd.readouterr()
+    for witness in witnesses[:-1]:
+        with pytest.raises(Interrupted if end is press_ctrl_c else Killed):
+            finetune_tiny(tmp_path, tokenizer_dir, [witness], **settings)
+    done, weights = finetune_tiny(tmp_path, tokenizer_dir, witnesses[-1:], **settings)
+    assert done == expected
+    for one, other in zip(weights, expected_weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [number for witness in witnesses for number in witness.ended] == [1, 2, 3]
+    assert event_steps(tmp_path, "val_loss") == [4, 8, 12]
+    err = capfd.readouterr().err
+    assert [err.count(f"epoch {number}: loss") for number in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_stopped_while_the_weights_before_training_are_validated(
+    tmp_path: Path, tokenizer_dir: Path, undisturbed: dict
+):
+    """A resumed run that looks for best weights where none were kept yet."""
+    former = signal.getsignal(signal.SIGINT)
+
+    def press_when_listened_to() -> None:
+        while signal.getsignal(signal.SIGINT) is former:
+            time.sleep(0.001)
+        press_ctrl_c()
+
+    presser = threading.Thread(target=press_when_listened_to)
+    presser.start()
+    with pytest.raises(Interrupted, match="after step 0 of"):
+        finetune_tiny(tmp_path, tokenizer_dir)
+    presser.join()
+    assert not list(tmp_path.glob("resume/best-*"))
+    done, _ = finetune_tiny(tmp_path, tokenizer_dir)
+    assert done == undisturbed["no"][0]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, tokenizer_dir: Path) -> Path:
+    """The folder of a run that was stopped."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(Interrupted):
+        finetune_tiny(folder, tokenizer_dir, [Witness(press_ctrl_c, 2)])
+    return folder
+
+
+STATE = {
+    "state/checkpoint": "resume/state ",
+    "state/ckpt-*.index": "resume/state ",
+    "state/ckpt-*.data*": "resume/state ",
+    "best-*.index": "resume/best-4 ",
+    "best-*.data*": "resume/best-4 ",
+}
+
+
+# The file `checkpoint` names the newest complete state: where it is gone, there is none.
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        *((file, damage) for file in STATE for damage in ("empty", "half")),
+        *((file, "gone") for file in list(STATE)[1:]),
+    ],
+)
+def test_broken_state_is_named(tmp_path: Path, tokenizer_dir: Path, interrupted: Path, file: str, damage: str):
+    """A traceback, or a run that begins anew without a word, because a full disk has cut a file short."""
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    (path,) = (tmp_path / "resume").glob(file)
+    whole = path.read_bytes()
+    path.unlink() if damage == "gone" else path.write_bytes(whole[: len(whole) // 2] if damage == "half" else b"")
+    with pytest.raises(InputError, match="--overwrite starts afresh") as raised:
+        finetune_tiny(tmp_path, tokenizer_dir)
+    assert STATE[file] in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def _on_two_devices(connection, folder: Path, tokenizer_dir: Path) -> None:
+    from conftest import tiny_config
+    from transformers import AutoTokenizer
 
     from tfclm.checkpoint import create
     from tfclm.training import TrainingSettings, finetune
@@ -187,11 +367,10 @@ def _replicas(connection) -> None:
     tf.config.set_logical_device_configuration(device, [tf.config.LogicalDeviceConfiguration()] * 2)
     ids = np.random.default_rng(0).integers(2, 60, (45, 16)).astype(np.int32)
     blocks = datasets.Dataset.from_dict({"input_ids": ids})
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(os.environ["TFCLM_TEST_TOKENIZER"])
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     found = []
-    for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
+    for strategy in (tf.distribute.get_strategy(), two):
         with strategy.scope():
             tf_keras.utils.set_random_seed(0)
             model = create(tiny_config("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
@@ -206,20 +385,42 @@ def _replicas(connection) -> None:
             default=0.0,
         )
         found.append((done.initial_loss, done.best_loss, drift))
-    connection.send(found)
+    whole = finetune_tiny(folder / "whole", tokenizer_dir, strategy=two)
+    with pytest.raises(Interrupted):
+        finetune_tiny(folder / "stopped", tokenizer_dir, [Witness(press_ctrl_c, 1)], strategy=two)
+    connection.send((found, whole, finetune_tiny(folder / "stopped", tokenizer_dir, strategy=two)))
 
 
-def test_two_replicas_train_as_one_device(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    """Gradients or losses that are summed or averaged wrongly over replicas, or weights that drift apart."""
-    monkeypatch.setenv("TFCLM_TEST_TOKENIZER", str(tokenizer_dir))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+@pytest.fixture(scope="module")
+def on_two_devices(tmp_path_factory, tokenizer_dir: Path):
+    """What a process with two devices has found: TensorFlow cannot be given a second one once it has computed."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=_replicas, args=(sender,))
-    process.start()
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent.parent), *sys.path]))
+        process = multiprocessing.get_context("spawn").Process(
+            target=_on_two_devices, args=(sender, folder, tokenizer_dir)
+        )
+        process.start()
     sender.close()
-    (one, mirrored) = receiver.recv()
+    found = receiver.recv()
     process.join()
+    return found
+
+
+def test_two_replicas_train_as_one_device(on_two_devices):
+    """Gradients or losses that are summed or averaged wrongly over replicas, or weights that drift apart."""
+    (one, mirrored), _, _ = on_two_devices
     assert mirrored[0] == pytest.approx(one[0], rel=1e-6)
     # Sums over replicas are in another order; Adam amplifies that in its first steps.
     assert mirrored[1] == pytest.approx(one[1], rel=1e-4)
     assert mirrored[2] == 0.0
+
+
+def test_two_replicas_stopped_while_an_epoch_is_validated(on_two_devices):
+    """Moments of the optimizer that are not restored on the replicas."""
+    _, (expected, expected_weights), (done, weights) = on_two_devices
+    assert expected.best_epoch == 3
+    assert done == expected
+    for one, other in zip(weights, expected_weights, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -147,17 +147,28 @@ class Poison(tf_keras.callbacks.Callback):
             variable.assign(variable * float("nan"))
 
 
-@pytest.mark.parametrize(("step", "best_epoch"), [(3, 0), (11, 1)])
-def test_nan_stops_with_the_last_good_weights(make_model, tokenizer, step: int, best_epoch: int):
-    """A run that goes on with NaN and saves it. Before the first epoch is over, the last state saved counts."""
+@pytest.mark.parametrize(
+    ("step", "save_steps", "best_step", "best_epoch", "said"),
+    [
+        (1, 2, 0, 0, "step 2"),
+        (3, 2, 2, None, "step 4"),
+        (8, 3, 6, None, "validation loss is not finite after step 8"),
+        (9, 100, 8, 1, "step 10"),
+        (11, 2, 10, None, "step 12"),
+    ],
+)
+def test_nan_stops_with_the_last_good_weights(
+    make_model, tokenizer, step: int, save_steps: int, best_step: int, best_epoch: int | None, said: str
+):
+    """A run that goes on with NaN and saves it, or weights from inside an epoch that are said to be from its end."""
     model = make_model()
-    settings = TrainingSettings(epochs=3, save_steps=2, **FAST)
+    settings = TrainingSettings(epochs=3, save_steps=save_steps, **FAST)
     validation = blocks(8, 1)
     done = finetune(model, tokenizer, blocks(64), validation, settings, callbacks=[Poison(step)])
     assert done.diverged is not None
-    assert f"step {step + 1}" in done.diverged
-    assert done.best_epoch == best_epoch
-    assert done.best_loss < done.initial_loss
+    assert said in done.diverged
+    assert (done.best_step, done.best_epoch) == (best_step, best_epoch)
+    assert done.best_loss < done.initial_loss or best_step == 0
     assert perplexity(model, np.array(validation["input_ids"])).loss == pytest.approx(done.best_loss, rel=1e-6)
 
 
@@ -173,6 +184,36 @@ def test_no_block_is_refused(make_model, tokenizer):
     """A division by zero."""
     with pytest.raises(InputError, match="more text"):
         finetune(make_model(), tokenizer, blocks(8), blocks(8).select([]), TrainingSettings())
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "words"),
+    [
+        ("float32", {"mixed_precision": "bfloat16"}, r"computes in float32.*set_global_policy\('mixed_bfloat16'\)"),
+        ("mixed_bfloat16", {"mixed_precision": "float16"}, "computes in mixed_bfloat16.*'mixed_float16'"),
+        ("mixed_bfloat16", {}, "computes in mixed_bfloat16.*'float32'"),
+        ("float32", {"strategy": "mirrored"}, "MirroredStrategy"),
+    ],
+)
+def test_settings_that_the_model_was_not_made_under(make_model, tokenizer, policy: str, settings: dict, words: str):
+    """A precision or a strategy that is asked for, recorded, and without any effect."""
+    tf_keras.mixed_precision.set_global_policy(policy)
+    try:
+        model = make_model()
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    with pytest.raises(InputError, match=words):
+        finetune(model, tokenizer, blocks(8), blocks(8), TrainingSettings(**settings))
+
+
+@pytest.mark.parametrize(("count", "said"), [(31, True), (97, False)])
+def test_blocks_left_out_are_said(make_model, tokenizer, capfd: pytest.CaptureFixture[str], count: int, said: bool):
+    """Half of the text that is not trained on in an epoch, without a word; 1 of 97 is no news."""
+    settings = TrainingSettings(max_steps=1, gradient_accumulation_steps=2, **FAST)
+    finetune(make_model(), tokenizer, blocks(count), blocks(8, 1), settings)
+    err = capfd.readouterr().err
+    assert ("leaves out" in err) == said
+    assert (f"leaves out 15 of {count} blocks, because a step takes 16 (--batch-size 8 x" in err) == said
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

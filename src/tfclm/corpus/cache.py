@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfclm.errors import InputError
+
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
 # Part of every key: raise it when a writer's result changes.
-FORMAT = 1
+FORMAT = 2
 
 
 @functools.cache
@@ -28,11 +30,18 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 def _folder() -> Path:
     import datasets
 
-    if datasets.is_caching_enabled():
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "tfclm"
+    if not datasets.is_caching_enabled():
+        return Path(tempfile.mkdtemp(dir=_scratch().name))
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "tfclm"
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    return Path(tempfile.mkdtemp(dir=_scratch().name))
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"the cache {folder} cannot be written ({error.strerror}): let HF_HOME or HF_DATASETS_CACHE name a folder "
+            "that can"
+        ) from error
+    return folder
 
 
 def stored(

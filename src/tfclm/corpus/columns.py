@@ -19,6 +19,8 @@ def is_blank(text: str | None) -> bool:
 def locate(schema: pa.Schema, column: str, where: str) -> tuple[str, str]:
     """Split a dotted path into a top-level column and the path inside it; checks that it leads to text."""
     head = max((name for name in schema.names if column == name or column.startswith(f"{name}.")), key=len, default="")
+    if schema.names.count(head) > 1:
+        raise InputError(f"{where} has column {head} twice: give each column a name of its own")
     kind = _type_at(schema.field(head).type, column[len(head) + 1 :]) if head else None
     if kind is None:
         raise InputError(f"{where} has no column {column}: it has {', '.join(schema_paths(schema))}")
@@ -31,18 +33,14 @@ def locate(schema: pa.Schema, column: str, where: str) -> tuple[str, str]:
 
 
 def _elements(kind: pa.DataType) -> pa.DataType:
-    import pyarrow as pa
-
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    """What a list of any kind holds, and what a dictionary stands for."""
+    while hasattr(kind, "value_type"):
         kind = kind.value_type
     return kind
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    kind = _elements(kind)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+    return str(_elements(kind)) in ("string", "large_string", "string_view", "null")
 
 
 def _type_at(kind: pa.DataType, path: str) -> pa.DataType | None:

@@ -114,6 +114,12 @@ def _not_utf8(path: Path, line: int) -> InputError:
     return InputError(f"{path}, line {line} is not UTF-8: save the file as UTF-8 (iconv -t UTF-8 converts it)")
 
 
+def _not_json(path: Path, line: int, error: Exception, shape: str) -> InputError:
+    if isinstance(error, RecursionError):
+        return InputError(f"{path}, line {line} is nested too deeply: put the text nearer to the top")
+    return InputError(f"{path}, line {line} is not JSON ({error}): {shape}")
+
+
 def _lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file with their numbers; \\r\\n becomes \\n. Lines beyond `limit` bytes come in pieces."""
     import codecs
@@ -164,8 +170,8 @@ def _json_lines(path: Path, column: str) -> Iterator[str | None]:
                 continue
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number} is not JSON ({error}): each line must be an object") from error
+            except (ValueError, RecursionError) as error:
+                raise _not_json(path, number, error, "each line must be an object") from error
 
     return _json_texts(path, column, rows())
 
@@ -196,31 +202,37 @@ def _json_values(path: Path, column: str) -> Iterator[str | None]:
             buffer, position, counted = "".join(pieces), 0, 0
 
         between = re.compile(r"[\s,]*")
+        space = re.compile(r"\s*")
         outer = re.compile(r"\s*\[")
         fill()
         array = outer.match(buffer)
         position = array.end() if array else 0
         while True:
             position = cast("re.Match[str]", between.match(buffer, position)).end()
-            done = array and buffer.startswith("]", position)
-            if done or (position == len(buffer) and ended):
-                if array and not done:
+            if position == len(buffer) and ended:
+                if array:
                     raise InputError(f"{path} ends inside its array: the file is cut off")
                 return
+            if array and buffer.startswith("]", position):
+                break
             try:
                 value, end = decoder.raw_decode(buffer, position)
-            except ValueError as error:
-                if not ended:
+            except (ValueError, RecursionError) as error:
+                if not ended and isinstance(error, ValueError):
                     fill()
                     continue
                 number = line + buffer.count("\n", counted, getattr(error, "pos", position))
-                raise InputError(
-                    f"{path}, line {number} is not JSON ({error}): the file must hold an array of objects, or objects"
-                ) from error
+                raise _not_json(path, number, error, "the file must hold an array of objects, or objects") from error
             line += buffer.count("\n", counted, position)
             counted = position
             yield line, value
             position = end
+        position += 1
+        while (position := cast("re.Match[str]", space.match(buffer, position)).end()) == len(buffer) and not ended:
+            fill()
+        if position < len(buffer):
+            number = line + buffer.count("\n", counted, position)
+            raise InputError(f"{path}, line {number} goes on after the end of its array: give one array a file")
 
     return _json_texts(path, column, rows())
 
@@ -233,12 +245,20 @@ def _json_texts(path: Path, column: str, rows: Iterator[tuple[int, object]]) -> 
             raise InputError(f'{path}, line {number} is no object: each row must be like {{"{column}": "…"}}')
         try:
             text = text_at(row, column)
+            (text or "").encode()  # JSON can write half of a surrogate pair, UTF-8 cannot
         except KeyError:
             # Rows need not all have the same columns; that none has this one shows at the end.
             if not found and len(columns) < 100:
                 columns |= dict.fromkeys(_value_paths(row))
             yield None
             continue
+        except RecursionError as error:
+            raise _not_json(path, number, error, "") from error
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{path}, line {number}: column {column} has half of a surrogate pair, "
+                f"{error.object[error.start]!a}: write both halves, or the character itself"
+            ) from error
         except TypeError as error:
             raise InputError(
                 f"{path}, line {number}: column {column} is {error}, not text: give a column of strings"
@@ -252,7 +272,7 @@ def _json_texts(path: Path, column: str, rows: Iterator[tuple[int, object]]) -> 
 def _value_paths(value: object, prefix: str = "") -> Iterator[str]:
     if isinstance(value, list) and value and isinstance(value[0], dict | list):
         value = value[0]
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and value and prefix.count(".") < 10:
         for name, inner in value.items():
             yield from _value_paths(inner, f"{prefix}.{name}" if prefix else str(name))
     elif prefix:
@@ -269,6 +289,8 @@ def _csv(path: Path, column: str) -> Iterator[str | None]:
             return
         if column not in header:
             raise InputError(f"{path} has no column {column}: it has {', '.join(header)}")
+        if header.count(column) > 1:
+            raise InputError(f"{path} has column {column} twice: give each column a name of its own")
         index = header.index(column)
         for row in reader:
             if row and len(row) != len(header):

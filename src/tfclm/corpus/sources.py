@@ -63,12 +63,12 @@ def read(
 
     Validation is, in this order: `validation_split`; `validation_files`; the dataset's own split that goes with
     `split` (`validation`, `valid`, `val`, `dev` or `test`; for `train_asks`, `validation_asks` and so on); else
-    `validation_fraction` of the documents, drawn by `seed`, both parts in their original order; documents of the same
-    text are drawn together.
+    `validation_fraction` of the documents, drawn by `seed`, both parts in their original order; documents that
+    differ only in the white space around them are drawn together.
 
     Raises `InputError` for input that cannot be used, naming the file and line, the column, the split or the flag.
     """
-    _check_source(dataset, files, "--train-file")
+    _check_source(dataset, dataset_config, revision, files, "--train-file")
     if validation_split and validation_files:
         raise InputError("--validation-split and --validation-file exclude each other: give one of them")
     if validation_split and not dataset:
@@ -77,11 +77,16 @@ def read(
     held_out: Split | None = None
     if dataset:
         splits = _load(dataset, dataset_config, revision)
-        train = _take(splits, dataset, split, text_column)
+        train = _take(splits, dataset, split, f"--train-split {split}", text_column)
         own = None if validation_files else validation_split or _own_validation(split, list(splits))
         if own:
+            named = (
+                f"--validation-split {own}"
+                if validation_split
+                else f"the dataset's own split {own} (--validation-split takes another)"
+            )
+            held_out = _take(splits, dataset, own, named, text_column)
             _check_disjoint(splits, split, own)
-            held_out = _take(splits, dataset, own, text_column)
             obtained = f"split {own}" + ("" if validation_split else " (the dataset's own)")
     else:
         train = read_files(resolve(files, "--train-file"), text_column)
@@ -126,20 +131,34 @@ def read_split(
     text_column: str = "text",
 ) -> Split:
     """Read one split, or some files, with nothing held out; the arguments and the errors are those of `read`."""
-    _check_source(dataset, files, "--file")
+    _check_source(dataset, dataset_config, revision, files, "--file")
     if not dataset:
         return read_files(resolve(files, "--file"), text_column)
-    found = _take(_load(dataset, dataset_config, revision), dataset, split, text_column)
+    found = _take(_load(dataset, dataset_config, revision), dataset, split, f"--split {split}", text_column)
     return Split(found.texts, found.description | {"dataset_config": dataset_config, "revision": revision})
 
 
-def _check_source(dataset: str | None, files: Sequence[str], flag: str) -> None:
+def _check_source(
+    dataset: str | None, config: str | None, revision: str | None, files: Sequence[str], flag: str
+) -> None:
     if dataset and files:
         raise InputError(f"--dataset and {flag} exclude each other: give one of them")
     if not dataset and not files:
         raise InputError(f"no text to read: give --dataset or {flag}")
     if dataset and Path(dataset).is_file():
         raise InputError(f"--dataset {dataset} is a file: give it as {flag} {dataset}")
+    folder = Path(dataset or "")
+    for option, value, applies in (
+        ("--dataset-config", config, dataset and dataset != PYTHON_DOCS and not _is_saved(folder)),
+        ("--dataset-revision", revision, dataset and dataset != PYTHON_DOCS and not folder.is_dir()),
+    ):
+        if value is not None and not applies:
+            raise InputError(f"{option} {value} is for datasets of the Hub, not for {dataset or flag}: leave it out")
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _hold_out(texts: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -150,7 +169,7 @@ def _hold_out(texts: datasets.Dataset, fraction: float, seed: int) -> tuple[data
     # A text that occurs twice goes to one side: else it would be validated on after being trained on.
     digests = np.fromiter(
         (
-            int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+            int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big", signed=True)
             for batch in texts.iter(batch_size=1000)
             for text in batch["text"]
         ),
@@ -177,11 +196,10 @@ def _load(name: str, config: str | None, revision: str | None) -> datasets.Datas
     """Every split of a dataset, memory-mapped. (`load_dataset(split=…)` prepares them all as well.)"""
     import datasets
 
-    folder = Path(name)
     if name == PYTHON_DOCS:
         return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": python_documentation()}))
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if _is_saved(Path(name)):
             saved = datasets.load_from_disk(name)
             return saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
         return datasets.load_dataset(name, config, revision=revision)
@@ -215,8 +233,8 @@ def python_documentation() -> list[str]:
     return [part for _, text in sorted(topics.items()) for part in re.split(r"(?<=\n)\n+(?=\S)", text)]
 
 
-def _ranges(splits: datasets.DatasetDict, expression: str) -> list[tuple[str, int, int]]:
-    """The rows that a split expression stands for, as (split, first, end)."""
+def _ranges(splits: datasets.DatasetDict, expression: str, named: str) -> list[tuple[str, int, int]]:
+    """The rows that a split expression stands for, as (split, first, end); `named` is what messages call it."""
     import datasets
 
     try:
@@ -224,21 +242,26 @@ def _ranges(splits: datasets.DatasetDict, expression: str) -> list[tuple[str, in
         parts = spec.to_absolute({name: len(rows) for name, rows in splits.items()})
     except (ValueError, AssertionError) as error:
         raise InputError(
-            f"split {expression} cannot be read; the dataset has {', '.join(splits)}; write for example "
+            f"{named} cannot be read; the dataset has {', '.join(splits)}; write for example "
             f"{next(iter(splits))}[:1000]"
         ) from error
-    return [
+    ranges = [
         (part.splitname, part.from_ or 0, len(splits[part.splitname]) if part.to is None else part.to) for part in parts
     ]
+    for name, first, end in ranges:
+        if first >= end:
+            raise InputError(
+                f"{named} takes none of the {len(splits[name])} rows of {name}: give a range that has some"
+            )
+    return ranges
 
 
-def _take(splits: datasets.DatasetDict, source: str, expression: str, text_column: str) -> Split:
+def _take(splits: datasets.DatasetDict, source: str, expression: str, named: str, text_column: str) -> Split:
+    """The texts of the rows that a split expression stands for; `named` is what messages call it."""
     import datasets
 
-    parts = [splits[name].select(range(first, end)) for name, first, end in _ranges(splits, expression)]
+    parts = [splits[name].select(range(first, end)) for name, first, end in _ranges(splits, expression, named)]
     rows = datasets.concatenate_datasets(parts)
-    if not len(rows):
-        raise InputError(f"split {expression} of {source} has no rows")
     head, rest = locate(rows.features.arrow_schema, text_column, source)
     texts = (
         rows.select_columns([head])
@@ -247,7 +270,9 @@ def _take(splits: datasets.DatasetDict, source: str, expression: str, text_colum
         .with_format(None)
     )
     if not len(texts):
-        raise InputError(f"every row of column {text_column} in split {expression} of {source} is empty")
+        raise InputError(
+            f"every row of column {text_column} in {named} of {source} is empty: give another column or split"
+        )
     dropped = len(rows) - len(texts)
     return Split(texts, {"source": source, "split": expression, "rows": len(texts), "dropped_rows": dropped})
 
@@ -274,8 +299,8 @@ def _own_validation(split: str, names: list[str]) -> str | None:
 
 
 def _check_disjoint(splits: datasets.DatasetDict, split: str, validation_split: str) -> None:
-    for name, first, end in _ranges(splits, split):
-        for other, other_first, other_end in _ranges(splits, validation_split):
+    for name, first, end in _ranges(splits, split, "--train-split"):
+        for other, other_first, other_end in _ranges(splits, validation_split, "--validation-split"):
             both = min(end, other_end) - max(first, other_first)
             if name == other and both > 0:
                 raise InputError(

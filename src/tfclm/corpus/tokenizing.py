@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import json
 import re
+from array import array
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,9 +37,13 @@ def tokenize(
     columns = texts.column_names
     encode: dict[str, Any]
     if tokenizer.is_fast:
-        # What earlier calls set is left out; it would also give every run another fingerprint.
-        state = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None})
-        encode = {"backend": state, "split_special_tokens": tokenizer.split_special_tokens}
+        backend = tokenizer.backend_tokenizer
+        if backend.truncation or backend.padding:
+            # What earlier calls set is left out; it would also give every run another fingerprint.
+            backend = copy.deepcopy(backend)
+            backend.no_truncation()
+            backend.no_padding()
+        encode = {"backend": backend.to_str(), "split_special_tokens": tokenizer.split_special_tokens}
         # Made here, so that forked processes have it already.
         _encoder(**encode)
     else:
@@ -67,25 +71,25 @@ class _Encoder:
 
     def __init__(self, backend: str, split_special_tokens: bool) -> None:
         from tokenizers import Tokenizer
+        from tokenizers.models import BPE
+        from tokenizers.pre_tokenizers import ByteLevel
 
         self._backend = Tokenizer.from_str(backend)
         # Not part of the serialised tokenizer.
         self._backend.encode_special_tokens = split_special_tokens
-        state = json.loads(backend)
-        kind = state["pre_tokenizer"] or {}
-        model = state["model"]
+        words, model = self._backend.pre_tokenizer, self._backend.model
         self._by_word = (
-            kind.get("type") == "ByteLevel"
-            and not kind.get("add_prefix_space")
-            and kind.get("use_regex", True)
-            and state["normalizer"] is None
-            and model["type"] == "BPE"
-            and not model.get("dropout")
+            isinstance(words, ByteLevel)
+            and not words.add_prefix_space
+            and words.use_regex
+            and self._backend.normalizer is None
+            and isinstance(model, BPE)
+            and not model.dropout
         )
         # Added tokens are found before words are, and other spaces than ASCII's are not the same set everywhere.
-        added = [re.escape(token["content"]) for token in state["added_tokens"]]
+        added = [re.escape(token.content) for token in self._backend.get_added_tokens_decoder().values()]
         self._whole = re.compile("|".join([*added, r"[^\S\t-\r ]", "\u180e"]))
-        self._words: dict[str, list[int]] = {}
+        self._words: dict[str, bytes] = {}  # the ids, int32: joined at once where lists go id by id
 
     def encode(self, texts: list[str]) -> list[np.ndarray[Any, Any]]:
         """The ids of each text, int32."""
@@ -99,9 +103,7 @@ class _Encoder:
         new = list({word for words in pieces if words for word in words} - known.keys())
         known.update(zip(new, self._encode(new), strict=True))
         encoded = [
-            np.array(next(whole), np.int32)
-            if words is None
-            else np.fromiter(chain.from_iterable(map(known.__getitem__, words)), np.int32)
+            np.frombuffer(next(whole) if words is None else b"".join(map(known.__getitem__, words)), np.int32)
             for words in pieces
         ]
         for word in new:
@@ -109,17 +111,17 @@ class _Encoder:
                 del known[word]
         return encoded
 
-    def _encode(self, texts: Iterable[str]) -> Iterator[list[int]]:
+    def _encode(self, texts: Iterable[str]) -> Iterator[bytes]:
         # The fast variant leaves out the offsets, which nobody reads here.
         for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False):
-            yield encoding.ids
+            yield array("i", encoding.ids).tobytes()
 
 
 _encoder = functools.lru_cache(maxsize=2)(_Encoder)
 
 
-def _encode_fast(table: pa.Table, backend: str, split_special_tokens: bool) -> pa.Table:
-    encoder = _encoder(backend, split_special_tokens)
+def _encode_fast(table: pa.Table, **encode: Any) -> pa.Table:
+    encoder = _encoder(**encode)  # by name, as above: else it is another entry of the cache
     ids: list[np.ndarray[Any, Any]] = []
     group: list[str] = []
     size = 0

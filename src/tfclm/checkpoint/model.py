@@ -1,0 +1,147 @@
+"""The model of a config: what TensorFlow's classes compute truly, tied where the config says so."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import TYPE_CHECKING, Any
+
+from tfclm.checkpoint.weights import HEADS, layout
+from tfclm.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, TFPreTrainedModel
+
+DECODERS = ("ctrl", "gpt-sw3", "gpt2", "gptj", "mistral", "openai-gpt", "opt", "xglm")
+# These read in both directions unless their config says is_decoder. Left out on purpose, though transformers lists
+# them: roformer and xlnet (later tokens change earlier logits), xlm and transfo-xl (broken or gone in TensorFlow).
+ENCODERS = ("bert", "camembert", "rembert", "roberta", "roberta-prelayernorm", "xlm-roberta")
+
+# Settings that TensorFlow's classes ignore, with the one value that they compute.
+FIXED: dict[str, dict[str, Any]] = {
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    "mistral": {"rope_scaling": None},
+    "openai-gpt": {"afn": "gelu"},
+    "opt": {"enable_bias": True, "layer_norm_elementwise_affine": True},
+    **{encoder: {"position_embedding_type": "absolute"} for encoder in ENCODERS},
+}
+
+
+def check_type(where: str, model_type: str, is_decoder: bool) -> None:
+    """Raise `InputError` for a type that is no causal LM in TensorFlow."""
+    if model_type in ENCODERS and not is_decoder:
+        raise InputError(
+            f"{where}: a {model_type} model is an encoder, no causal LM, unless it was trained as one and its config "
+            f"has is_decoder; types that are: {', '.join(DECODERS)}"
+        )
+    if model_type not in DECODERS + ENCODERS:
+        raise InputError(
+            f"{where}: model type {model_type} is no causal LM in TensorFlow; supported: {', '.join(DECODERS)} and, "
+            f"with is_decoder, {', '.join(ENCODERS)}"
+        )
+
+
+def build(where: str, config: PretrainedConfig) -> TFPreTrainedModel:
+    """The model with all its variables; its own copy of the config tells truly whether it is tied."""
+    from transformers import TFAutoModelForCausalLM
+
+    check_type(where, config.model_type, bool(getattr(config, "is_decoder", False)))
+    fixed = FIXED.get(config.model_type, {})
+    if getattr(config, "head_dim", None) is not None:
+        fixed = fixed | {"head_dim": config.hidden_size // config.num_attention_heads}
+    for setting, value in fixed.items():
+        if getattr(config, setting, value) != value:
+            raise InputError(
+                f"{where}: TensorFlow's {config.model_type} ignores {setting}={getattr(config, setting)!r} "
+                f"and would compute something else; only {value!r} is supported"
+            )
+    config = copy.deepcopy(config)
+    if getattr(config, "sliding_window", None):
+        # TensorFlow's Mistral attends to everything, which is the same up to one window.
+        config.max_position_embeddings = min(config.max_position_embeddings, config.sliding_window)
+    try:
+        model = TFAutoModelForCausalLM.from_config(config)
+        tie(model)
+        _mend_mask(model)
+        model.build_in_name_scope()
+    except Exception as error:  # layers raise whatever sizes that do not fit provoke
+        raise InputError(f"{where}: no {config.model_type} model has this config: {first_line(error)}") from error
+    model.config.tie_word_embeddings = is_tied(model)
+    return model
+
+
+def tie(model: TFPreTrainedModel) -> None:
+    """Make the output matrix the embedding matrix, in place, if the config says `tie_word_embeddings`.
+
+    For classes that ignore that setting and have an `lm_head` of their own (Mistral, XGLM, GPT-J): afterwards there is
+    one variable, [vocabulary, hidden], and the gradients of both uses go to it; the values of `lm_head` are gone, its
+    bias is kept. Other models, and tied ones, are left as they are. Call it before building an optimizer.
+    """
+    import tensorflow as tf
+    import tf_keras
+
+    old = getattr(model, "lm_head", None)
+    if not (model.config.tie_word_embeddings and isinstance(old, tf_keras.layers.Dense)):
+        return
+    stem = getattr(model, model.base_model_prefix)
+    embedding = stem.embed_tokens if hasattr(stem, "embed_tokens") else stem.wte
+    model.lm_head = new = _tied_head()(embedding, use_bias=old.use_bias, name=old.name)
+    if old.built:
+        with tf.name_scope(f"{model.name}/{new.name}"):
+            new.build(None)
+        if old.use_bias:
+            new.bias.assign(old.bias)
+
+
+def _mend_mask(model: TFPreTrainedModel) -> None:
+    """TensorFlow's Mistral mixes float32 and the compute type in its attention mask, which fails in half precision."""
+    import tensorflow as tf
+
+    if model.config.model_type != "mistral" or model.compute_dtype == "float32":
+        return
+    stem = model.model
+    original = stem._prepare_decoder_attention_mask
+
+    def mask(attention_mask: Any, input_shape: Any, inputs_embeds: Any, past_key_values_length: int) -> Any:
+        exact = original(attention_mask, input_shape, tf.cast(inputs_embeds, tf.float32), past_key_values_length)
+        # The sum of two masks is below the smallest number of either type.
+        return tf.cast(tf.maximum(exact, inputs_embeds.dtype.min), inputs_embeds.dtype)
+
+    stem._prepare_decoder_attention_mask = mask
+
+
+def is_tied(model: TFPreTrainedModel) -> bool:
+    """What the model does, for a config that says so: most classes ignore the setting, PyTorch's go by it."""
+    return not any(name in HEADS for _, name, _ in layout(model))
+
+
+@functools.cache
+def _tied_head() -> Any:
+    """The class of a tied output layer; made on the first use because importing this module imports no TensorFlow."""
+    import tensorflow as tf
+    import tf_keras
+
+    class TiedHead(tf_keras.layers.Layer):
+        """Logits by the transpose of the embeddings: [..., hidden] -> [..., vocabulary]."""
+
+        def __init__(self, embedding: Any, use_bias: bool, **options: Any) -> None:
+            super().__init__(**options)
+            self.embedding = embedding
+            self.use_bias = use_bias
+
+        def build(self, input_shape: Any) -> None:
+            if self.use_bias:
+                size = getattr(self.embedding, "vocab_size", None) or self.embedding.input_dim
+                self.bias = self.add_weight(name="bias", shape=(size,), initializer="zeros")
+            super().build(input_shape)
+
+        def call(self, hidden: Any) -> Any:
+            table = self.embedding.weight if hasattr(self.embedding, "weight") else self.embedding.embeddings
+            # Two dimensions: the gradient of a batched product would hold one matrix a row.
+            flat = tf.matmul(tf.reshape(hidden, (-1, hidden.shape[-1])), table, transpose_b=True)
+            if self.use_bias:
+                flat = flat + self.bias
+            logits = tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], tf.shape(flat)[-1:]], axis=0))
+            return tf.ensure_shape(logits, hidden.shape[:-1] + table.shape[:1])
+
+    return TiedHead

@@ -1,0 +1,177 @@
+"""A model's weights by their PyTorch names: read from any of transformers' formats, and every one accounted for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tfclm.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import TFPreTrainedModel
+
+# PyTorch's names of an output matrix that may share the input embeddings, and second names of an output bias.
+HEADS = ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
+BIASES = ("lm_head.decoder.bias", "cls.predictions.decoder.bias")
+# Constants that PyTorch models of these types store among their weights: masks, rotary and sinusoidal tables.
+BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$|embed_positions(\.weights)?$")
+
+
+def layout(model: TFPreTrainedModel) -> Iterator[tuple[Any, str, Any]]:
+    """Each variable with its name in PyTorch's state dict and how the two layouts are transposed."""
+    from transformers.modeling_tf_pytorch_utils import convert_tf_weight_name_to_pt_weight_name
+
+    for variable in model.weights:
+        yield variable, *convert_tf_weight_name_to_pt_weight_name(variable.name, tf_weight_shape=variable.shape)
+
+
+def state(model: TFPreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
+    """PyTorch's state dict of the model, float32."""
+    from transformers.modeling_tf_pytorch_utils import apply_transpose
+
+    state = {}
+    for variable, name, transpose in layout(model):
+        array = apply_transpose(transpose, np.asarray(variable.numpy(), np.float32), pt_to_tf=False)
+        if name.endswith(".bias"):
+            array = array.reshape(-1)
+        state[name] = np.ascontiguousarray(array)
+    return state
+
+
+def restore(model: TFPreTrainedModel, where: str, path: Path) -> None:
+    """Give every variable its value from the file; whatever does not fit exactly is an `InputError`."""
+    from transformers.modeling_tf_pytorch_utils import apply_transpose
+
+    tensors = _Tensors(where, path, model.base_model_prefix)
+    missing, mismatched, expected = [], [], set()
+    for variable, name, transpose in layout(model):
+        expected.add(name)
+        if name not in tensors.names:
+            missing.append(name)
+            continue
+        array = tensors[name]
+        if tensors.pytorch:
+            array = apply_transpose(transpose, array)
+        # A dimension of 1 is no difference: TensorFlow's GPT-2 has biases of [1, n].
+        if [size for size in array.shape if size > 1] != [size for size in variable.shape if size > 1]:
+            mismatched.append(f"{name} {list(array.shape)} instead of {list(variable.shape)}")
+            continue
+        variable.assign(array.reshape(variable.shape))
+
+    def refuse(problem: str, items: list[str], hint: str = "") -> None:
+        if items:
+            shown = ", ".join(sorted(items)[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
+            raise InputError(f"{where}: {path.name} {problem} {shown}{hint}")
+
+    headless = "; if the embeddings are to serve as that, config.json must say tie_word_embeddings"
+    refuse("lacks", missing, headless if set(missing) & set(HEADS) else "")
+    refuse("does not fit config.json:", mismatched)
+    refuse("has weights that the model has no place for:", _without_place(tensors.names - expected, expected, model))
+    heads = [name for name in tensors.names - expected if name in HEADS]
+    untied = [name for name in heads if not np.array_equal(tensors[name], _embeddings(model))]
+    refuse("differs from the embeddings, which serve as the output matrix, in", untied)
+
+
+def _without_place(left: set[str], expected: set[str], model: TFPreTrainedModel) -> list[str]:
+    """The unread weights inside modules that the model has: without them it would compute something else.
+
+    Modules that it does not have (a pooler, a classifier) do not reach the logits; neither do constants.
+    """
+
+    def module(name: str) -> str:
+        return ".".join(name.split(".")[:2])
+
+    modules = {module(name) for name in expected if name.startswith(f"{model.base_model_prefix}.")}
+    inside = [name for name in left if module(name) in modules and not BUFFERS.search(name)]
+    return inside + [
+        name for name in left if name.startswith(("lm_head.", "cls.predictions.")) and name not in HEADS + BIASES
+    ]
+
+
+def _embeddings(model: TFPreTrainedModel) -> np.ndarray[Any, Any]:
+    """The input embeddings, [vocabulary, hidden]."""
+    table = re.compile(r"(wte|\.w|tokens_embed|embed_tokens|word_embeddings)\.weight$")
+    return next(np.asarray(variable.numpy()) for variable, name, _ in layout(model) if table.search(name))
+
+
+class _Tensors:
+    """The weights of a file or its shards, by PyTorch name, read one at a time; raises `InputError`."""
+
+    def __init__(self, where: str, path: Path, base: str) -> None:
+        self._where = where
+        self._read: dict[str, tuple[Path, Callable[[], Any]]] = {}
+        self.pytorch = False  # whether the layouts are PyTorch's, too
+        sharded = path.suffix == ".json"
+        files = [path]
+        if sharded:
+            with self._reading(path):
+                index = json.loads(path.read_text(encoding="utf-8"))
+                files = [path.parent / name for name in sorted(set(index["weight_map"].values()))]
+        for file in files:
+            with self._reading(file):
+                if file.suffix == ".h5":
+                    self._add_h5(file, sharded)
+                else:
+                    self._add_safetensors(file)
+        # Some files, GPT-2's own among them, were saved from the model without head, whose names have no prefix.
+        if not any(name.startswith(f"{base}.") for name in self._read):
+            heads = ("lm_head.", "cls.")
+            self._read = {n if n.startswith(heads) else f"{base}.{n}": read for n, read in self._read.items()}
+        self.names = set(self._read)
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        import tensorflow as tf
+
+        file, read = self._read[name]
+        with self._reading(file):
+            return np.asarray(tf.cast(read(), tf.float32))  # NumPy itself has no bfloat16
+
+    @contextlib.contextmanager
+    def _reading(self, file: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # safetensors, h5py and JSON each have errors of their own
+            reason = first_line(error)
+            if not file.is_file():
+                reason = "there is no such file"
+            else:
+                with file.open("rb") as stream:
+                    if stream.read(8) == b"version ":
+                        reason = "it is a git-lfs pointer, run `git lfs pull`"
+            raise InputError(f"{self._where}: {file.name} cannot be read: {reason}") from error
+
+    def _add_safetensors(self, file: Path) -> None:
+        from safetensors import safe_open
+
+        archive: Any = safe_open(file, framework="tf")
+        self.pytorch = (archive.metadata() or {}).get("format") != "tf"
+        for key in archive.keys():  # noqa: SIM118 (an archive is no mapping)
+            name = key if self.pytorch else _pytorch_name(f"model/{key}")
+            name = re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", name))  # of old BERT files
+            self._read[name] = file, functools.partial(archive.get_tensor, key)
+
+    def _add_h5(self, file: Path, sharded: bool) -> None:
+        import h5py  # type: ignore[import-untyped]
+
+        archive = h5py.File(file, "r")
+
+        def add(key: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset):
+                # A single file puts "layer/model/" before a name where shards put nothing.
+                name = f"model/{key}" if sharded else key.split("/", 1)[1]
+                self._read[_pytorch_name(name)] = file, functools.partial(item.__getitem__, ())
+
+        archive.visititems(add)
+
+
+def _pytorch_name(name: str) -> str:
+    from transformers.modeling_tf_pytorch_utils import convert_tf_weight_name_to_pt_weight_name
+
+    return str(convert_tf_weight_name_to_pt_weight_name(name, tf_weight_shape=())[0])

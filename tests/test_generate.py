@@ -1,0 +1,88 @@
+"""What `generate` goes on from, and the knobs that it takes."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from tfclm.errors import InputError
+from tfclm.generate import GenerateSettings, read_prompt
+from tfclm.sampling import sample
+from tfclm.settings import parse
+
+
+def stdin(content: bytes) -> io.TextIOWrapper:
+    """Standard input of a shell that is not set to UTF-8."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="ascii")
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [
+        (b"The\n", "The"),
+        (b"The\r\n", "The"),
+        (b"The", "The"),
+        (b"The\r", "The\r"),
+        (b" a\nb\n\n", " a\nb\n"),
+        (b"\n", ""),
+        ("六".encode(), "六"),
+    ],
+)
+def test_prompt_of_echo_has_no_newline(content: bytes, prompt: str):
+    """The newline of `echo The |` in the prompt, whose continuation is another; or more taken away than that one."""
+    assert read_prompt(None, stdin(content)) == prompt
+
+
+def test_prompt_that_is_not_utf8():
+    """A traceback for a file in another encoding, or for such bytes in the shell's arguments."""
+    with pytest.raises(InputError, match="standard input is not UTF-8"):
+        read_prompt(None, stdin(b"caf\xe9"))
+    with pytest.raises(InputError, match="--prompt is not UTF-8"):
+        read_prompt("caf\udce9", stdin(b""))
+
+
+def test_prompt_is_taken_literally():
+    """A prompt of "none" that makes the command wait for standard input, and an empty one that does."""
+    for prompt in ("none", "", " x\n"):
+        settings = parse(GenerateSettings, [f"--prompt={prompt}"], prog="generate", description="")
+        assert read_prompt(settings.prompt, stdin(b"not this")) == prompt
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), float("-inf"), 1e-40, 1e40, -1.0])
+def test_temperature_out_of_range(make_model, tokenizer, temperature: float):
+    """A division by nearly nothing, and text drawn from logits that are no numbers."""
+    with pytest.raises(InputError, match=r"--temperature .* 0 \(greedy\) or a number from 1e-6 to 1e6"):
+        sample(make_model(), tokenizer, "The", temperature=temperature)
+
+
+@pytest.mark.parametrize("top_p", [float("nan"), float("inf"), 0.0, 1.1])
+def test_top_p_out_of_range(make_model, tokenizer, top_p: float):
+    """A comparison with no number, which holds for no token."""
+    with pytest.raises(InputError, match=r"--top-p .* above 0, up to 1"):
+        sample(make_model(), tokenizer, "The", top_p=top_p)
+
+
+def test_temperature_at_its_bounds_gives_text(make_model, tokenizer):
+    """A range that is wider than what float32 can divide by: the coldest is greedy, the hottest any token."""
+    model = make_model()
+    greedy = sample(model, tokenizer, "The", temperature=0, max_new_tokens=5)
+    assert sample(model, tokenizer, "The", temperature=1e-6, max_new_tokens=5) == greedy
+    assert len(sample(model, tokenizer, "The", temperature=1e6, max_new_tokens=5)) > len("The")
+
+
+def test_empty_prompt_begins_with_bos(make_model, tokenizer):
+    """A BOS of id 0 that is taken for none, so that the text begins with EOS."""
+    model = make_model()
+    tokenizer.eos_token = "e"
+    assert tokenizer.bos_token_id == 0 != tokenizer.eos_token_id
+    ids = model.generate([[0]], attention_mask=[[1]], do_sample=False, max_new_tokens=5, pad_token_id=0)[0]
+    assert sample(model, tokenizer, "", temperature=0, max_new_tokens=5) == tokenizer.decode(ids, True)
+
+
+def test_empty_prompt_without_a_token_to_begin_with(make_model, tokenizer):
+    """A traceback, where a tokenizer has neither BOS nor EOS."""
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(InputError, match="the prompt is empty"):
+        sample(make_model(), tokenizer, "")
+    assert sample(make_model(), tokenizer, "The", max_new_tokens=3).startswith("The")

@@ -1,0 +1,149 @@
+"""The output folder of a run: what counts as one, and what is left in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tfclm.errors import InputError
+from tfclm.training.folder import RunFolder
+from tfclm.training.run import TrainingRecord
+
+SETTINGS = {"model": "m", "epochs": 3, "output_dir": "o"}
+PROTOCOL = {
+    "source": "a.txt",
+    "split": "train",
+    "validation": "a tenth",
+    "block_size": 8,
+    "separator": "eos",
+    "dropped_tokens": 0,
+}
+
+
+def done(**changes) -> TrainingRecord:
+    """What a short run did."""
+    epochs = [{"epoch": 1, "step": 8, "loss": 3.0, "val_loss": 2.0, "val_perplexity": math.exp(2.0)}]
+    values = {"initial_loss": 4.0, "best_loss": 2.0, "best_step": 8, "best_epoch": 1, "epochs": epochs}
+    return TrainingRecord(**{**values, "steps": 8, "tokens": 64, "seconds": 1.0, **changes})
+
+
+def complete(path: Path, *files: str, overwrite: bool = False, **changes) -> dict:
+    """Goes through a run that trains nothing and whose checkpoint has these files; its results."""
+    with RunFolder(path, SETTINGS, overwrite) as folder:
+        folder.begin()
+        for name in files:
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_text(name)
+        return folder.finish(done(**changes), PROTOCOL, 100, files)
+
+
+def interrupted(path: Path) -> None:
+    """Leaves a run that was stopped."""
+    with RunFolder(path, SETTINGS, overwrite=False) as folder:
+        folder.begin()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["fit.yaml", "results.json", "thesis.txt"])
+def test_a_folder_without_a_run_is_left_alone(tmp_path: Path, name: str, overwrite: bool):
+    """A user's own settings file that makes a folder of other things count as a run, and be written into."""
+    (tmp_path / name).write_text("epochs: 3\n")
+    with pytest.raises(InputError, match="holds no run: give another folder, or empty this one"):
+        RunFolder(tmp_path, SETTINGS, overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_run_is_one_from_its_begin_on(tmp_path: Path):
+    """A run that was killed before its first step, and whose folder is refused afterwards."""
+    interrupted(tmp_path)
+    interrupted(tmp_path)
+    with pytest.raises(InputError, match="epochs 3 there, 4 now"):
+        RunFolder(tmp_path, SETTINGS | {"epochs": 4}, overwrite=False)
+
+
+@pytest.mark.parametrize("text", [b"", b"- 1\n", b"a: [\n", b"\xff\xfe\x00", b"epochs: 2001-99-99\n"])
+def test_broken_settings_of_a_run(tmp_path: Path, text: bytes):
+    """A traceback from a fit.yaml that a full disk has cut short."""
+    interrupted(tmp_path)
+    (tmp_path / "fit.yaml").write_bytes(text)
+    with pytest.raises(InputError, match=r"fit\.yaml .*--overwrite starts afresh"):
+        RunFolder(tmp_path, SETTINGS, overwrite=False)
+    assert complete(tmp_path, overwrite=True)["loss"] == 2.0
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"perplexity": 2.0', '{"perplexity": 2.0, "train": null}', "\0"])
+def test_broken_results(tmp_path: Path, text: str, capfd: pytest.CaptureFixture[str]):
+    """A traceback from a results.json that is no run's; and --overwrite must not need it."""
+    complete(tmp_path, "config.json")
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match=r"results\.json .*--overwrite starts afresh"):
+        RunFolder(tmp_path, SETTINGS, overwrite=False)
+    complete(tmp_path, "config.json", overwrite=True)
+    assert "files of its checkpoint may be left" in capfd.readouterr().err
+    assert RunFolder(tmp_path, SETTINGS, overwrite=False).results["files"] == ["config.json"]
+
+
+def test_overwriting_leaves_no_file_of_the_former_run(tmp_path: Path):
+    """A former tokenizer's added tokens or chat template, which loading would take for the new one's."""
+    complete(tmp_path, "config.json", "added_tokens.json", "additional_chat_templates/tool.jinja")
+    (tmp_path / "notes.txt").write_text("mine")
+    interrupted_names = {"config.json", "added_tokens.json", "additional_chat_templates", "notes.txt"}
+    # A run that was to overwrite and was stopped, itself overwritten.
+    for _ in range(2):
+        with RunFolder(tmp_path, SETTINGS, overwrite=True) as folder:
+            folder.begin()
+        assert {path.name for path in tmp_path.iterdir()} == interrupted_names | {"fit.yaml", "resume"}
+    complete(tmp_path, "config.json", "vocab.json")
+    written = {"README.md", "fit.yaml", "loss.png", "results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == written | {"config.json", "vocab.json", "notes.txt"}
+
+
+def test_only_files_inside_of_the_folder_are_removed(tmp_path: Path):
+    """A results.json from somewhere else, with names that lead out of the folder."""
+    outside = tmp_path / "outside.txt"
+    outside.write_text("mine")
+    complete(tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results["files"] = ["../outside.txt", str(outside), "..", "."]
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    complete(tmp_path / "run", overwrite=True)
+    assert outside.read_text() == "mine"
+
+
+def test_results_are_json(tmp_path: Path):
+    """NaN and Infinity, which Python writes and no other reader takes."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    epochs = [{"epoch": 1, "step": 8, "loss": math.nan, "val_loss": 800.0, "val_perplexity": math.inf}]
+    returned = complete(tmp_path, initial_loss=800.0, best_loss=math.nan, epochs=epochs)
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert results == returned
+    assert [results[name] for name in ("initial_perplexity", "perplexity", "loss")] == [None, None, None]
+    assert results["train"]["epochs"] == [epochs[0] | {"loss": None, "val_perplexity": None}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "The weights are those after epoch 1 (step 8)."),
+        ({"best_step": 0, "best_epoch": 0}, "The weights are those that training began with."),
+        (
+            {"best_step": 10, "best_epoch": None, "diverged": "the loss is not finite at step 12"},
+            "The weights are those after step 10, inside an epoch; training ended early: the loss is not finite at "
+            "step 12.",
+        ),
+    ],
+)
+def test_card_says_where_the_weights_are_from(tmp_path: Path, changes: dict, text: str):
+    """Weights from inside an epoch, kept because the training diverged, that are said to be an epoch's."""
+    results = complete(tmp_path, **changes)
+    assert text in (tmp_path / "README.md").read_text()
+    assert (results["train"]["best_step"], results["train"]["best_epoch"]) == (
+        changes.get("best_step", 8),
+        changes.get("best_epoch", 1),
+    )
