@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 import yaml
 from conftest import ARCHITECTURES, tiny_config
 
@@ -172,6 +173,76 @@ def test_finished_run_is_kept_unless_overwritten(console: Console, fitted: Path,
     assert yaml.safe_load((folder / "fit.yaml").read_text())["learning_rate"] == 1e-3
 
 
+def test_overwriting_leaves_exactly_the_new_files(
+    console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path
+):
+    """A former tokenizer's chat template and added tokens beside the new tokenizer, whose they then are."""
+    model, tokenizer = load(checkpoints["gpt2"])
+    tokenizer.chat_template = "{{ messages }}"
+    save(model, tokenizer, tmp_path / "chatty")
+    output = tmp_path / "run"
+    code, _, err = console(fit, *arguments(tmp_path / "chatty", corpus_file, output), "--max-steps", 1)
+    assert code == 0, err
+    assert {path.name for path in output.iterdir()} == OUTPUT | {"chat_template.jinja"}
+    (output / "notes.txt").write_text("mine")
+    new = arguments(checkpoints["gpt2"], corpus_file, output)
+    code, _, err = console(fit, *new, "--max-steps", 1, "--overwrite")
+    assert code == 0, err
+    assert {path.name for path in output.iterdir()} == OUTPUT | {"notes.txt"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision"), [*((name, "bfloat16") for name in ARCHITECTURES), ("gpt2", "float16")]
+)
+def test_fit_in_half_precision_ends_with_a_sample(
+    console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path, architecture: str, precision: str
+):
+    """Sampling that fails in half precision when the training is over, or a policy that stays for what comes next."""
+    run = arguments(checkpoints[architecture], corpus_file, tmp_path / "run")
+    code, _, err = console(fit, *run, "--max-steps", 2, "--mixed-precision", precision)
+    assert code == 0, err
+    assert isinstance(json.loads((tmp_path / "run" / "results.json").read_text())["sample"], str)
+    assert "sample: " in err
+    assert "no sample" not in err
+    assert tf_keras.mixed_precision.global_policy().name == "float32"
+
+
+@pytest.mark.parametrize("block_size", [2, 8])
+def test_short_blocks_end_with_a_sample(
+    console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path, block_size: int
+):
+    """A prompt as long as a block, and a number of new tokens that is then none or less, after all of the training."""
+    run = arguments(checkpoints["gpt2"], corpus_file, tmp_path / "run")
+    code, _, err = console(fit, *run, "--block-size", block_size, "--max-steps", 2)
+    assert code == 0, err
+    assert isinstance(json.loads((tmp_path / "run" / "results.json").read_text())["sample"], str)
+
+
+def test_a_sample_that_fails_is_said_and_the_run_is_complete(
+    console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path
+):
+    """A run that can never finish because its tokenizer puts more in front of a prompt than the context holds."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = load(checkpoints["gpt2"])
+    eos = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([eos] * 64 + ["$A"]), special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    save(model, tokenizer, tmp_path / "model")
+    output = tmp_path / "my run"
+    run = [*arguments(tmp_path / "model", corpus_file, output), "--max-steps", 1]
+    for told in ("no sample: InputError: the prompt's", "is complete"):
+        code, _, err = console(fit, *run)
+        assert code == 0, err
+        assert told in err
+        # What can be pasted into a shell: the folder's name has a space.
+        assert f"-m tfclm.generate --model '{output}' --prompt" in err
+        assert f"-m tfclm.evaluate --model '{output}' --file" in err
+    assert {path.name for path in output.iterdir()} == OUTPUT
+    assert json.loads((output / "results.json").read_text())["sample"] is None
+
+
 def test_pipeline_opens_the_folder(fitted: Path):
     """A folder that transformers' own pipeline cannot open, as in the guide's last step."""
     from transformers import pipeline
@@ -281,6 +352,13 @@ BAD = {
     "output is a file": (["--train-file", "good.jsonl", "--output-dir", "good.jsonl"], ["good.jsonl"]),
     "offline dataset": (["--dataset", "no/such-dataset", "--output-dir", "o"], ["no/such-dataset"]),
     "push offline": (["--train-file", "good.jsonl", "--output-dir", "o", "--push-to-hub", "me/x"], ["HF_HUB_OFFLINE"]),
+    "only settings": (["--train-file", "good.jsonl", "--output-dir", "settings"], ["settings", "holds no run"]),
+    "only settings, overwritten": (
+        ["--train-file", "good.jsonl", "--output-dir", "settings", "--overwrite"],
+        ["settings", "holds no run"],
+    ),
+    "seed": (["--train-file", "good.jsonl", "--output-dir", "o", "--seed", "4294967296"], ["--seed 4294967296"]),
+    "clipping": (["--train-file", "good.jsonl", "--output-dir", "o", "--max-grad-norm", "inf"], ["--max-grad-norm"]),
     "learning rate": (
         ["--train-file", "good.jsonl", "--output-dir", "o", "--learning-rate", "-1"],
         ["--learning-rate"],
@@ -302,6 +380,8 @@ def test_bad_input_is_one_line_and_loses_nothing(
     Path("broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
     Path("taken").mkdir()
     Path("taken/thesis.txt").write_text("years of work")
+    Path("settings").mkdir()
+    Path("settings/fit.yaml").write_text("epochs: 3\n")
     before = sorted(tmp_path.rglob("*"))
     given, words = BAD[case]
     code, out, err = console(fit, *(str(checkpoints["gpt2"]) if word == "MODEL" else word for word in given))

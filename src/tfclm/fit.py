@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,6 @@ def run(settings: FitSettings) -> int:
     settings = settings.resolved()
 
     from tfclm import checkpoint, corpus, hub
-    from tfclm.sampling import sample
     from tfclm.training import finetune
     from tfclm.training.folder import RunFolder
     from tfclm.training.resume import Interrupted
@@ -136,7 +136,8 @@ def run(settings: FitSettings) -> int:
                 strategy=strategy,
             )
         except Interrupted as reason:
-            say(f"{reason}; the same command goes on from there")
+            same = "the same command without --overwrite" if settings.overwrite else "the same command"
+            say(f"{reason}; {same} goes on from there")
             return 1
         protocol = {
             **texts.description,
@@ -145,15 +146,14 @@ def run(settings: FitSettings) -> int:
             "dropped_tokens": validation.dropped_tokens,
             "train_dropped_tokens": train.dropped_tokens,
         }
-        checkpoint.save(model, tokenizer, folder.path)
-        prompt = tokenizer.decode(validation.blocks[0]["input_ids"][:8], skip_special_tokens=True)
-        text = sample(
-            model, tokenizer, prompt, max_new_tokens=min(60, settings.block_size - 8) or 1, seed=settings.seed
-        )
-        results = folder.finish(done, protocol, len(validation.blocks) * (settings.block_size - 1), text)
+        files = checkpoint.save(model, tokenizer, folder.path)
+        results = folder.finish(done, protocol, len(validation.blocks) * (settings.block_size - 1), files)
+        # The run is complete, whatever becomes of its sample.
+        results = folder.record({**results, "sample": closing_sample(settings, validation.blocks[0]["input_ids"])})
     code = show(results, settings)
     if push and push[0].repo.commands_failed:
-        say(f"a push to {repo_id} failed, so the Hub may hold older weights: hf upload {repo_id} {folder.path}")
+        upload = shlex.join(["hf", "upload", str(repo_id), str(folder.path)])
+        say(f"a push to {repo_id} failed, so the Hub may hold older weights: {upload}")
         return 1
     return code
 
@@ -174,8 +174,7 @@ def set_up(settings: FitSettings) -> Any:
     import tensorflow as tf
     import tf_keras
 
-    policy = "float32" if settings.mixed_precision == "no" else f"mixed_{settings.mixed_precision}"
-    tf_keras.mixed_precision.set_global_policy(policy)
+    tf_keras.mixed_precision.set_global_policy(settings.policy)
     tf_keras.utils.set_random_seed(settings.seed)
     return tf.distribute.MirroredStrategy() if settings.strategy == "mirrored" else tf.distribute.get_strategy()
 
@@ -192,20 +191,40 @@ def from_scratch(settings: FitSettings, train: Any, strategy: Any) -> tuple[Any,
     return model, tokenizer
 
 
+def closing_sample(settings: FitSettings, ids: Sequence[int]) -> str | None:
+    """A continuation of validation text by the model in the output folder; a failure is said and gives None."""
+    import tf_keras
+
+    from tfclm import checkpoint
+    from tfclm.sampling import sample
+
+    # transformers' top_p does not run in half precision.
+    tf_keras.mixed_precision.set_global_policy("float32")
+    try:
+        model, tokenizer = checkpoint.load(str(settings.output_dir))
+        prompt = tokenizer.decode(ids[: min(8, settings.block_size // 2)], skip_special_tokens=True)
+        return sample(model, tokenizer, prompt, seed=settings.seed)
+    except Exception as error:  # a run that is complete does not fail for its decoration
+        say(f"no sample: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+        return None
+
+
 def show(results: dict[str, Any], settings: FitSettings, note: str | None = None) -> int:
     """Says what a complete run came to; the exit code."""
-    model = settings.output_dir
+    folder = shlex.quote(str(settings.output_dir))
     # What `make` has installed is no other shell's `python`.
     own = Path(sys.executable)
-    python = own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else "python"
+    python = shlex.quote(str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else "python")
     before, after = results["initial_perplexity"], results["perplexity"]
+    shown = [f"{perplexity:.2f}" if perplexity else "not finite" for perplexity in (before, after)]
+    gain = f" ({before / after:.1f} times lower)" if before and after else ""
     lines = [
         *([note] if note else []),
-        f"validation perplexity {before:.2f} before, {after:.2f} after ({before / after:.1f} times lower), in {model}",
-        f"sample: {results['sample']!r}",
+        f"validation perplexity {shown[0]} before, {shown[1]} after{gain}, in {settings.output_dir}",
+        *([f"sample: {results['sample']!r}"] if results["sample"] is not None else []),
         "go on with:",
-        f'  {python} -m tfclm.generate --model {model} --prompt "…"',
-        f"  {python} -m tfclm.evaluate --model {model} --file FILE",
+        f'  {python} -m tfclm.generate --model {folder} --prompt "…"',
+        f"  {python} -m tfclm.evaluate --model {folder} --file FILE",
     ]
     if results["train"]["diverged"]:
         lines.insert(

@@ -73,23 +73,21 @@ class RunKeeper(tf_keras.callbacks.Callback):
             raise Interrupted(f"stopped while validating after step {self.progress.steps} of {self.total_steps}")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.epoch_over(logs)
-
-    def epoch_over(self, logs: dict[str, float]) -> None:
-        """Records a trained and validated epoch, keeps its weights if they are the best, and saves."""
         progress = self.progress
+        if not math.isfinite(logs["val_loss"]):
+            raise Diverged(f"the validation loss is not finite after step {progress.steps}")
         if logs["val_loss"] < progress.best_loss:
-            self.snapshots.keep_best(progress, f"best-{progress.epoch + 1}", float(logs["val_loss"]))
+            self.snapshots.keep_best(progress, float(logs["val_loss"]))
         progress.epochs.append(
             {
                 "epoch": progress.epoch + 1,
-                "step": self.progress.steps,
+                "step": progress.steps,
                 "loss": float(logs["loss"]),
                 "val_loss": float(logs["val_loss"]),
                 "val_perplexity": exp(logs["val_loss"]),
             }
         )
-        if self.progress.steps >= self.total_steps or self._patience_over():
+        if self.finished:
             self.model.stop_training = True
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.save()
@@ -130,8 +128,10 @@ class ProgressBar(tf_keras.callbacks.Callback):
             # A log file gets a line now and then, a terminal a bar that moves.
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
-        loss = self.keeper.progress.initial_loss
-        self.bar.write(f"before: validation loss {loss:.4f}, validation perplexity {exp(loss):.2f}", file=sys.stderr)
+        if not self.keeper.progress.epochs:
+            loss = self.keeper.progress.initial_loss
+            text = f"before: validation loss {loss:.4f}, validation perplexity {exp(loss):.2f}"
+            self.bar.write(text, file=sys.stderr)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
@@ -152,6 +152,9 @@ class ProgressBar(tf_keras.callbacks.Callback):
             f"validation perplexity {record['val_perplexity']:.2f}",
             file=sys.stderr,
         )
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.close()
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import shutil
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,8 +22,8 @@ from tfclm.training.run import TrainingRecord
 
 # Settings that may differ between a run and its continuation: they change how, not what.
 FREE = ("num_proc", "output_dir", "save_steps")
-# What a run writes beside the files of the checkpoint; `--overwrite` removes these and nothing else.
-RUN_FILES = ("README.md", "fit.yaml", "logs", "loss.png", "results.json", "resume")
+# What a run writes beside the files of the checkpoint, fit.yaml and resume/.
+RUN_FILES = ("README.md", "logs", "loss.png", "results.json")
 PACKAGES = ("tfclm", "tensorflow", "tf-keras", "transformers", "tokenizers", "datasets", "huggingface-hub")
 
 
@@ -40,17 +42,22 @@ class RunFolder:
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool) -> None:
         self.path, self.settings = path, settings
         self.results: dict[str, Any] | None = None
-        mine = (path / "fit.yaml").is_file()
-        self._fresh = overwrite or not mine
+        self._resume, self._results = path / "resume", path / "results.json"
+        # Kept for its list of files until this run has saved its own.
+        self._former = self._resume / "former.json"
+        self._overwrite = overwrite
+        # A fit.yaml alone may be somebody's settings file.
+        mine = (path / "fit.yaml").is_file() and (self._resume.is_dir() or self._results.is_file())
         try:
             if not mine and path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise InputError(f"--output-dir {path} is there already and holds no run: give another folder")
-            # A run that was killed before its first step has nothing to lose.
-            if mine and not overwrite and any((path / name).exists() for name in ("resume", "results.json")):
+                raise InputError(
+                    f"--output-dir {path} is there already and holds no run: give another folder, or empty this one"
+                )
+            if mine and not overwrite:
                 self._check_same(path / "fit.yaml")
-                if (path / "results.json").is_file():
-                    self.results = json.loads((path / "results.json").read_text(encoding="utf-8"))
-                    shutil.rmtree(path / "resume", ignore_errors=True)
+                if self._results.is_file():
+                    self.results = read_results(self._results)
+                    shutil.rmtree(self._resume, ignore_errors=True)
                     return
             path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(path)
@@ -62,8 +69,10 @@ class RunFolder:
     def _check_same(self, file: Path) -> None:
         try:
             former = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} cannot be read; --overwrite starts afresh") from error
+        except (yaml.YAMLError, ValueError):
+            former = None
+        if not isinstance(former, dict):
+            raise InputError(f"{file} holds no settings that can be read; --overwrite starts afresh")
         different = [
             f"{name} {former.get(name)!r} there, {value!r} now"
             for name, value in self.settings.items()
@@ -75,14 +84,14 @@ class RunFolder:
                 "give another --output-dir, or --overwrite to start afresh"
             )
 
-    def _remove(self, *names: str) -> None:
-        for entry in (self.path / name for name in names):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-
     def begin(self) -> None:
         """From here on the folder is this run's; what it held before is kept until all input has proved good."""
-        if self._fresh:
-            self._remove(*RUN_FILES)
+        self._resume.mkdir(exist_ok=True)
+        if self._overwrite:
+            if self._results.is_file():
+                os.replace(self._results, self._former)
+            remove(entry for entry in self.path.iterdir() if entry.name in RUN_FILES)
+            remove(entry for entry in self._resume.iterdir() if entry != self._former)
         write(self.path / "fit.yaml", to_yaml(self.settings))
 
     def __enter__(self) -> RunFolder:
@@ -93,10 +102,23 @@ class RunFolder:
         if kind is not None and not any(self.path.iterdir()):
             self.path.rmdir()  # nothing was begun: leave the place as it was found
 
-    def finish(self, done: TrainingRecord, protocol: dict[str, Any], tokens: int, sample: str) -> dict[str, Any]:
-        """Writes curve, card and results beside the model; `results.json` comes last and marks the run complete."""
+    def finish(
+        self, done: TrainingRecord, protocol: dict[str, Any], tokens: int, files: Sequence[str]
+    ) -> dict[str, Any]:
+        """Writes curve, card and results beside the model; `results.json` comes last and marks the run complete.
+
+        Args:
+            done: what the training did.
+            protocol: how the perplexity was measured.
+            tokens: number of tokens that it was measured on.
+            files: names of the checkpoint's files; those of a former run that are not among them are removed.
+
+        Returns:
+            What `results.json` holds: a number that is not finite is None there.
+        """
         from tfclm.training.callbacks import exp
 
+        self._remove_former(files)
         versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
         results = {
             "perplexity": exp(done.best_loss),
@@ -109,18 +131,41 @@ class RunFolder:
                 "steps": done.steps,
                 "tokens": done.tokens,
                 "seconds": round(done.seconds, 3),
+                "best_step": done.best_step,
                 "best_epoch": done.best_epoch,
                 "epochs": done.epochs,
                 "diverged": done.diverged,
             },
-            "sample": sample,
+            "sample": None,
+            "files": list(files),
             "versions": versions,
         }
         draw_curve(done, self.path / "loss.png")
         write(self.path / "README.md", model_card(results, self.settings))
-        write(self.path / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-        shutil.rmtree(self.path / "resume")
+        results = self.record(results)
+        shutil.rmtree(self._resume)
         return results
+
+    def record(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Writes `results.json`; the results as they are there."""
+        # Python would write NaN and Infinity, which are no JSON.
+        results = json.loads(json.dumps(results), parse_constant=lambda name: None)
+        write(self._results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        return results
+
+    def _remove_former(self, files: Sequence[str]) -> None:
+        """Removes what only a former run's checkpoint has: to a loader it would be a part of this one."""
+        if not self._former.is_file():
+            return
+        try:
+            names = read_results(self._former)["files"]
+        except InputError:
+            text = f"the former results.json cannot be read: files of its checkpoint may be left in {self.path}"
+            print(text, file=sys.stderr)
+            return
+        left = {name.split("/")[0] for name in names} - {name.split("/")[0] for name in files}
+        # From what is in the folder, so that no name leads out of it.
+        remove(entry for entry in self.path.iterdir() if entry.name in left)
 
 
 class Lock:
@@ -140,6 +185,23 @@ class Lock:
     def release(self) -> None:
         """Lets the folder go."""
         os.close(self._handle)
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """What a `results.json` holds; raises InputError if it is not what a run has written."""
+    try:
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        _ = results["perplexity"], results["initial_perplexity"], results["train"]["diverged"], results["sample"]
+        _ = [name.split("/") for name in results["files"]]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is not what a run has written; --overwrite starts afresh") from error
+    return results
+
+
+def remove(entries: Iterable[Path]) -> None:
+    """Removes files and folders."""
+    for entry in list(entries):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def write(path: Path, text: str) -> None:

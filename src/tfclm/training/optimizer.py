@@ -57,7 +57,7 @@ def exempt_from_decay(model: Any) -> list[str]:
 
 
 def make_optimizer(model: Any, settings: TrainingSettings, steps: int) -> tf_keras.optimizers.legacy.Optimizer:
-    """AdamWeightDecay of transformers for a run of `steps` optimizer steps.
+    """AdamWeightDecay of transformers for a run of `steps` optimizer steps, with all its variables.
 
     Clipping is the training step's: it has to see the gradients of all replicas.
     """
@@ -67,6 +67,8 @@ def make_optimizer(model: Any, settings: TrainingSettings, steps: int) -> tf_ker
         epsilon=1e-8,
         exclude_from_weight_decay=exempt_from_decay(model),
     )
+    # Not at the first step, as Keras does: a state is restored before that, and restores what is there.
+    optimizer._create_all_weights(model.trainable_variables)
     if settings.mixed_precision == "float16":
         return tf_keras.mixed_precision.LossScaleOptimizer(optimizer)
     return optimizer

@@ -61,7 +61,7 @@ tokens, each scored on its own; {"EOS" if protocol["separator"] == "eos" else "n
 {before}
 {curve}
 
-The weights are those after epoch {train["best_epoch"]}. ![loss](loss.png)
+The weights are {_weights(train)}. ![loss](loss.png)
 
 ## Settings
 
@@ -72,6 +72,13 @@ The weights are those after epoch {train["best_epoch"]}. ![loss](loss.png)
 
 {", ".join(f"{name} {version}" for name, version in results["versions"].items())}
 """
+
+
+def _weights(train: dict[str, Any]) -> str:
+    step, epoch = train["best_step"], train["best_epoch"]
+    where = f"those after epoch {epoch} (step {step})" if epoch else f"those after step {step}, inside an epoch"
+    ended = f"; training ended early: {train['diverged']}" if train["diverged"] else ""
+    return (where if step else "those that training began with") + ended
 
 
 def _log(perplexity: float) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from tfclm.errors import InputError
 from tfclm.perplexity import TokenLoss
 
 
@@ -32,7 +33,7 @@ class Progress:
     steps: int = 0  # optimizer steps done in all
     initial_loss: float = float("nan")  # before the first evaluation
     epochs: list[dict[str, float]] = field(default_factory=list)  # one record an epoch
-    best: str | None = None  # name of the checkpoint of the best weights
+    best_step: int | None = None  # after how many optimizer steps the weights were best
     best_loss: float = float("inf")
     seconds: float = 0.0
     loss_sums: tuple[float, float] = (0.0, 0.0)  # of the present epoch: negative log-likelihood, tokens
@@ -68,25 +69,37 @@ class Snapshots:
         self._state = tf.train.Checkpoint(
             model=model, optimizer=optimizer, generators=generators, progress=self._progress
         )
-        self._manager = tf.train.CheckpointManager(self._state, str(folder / "state"), max_to_keep=1)
+        with _reading(folder / "state"):
+            self._manager = tf.train.CheckpointManager(self._state, str(folder / "state"), max_to_keep=1)
 
     def save(self, progress: Progress) -> None:
         """Writes a snapshot; until it is complete the one before stays in force."""
         self._progress.assign(json.dumps(asdict(progress)))
         self._manager.save()
         for index in self.folder.glob("best-*.index"):
-            if index.stem != progress.best:
+            if index.stem != f"best-{progress.best_step}":
                 for file in self.folder.glob(f"{index.stem}.*"):
                     file.unlink()
 
     def restore(self) -> Progress | None:
-        """Brings back the newest snapshot; None if there is none."""
-        if not self._manager.latest_checkpoint:
+        """Brings back the newest snapshot, all of it; None if there is none.
+
+        Raises:
+            InputError: it cannot be read, or the best weights beside it cannot.
+        """
+        newest, folder = self._manager.latest_checkpoint, self.folder / "state"
+        if not newest and not (folder / "checkpoint").exists():
             return None
-        # The optimizer makes its moments at its first step, and takes the saved values then.
-        self._state.restore(self._manager.latest_checkpoint).expect_partial()
-        values = json.loads(self._progress.numpy())
-        return Progress(**values | {"loss_sums": tuple(values["loss_sums"])})
+        with _reading(folder):
+            tf.train.Checkpoint(progress=self._progress).read(newest).expect_partial()
+            values = json.loads(self._progress.numpy())
+            progress = Progress(**values | {"loss_sums": tuple(values["loss_sums"])})
+        if progress.best_step is not None:
+            # Read here already: that they are lost should not come out when the run is over.
+            self.restore_best(progress)
+        with _reading(folder):
+            self._state.restore(newest).assert_consumed()
+        return progress
 
     def loss_sums(self) -> tuple[float, float]:
         """What the epoch's loss is made of so far: summed negative log-likelihood, tokens."""
@@ -97,14 +110,24 @@ class Snapshots:
         for variable, value in zip((self._loss.total, self._loss.tokens), progress.loss_sums, strict=True):
             variable.assign(value)
 
-    def keep_best(self, progress: Progress, name: str, loss: float) -> None:
+    def keep_best(self, progress: Progress, loss: float) -> None:
         """Keeps the present weights as the best; a name of its own, so that a kill leaves the older ones whole."""
-        self._weights.write(str(self.folder / name))
-        progress.best, progress.best_loss = name, loss
+        self._weights.write(str(self.folder / f"best-{progress.steps}"))
+        progress.best_step, progress.best_loss = progress.steps, loss
 
     def restore_best(self, progress: Progress) -> None:
         """Puts the best weights back into the model."""
-        self._weights.read(str(self.folder / str(progress.best))).assert_consumed()
+        path = self.folder / f"best-{progress.best_step}"
+        with _reading(path):
+            self._weights.read(str(path)).assert_consumed()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of many types, depending on which file is missing or broken
+        raise InputError(f"{path} cannot be read ({type(error).__name__}); --overwrite starts afresh") from error
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class TrainingRecord:
 
     initial_loss: float
     best_loss: float
-    best_epoch: int  # 0: the weights that the run began with
+    best_step: int  # optimizer steps that the best weights have seen; 0: those that the run began with
+    best_epoch: int | None  # the epoch that ended with that step; None if it lies inside an epoch
     epochs: list[dict[str, float]]  # epoch, step, loss, val_loss, val_perplexity
     steps: int
     tokens: int
@@ -65,11 +66,22 @@ def finetune(
         A `TrainingRecord`; `diverged` says why the run ended early if the loss was no longer finite.
 
     Raises:
-        InputError: settings out of range, no block, or the state in `output_dir` is of another run.
+        InputError: settings out of range or not those that the model was made under, no block, or the state in
+            `output_dir` is of another run or broken.
         Interrupted: Ctrl-C or SIGTERM came; the state is saved.
     """
     settings = settings or TrainingSettings()
     settings.check()
+    if model.dtype_policy.name != settings.policy:
+        raise InputError(
+            f"the model computes in {model.dtype_policy.name}, mixed_precision {settings.mixed_precision!r} in "
+            f"{settings.policy}: call tf_keras.mixed_precision.set_global_policy({settings.policy!r}) before tfclm.load"
+        )
+    if settings.strategy == "mirrored" and strategy is None and not tf.distribute.has_strategy():
+        raise InputError(
+            "strategy 'mirrored' needs the model made under it: load it inside of "
+            "tf.distribute.MirroredStrategy().scope(), and give that strategy to finetune"
+        )
     if output_dir is None:
         with tempfile.TemporaryDirectory() as folder:
             return finetune(
@@ -86,6 +98,14 @@ def finetune(
     rows = min(settings.batch_size * settings.gradient_accumulation_steps, len(train))
     steps_per_epoch = len(train) // rows
     total_steps = min(settings.epochs * steps_per_epoch, settings.max_steps or sys.maxsize)
+    left_out = len(train) % rows
+    if left_out > len(train) / 10:
+        print(
+            f"each epoch leaves out {left_out} of {len(train)} blocks, because a step takes {rows} (--batch-size "
+            f"{settings.batch_size} x --gradient-accumulation-steps {settings.gradient_accumulation_steps}): "
+            "make one of them smaller to leave out fewer",
+            file=sys.stderr,
+        )
     order = run_order(len(train), rows, -(-total_steps // steps_per_epoch), settings.seed)
     replicas = strategy.num_replicas_in_sync
     block_size = len(train[0]["input_ids"])
@@ -108,21 +128,26 @@ def finetune(
         keeper = RunKeeper(snapshots, progress, settings, total_steps, stop)
         keeper.set_model(model)
 
-        def validate() -> float:
-            return float(model.evaluate(validation_feed, callbacks=[keeper], verbose=0, return_dict=True)["loss"])
+        def validate(watching: Any) -> float:
+            return float(model.evaluate(validation_feed, callbacks=watching, verbose=0, return_dict=True)["loss"])
 
-        if progress.best is None:
-            progress.initial_loss = validate()
-            snapshots.keep_best(progress, "best-0", progress.initial_loss)
+        if progress.best_step is None:
+            progress.initial_loss = validate([keeper])
+            snapshots.keep_best(progress, progress.initial_loss)
             keeper.save()
-        elif progress.step and progress.steps == min((progress.epoch + 1) * steps_per_epoch, total_steps):
-            # Interrupted after the last step of an epoch, before its validation was over.
-            total, tokens = progress.loss_sums
-            keeper.epoch_over({"loss": total / tokens, "val_loss": validate()})
 
         diverged = None
         bar, log = ProgressBar(keeper, rows * block_size), EventLog(keeper, output / "logs")
+        watching = [keeper, bar, log, *callbacks]
         try:
+            if progress.step and progress.steps == min((progress.epoch + 1) * steps_per_epoch, total_steps):
+                # Interrupted after an epoch's last step, before its validation was over: what is left of the epoch is,
+                # for the callbacks, a fit of its own.
+                total, tokens = progress.loss_sums
+                rest = tf_keras.callbacks.CallbackList(watching, model=model)
+                rest.on_train_begin()
+                rest.on_epoch_end(progress.epoch, {"loss": total / tokens, "val_loss": validate(rest)})
+                rest.on_train_end()
             if not keeper.finished:
                 model.step_state.start = (progress.epoch, progress.step)
                 model.fit(
@@ -130,26 +155,28 @@ def finetune(
                     validation_data=validation_feed,
                     epochs=-(-total_steps // steps_per_epoch),
                     steps_per_epoch=steps_per_epoch,
-                    callbacks=[keeper, bar, log, *callbacks],
+                    callbacks=watching,
                     verbose=0,
                 )
         except Diverged as error:
             diverged = str(error)
             keeper.progress = progress = snapshots.restore() or progress
-            loss = validate()
+            loss = validate([keeper])
             if loss < progress.best_loss:
-                snapshots.keep_best(progress, f"best-{progress.epoch}-{progress.step}", loss)
+                snapshots.keep_best(progress, loss)
                 keeper.save()
         finally:
             bar.close()
             log.close()
         snapshots.restore_best(progress)
 
-    best_epoch = int(str(progress.best).split("-")[1])
+    ends = {0: 0} | {int(epoch["step"]): int(epoch["epoch"]) for epoch in progress.epochs}
+    best_step = int(progress.best_step or 0)
     return TrainingRecord(
         initial_loss=progress.initial_loss,
         best_loss=progress.best_loss,
-        best_epoch=best_epoch,
+        best_step=best_step,
+        best_epoch=ends.get(best_step),
         epochs=progress.epochs,
         steps=progress.steps,
         tokens=progress.steps * rows * (block_size - 1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,8 +32,17 @@ class TrainingSettings:
     deterministic: bool = setting(True, "same settings, same machine: same weights, bit for bit")
     save_steps: int = setting(500, "optimizer steps between saves of the state that an interrupted run goes on from")
 
+    @property
+    def policy(self) -> str:
+        """The name of Keras' policy for `mixed_precision`."""
+        return "float32" if self.mixed_precision == "no" else f"mixed_{self.mixed_precision}"
+
     def check(self) -> None:
         """Raises InputError for a value out of its range, naming the flag."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"--{field.name.replace('_', '-')} {value}: give a finite number")
         for name, low in {
             "epochs": 1,
             "batch_size": 1,
@@ -43,8 +54,10 @@ class TrainingSettings:
             "seed": 0,
             "save_steps": 1,
         }.items():
-            if not getattr(self, name) >= low:
+            if getattr(self, name) < low:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {low} or more")
+        if self.seed >= 2**32:
+            raise InputError(f"--seed {self.seed}: give a number below {2**32}")
         if self.max_steps is not None and self.max_steps < 1:
             raise InputError(f"--max-steps {self.max_steps}: give 1 or more, or leave it out")
         if not 0 < self.learning_rate < 10:
