@@ -66,12 +66,12 @@ def test_commands_on_the_quickstart_run(workplace: Path, line: str):
     words = shlex.split(line)
     done = subprocess.run([sys.executable, *words[1:]], cwd=workplace, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(("The import statement", "perplexity "))
+    assert done.stdout.startswith(("The import statement", "perplexity ", "serving_models/quickstart/"))
 
 
-@pytest.mark.parametrize("code", fenced("python"), ids=["pipeline", "library"])
+@pytest.mark.parametrize("code", fenced("python"), ids=["pipeline", "savedmodel", "library"])
 def test_code_runs(workplace: Path, code: str):
-    """A name that was changed."""
+    """A name that was changed. What the commands above have exported is there."""
     done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout

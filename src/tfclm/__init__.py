@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tfclm.corpus import pack
     from tfclm.errors import InputError
     from tfclm.perplexity import Perplexity, perplexity
+    from tfclm.savedmodel import export_saved_model
     from tfclm.training import TrainingRecord, TrainingSettings, finetune
 
 # Where each public name lives; it is imported on first use, so that `import tfclm` does not import TensorFlow.
@@ -18,6 +19,7 @@ _HOMES = {
     "Perplexity": "perplexity",
     "TrainingRecord": "training",
     "TrainingSettings": "training",
+    "export_saved_model": "savedmodel",
     "finetune": "training",
     "load": "checkpoint",
     "pack": "corpus",
@@ -31,6 +33,7 @@ __all__ = [
     "Perplexity",
     "TrainingRecord",
     "TrainingSettings",
+    "export_saved_model",
     "finetune",
     "load",
     "pack",

@@ -27,9 +27,7 @@ class EvaluateSettings(SourceSettings):
 
 def run(settings: EvaluateSettings) -> None:
     """Prints the perplexity."""
-    from tfclm import corpus
     from tfclm.checkpoint import load
-    from tfclm.perplexity import perplexity
 
     if settings.model is None:
         raise InputError("--model is missing: give the folder or Hub id of a checkpoint")
@@ -38,6 +36,19 @@ def run(settings: EvaluateSettings) -> None:
     if settings.window is not None and settings.stride is None:
         raise InputError("--window goes with --stride; the length of blocks is --block-size")
     model, tokenizer = load(settings.model, revision=settings.revision)
+    result = measure(model, tokenizer, settings)
+    if settings.json:
+        print(json.dumps(result))
+    else:
+        error = result["standard_error"]
+        print(f"perplexity {result['perplexity']:.4f} ± {error:.4f} over {result['tokens']} tokens")
+
+
+def measure(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str, Any]:
+    """Perplexity of a loaded model on the settings' source, and how it was measured: what `--json` prints."""
+    from tfclm import corpus
+    from tfclm.perplexity import perplexity
+
     context = getattr(model.config, "max_position_embeddings", None)
     split = corpus.read_split(
         dataset=settings.dataset,
@@ -72,17 +83,13 @@ def run(settings: EvaluateSettings) -> None:
             raise InputError(f"the text has {len(ids)} tokens: 2 are needed, the first is only context")
         score = perplexity(model, ids, window=window, stride=settings.stride, batch_size=settings.batch_size)
         protocol = {"window": window, "stride": settings.stride, "separator": "\n\n"}
-    result = {
+    return {
         "perplexity": score.perplexity,
         "standard_error": score.standard_error,
         "loss": score.loss,
         "tokens": score.tokens,
         "protocol": protocol | split.description,
     }
-    if settings.json:
-        print(json.dumps(result))
-    else:
-        print(f"perplexity {score.perplexity:.4f} ± {score.standard_error:.4f} over {score.tokens} tokens")
 
 
 def main() -> None:

@@ -39,6 +39,17 @@ class FitSettings(TrainingSettings, SourceSettings):
     )
     output_dir: str | None = setting(None, "folder of the result; runs/quickstart for the quickstart")
     overwrite: bool = setting(False, "start afresh where a run has been before", recorded=False)
+    export_to: str | None = setting(
+        None, "servable's folder that the finished model is exported to, serving_models/eli5", recorded=False
+    )
+    max_perplexity: float | None = setting(
+        None, "with --export-to, publish only if the perplexity is at most this", recorded=False
+    )
+    max_regression: float | None = setting(
+        None,
+        "with --export-to, publish only if the perplexity is at most this part above the served version's",
+        recorded=False,
+    )
     push_to_hub: str | None = setting(None, "Hub repository that the model is pushed to after every epoch, me/eli5")
 
     def resolved(self) -> FitSettings:
@@ -57,6 +68,8 @@ class FitSettings(TrainingSettings, SourceSettings):
             raise InputError(f"--validation-fraction {self.validation_fraction}: give a number between 0 and 1")
         if self.vocab_size < 257:
             raise InputError(f"--vocab-size {self.vocab_size}: give 257 or more, one entry a byte and the EOS")
+        if settings.export_to is None and (settings.max_perplexity, settings.max_regression) != (None, None):
+            raise InputError("--max-perplexity and --max-regression decide what is exported: give --export-to as well")
         settings.check()
         return settings
 
@@ -90,7 +103,8 @@ def run(settings: FitSettings) -> int:
 
     folder = RunFolder(Path(str(settings.output_dir)), record(settings), settings.overwrite)
     if folder.results is not None:
-        return show(folder.results, settings, f"{folder.path} is complete; --overwrite starts afresh")
+        note = f"{folder.path} is complete; --overwrite starts afresh"
+        return show(folder.results, settings, note) or export(settings)
     with folder:
         repo_id = hub.preflight(settings.push_to_hub) if settings.push_to_hub else None
         strategy = set_up(settings)
@@ -150,12 +164,28 @@ def run(settings: FitSettings) -> int:
         results = folder.finish(done, protocol, len(validation.blocks) * (settings.block_size - 1), files)
         # The run is complete, whatever becomes of its sample.
         results = folder.record({**results, "sample": closing_sample(settings, validation.blocks[0]["input_ids"])})
-    code = show(results, settings)
+    code = show(results, settings) or export(settings)
     if push and push[0].repo.commands_failed:
         upload = shlex.join(["hf", "upload", str(repo_id), str(folder.path)])
         say(f"a push to {repo_id} failed, so the Hub may hold older weights: {upload}")
         return 1
     return code
+
+
+def export(settings: FitSettings) -> int:
+    """Publishes the finished model where `--export-to` says, if the gate and the canary let it; the exit code."""
+    if settings.export_to is None:
+        return 0
+    from tfclm.export import ExportSettings, run
+
+    return run(
+        ExportSettings(
+            model=settings.output_dir,
+            serving_dir=settings.export_to,
+            max_perplexity=settings.max_perplexity,
+            max_regression=settings.max_regression,
+        )
+    )
 
 
 def blocks_of(name: str, texts: Any, tokenizer: Any, settings: FitSettings) -> Any:
@@ -225,6 +255,7 @@ def show(results: dict[str, Any], settings: FitSettings, note: str | None = None
         "go on with:",
         f'  {python} -m tfclm.generate --model {folder} --prompt "…"',
         f"  {python} -m tfclm.evaluate --model {folder} --file FILE",
+        f"  {python} -m tfclm.export --model {folder} --serving-dir serving_models/{shlex.quote(own_name(settings))}",
     ]
     if results["train"]["diverged"]:
         lines.insert(
@@ -234,6 +265,11 @@ def show(results: dict[str, Any], settings: FitSettings, note: str | None = None
         )
     say("\n".join(lines))
     return 1 if results["train"]["diverged"] else 0
+
+
+def own_name(settings: FitSettings) -> str:
+    """The last part of the output folder's name."""
+    return Path(str(settings.output_dir)).resolve().name
 
 
 def say(text: str) -> None:

@@ -183,7 +183,7 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: A
     elif typing.get_origin(kind) is Literal:
         parser.add_argument(*flags, choices=typing.get_args(kind), **common)
     elif typing.get_origin(kind) is tuple:
-        parser.add_argument(*flags, nargs="*", action=_Tuple, metavar=metavar, **common)
+        parser.add_argument(*flags, nargs="*", type=typing.get_args(kind)[0], action=_Tuple, metavar=metavar, **common)
     else:
         convert = _optional(kind) if optional and not field.metadata["literal"] else kind
         parser.add_argument(*flags, type=convert, metavar=metavar, **common)

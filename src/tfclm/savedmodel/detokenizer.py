@@ -42,8 +42,13 @@ class GraphDetokenizer(tf.Module):
                 # As the fast tokenizer's: a token that is not spelled in the byte-level alphabet stands for itself.
                 spelled = to_bytes(token)
                 pieces[number] = token.encode() if spelled is None else spelled
+        self._bytes = pieces
         self._pieces = tf.constant(pieces)
         self._clean_up = bool(tokenizer.clean_up_tokenization_spaces)
+
+    def pieces(self, count: int) -> list[bytes]:
+        """What each of the first `count` ids adds to a text."""
+        return (self._bytes + [b""] * count)[:count]
 
     def decode_bytes(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """The bytes of the first `lengths` [B] of `ids` int32 [B, L]: string [B], raw; special tokens are left out.

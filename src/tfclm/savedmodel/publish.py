@@ -51,7 +51,7 @@ def staged(serving_dir: str | os.PathLike[str]) -> Iterator[Path]:
             yield Path(folder)
         return
     with contextlib.ExitStack() as held:
-        try:
+        with _writable(where):
             os.makedirs(where, exist_ok=True)
             # Between the making of a folder and its lock it looks like one that was left behind.
             with _locked(Path(where), wait=True):
@@ -63,12 +63,11 @@ def staged(serving_dir: str | os.PathLike[str]) -> Iterator[Path]:
                 held.callback(shutil.rmtree, folder, ignore_errors=True)
                 held.enter_context(_locked(Path(folder)))
             os.chmod(folder, 0o755)  # a server is often another user
-        except OSError as error:
-            raise InputError(f"--serving-dir {where}: {error.strerror}; give a folder that can be written") from error
         try:
             yield Path(folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except Exception as error:
+            # TensorFlow's writers have errors of their own, with the system's words in them.
+            if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
                 raise
             raise InputError(f"--serving-dir {where}: the disk is full, nothing was published; make room") from error
 
@@ -92,8 +91,9 @@ def publish(folder: Path, serving_dir: str | os.PathLike[str], version: int | No
     for file in folder.rglob("*"):
         _sync(file)
     _sync(folder)
+    taken = 0
     while True:
-        number = version if version is not None else max(versions(where), default=0) + 1
+        number = version if version is not None else max([taken, *versions(where)]) + 1
         target = Path(where) / str(number)
         try:
             # Onto a folder with content a rename fails, so the first of two that want one number gets it.
@@ -103,6 +103,7 @@ def publish(folder: Path, serving_dir: str | os.PathLike[str], version: int | No
                 raise
             if version is not None:
                 raise InputError(f"--version {version} is in {where} already: give another, or leave it out") from error
+            taken = number  # by another export, or by a file
             continue
         _sync(Path(where))
         return number
@@ -134,9 +135,10 @@ def remove(serving_dir: str | os.PathLike[str], version: int) -> None:
         tf.io.gfile.remove(f"{folder}/saved_model.pb")
         tf.io.gfile.rmtree(folder)
         return
-    with _locked(Path(where), wait=True):
+    with _writable(where), _locked(Path(where), wait=True):
         hidden = tempfile.mkdtemp(prefix=STAGING, dir=where)
-        os.rename(Path(where) / str(version), Path(hidden) / "removed")
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it just now
+            os.rename(Path(where) / str(version), Path(hidden) / "removed")
         shutil.rmtree(hidden)
 
 
@@ -167,6 +169,15 @@ def rollback(serving_dir: str | os.PathLike[str]) -> tuple[int, int]:
 def is_remote(where: str) -> bool:
     """Whether an address is one of TensorFlow's own filesystems, such as gs:// or s3://."""
     return "://" in where
+
+
+@contextmanager
+def _writable(where: str) -> Iterator[None]:
+    """Names the serving directory where the system refuses something in it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--serving-dir {where}: {error.strerror}; give a folder that can be written") from error
 
 
 @contextmanager

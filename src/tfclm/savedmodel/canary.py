@@ -1,0 +1,136 @@
+"""The canary: a finished version, loaded in a new process with a server's stock settings, before it is published.
+
+As TFX's InfraValidator does: warm-up records are replayed, and prompts must give the tokens of the Python model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["CanaryFailed", "Prompt", "make_prompts", "validate"]
+
+NEW_TOKENS = 8
+TIE = 1e-3  # difference of two logits below which rounding may choose either token
+
+
+class CanaryFailed(RuntimeError):
+    """A finished version does not do what the Python model does; it was not published."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and for each new token those that the Python model may give: more than one at a near-tie."""
+
+    ids: list[int]
+    allowed: list[list[int]]
+
+
+def make_prompts(model: Any, vocab_size: int, context: int, eos_ids: Sequence[int]) -> list[Prompt]:
+    """Prompts of several lengths, with the tokens that transformers' greedy `generate` gives."""
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    new = min(NEW_TOKENS, context - 1)
+    prompts = []
+    for length in sorted({1, min(7, context - new), min(40, context - new)}):
+        ids = rng.integers(0, vocab_size, [1, length]).astype(np.int32)
+        tokens = model.generate(
+            tf.constant(ids),
+            attention_mask=tf.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=eos_ids[0] if eos_ids else 0,
+        ).numpy()[:, length:]
+        whole = np.concatenate([ids, tokens], 1)
+        logits = model(tf.constant(whole), training=False).logits[0, length - 1 : -1].numpy().astype(np.float32)
+        allowed = [
+            np.flatnonzero(row >= row[token] - TIE).tolist() for row, token in zip(logits, tokens[0], strict=True)
+        ]
+        prompts.append(Prompt(ids[0].tolist(), allowed))
+    return prompts
+
+
+def validate(version: Path, prompts: Sequence[Prompt], xla: bool) -> dict[str, Any]:
+    """Loads the version in a fresh process, replays its warm-up records and asks it the prompts.
+
+    Returns:
+        Times in seconds, peak memory in MiB and the number of records.
+
+    Raises:
+        CanaryFailed: it does not load, a record fails, or a token differs from the Python model's.
+    """
+    request = {"version": str(version), "xla": xla, "prompts": [prompt.ids for prompt in prompts], "new": NEW_TOKENS}
+    run = subprocess.run(
+        [sys.executable, "-m", "tfclm.savedmodel.canary"], input=json.dumps(request), capture_output=True, text=True
+    )
+    if run.returncode != 0:
+        lines = [line for line in run.stderr.splitlines() if line.strip()] or [f"it ended with code {run.returncode}"]
+        raise CanaryFailed(f"the exported model cannot be served: {lines[-1]}")
+    answer: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    for number, (prompt, tokens) in enumerate(zip(prompts, answer.pop("tokens"), strict=True)):
+        for place, (token, allowed) in enumerate(zip(tokens, prompt.allowed, strict=False)):
+            if token not in allowed:
+                raise CanaryFailed(
+                    f"canary prompt {number}: new token {place} is {token}, where the Python model gives {allowed[0]}"
+                )
+            if len(allowed) > 1:
+                break  # behind a near-tie the texts may part
+    return answer
+
+
+def _serve() -> None:
+    """The fresh process: one JSON request on standard input, one JSON answer on standard output."""
+    import resource
+    import time
+
+    request = json.load(sys.stdin)
+    import tensorflow as tf
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    from tfclm.savedmodel.warmup import PATH
+
+    if not request["xla"]:
+        # What a server does that was not started with --xla_cpu_compilation_enabled.
+        library = Path(tf.__file__).parent / "libtensorflow_cc.so.2"
+        ctypes.CDLL(str(library))._ZN10tensorflow21DisableXlaCompilationEv()
+    began = time.monotonic()
+    loaded = tf.saved_model.load(request["version"])
+    times = {"load_seconds": time.monotonic() - began}
+    began = time.monotonic()
+    records = 0
+    for record in tf.data.TFRecordDataset(f"{request['version']}/{PATH}"):
+        log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
+        inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in log.inputs.items()}
+        loaded.signatures[log.model_spec.signature_name](**inputs)
+        records += 1
+    times["warmup_seconds"] = time.monotonic() - began
+    generate = loaded.signatures["generate_tokens"]
+    tokens = []
+    for ids in request["prompts"]:
+        outputs = generate(
+            input_ids=tf.constant([ids]),
+            attention_mask=tf.ones([1, len(ids)], tf.int32),
+            max_new_tokens=tf.constant([request["new"]]),
+            temperature=tf.constant([0.0]),
+            top_k=tf.constant([0]),
+            top_p=tf.constant([1.0]),
+            repetition_penalty=tf.constant([1.0]),
+            seed=tf.constant([-1], tf.int64),
+        )
+        tokens.append(outputs["output_ids"][0, : int(outputs["completion_tokens"][0])].numpy().tolist())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"tokens": tokens, "records": records, **times, "peak_memory_mib": peak}))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,58 @@
+"""Refusals inside of the graph: an assertion whose message names the input and the row.
+
+A server checks neither rank nor shape, and hands the text of a failed assertion to the client.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+__all__ = ["broadcast", "ranked", "require"]
+
+Tensor = Any
+
+
+def require(condition: Tensor, value: Tensor, name: str, problem: str | Tensor) -> Tensor:
+    """`value` [B, ...], where `condition` bool [B] holds for every row; else "name[row] problem"."""
+    with tf.device("CPU:0"):
+        # Joined, because a row that is at fault may not be there at all.
+        row = tf.strings.reduce_join(tf.strings.as_string(tf.where(~condition)[:1, 0]))
+        message = tf.strings.join([f"{name}[", row, "] ", problem])
+        with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(condition), [message])]):
+            return tf.identity(value)
+
+
+def ranked(value: Tensor, name: str, rank: int) -> Tensor:
+    """`value` of this rank, 1 or 2, and with one row at least."""
+    actual = tf.rank(value)
+    shape = "[B]" if rank == 1 else "[B, L]"
+    message = tf.strings.join([f"{name} has rank ", tf.strings.as_string(actual), f": give rank {rank}, {shape}"])
+    with tf.control_dependencies([tf.debugging.Assert(tf.equal(actual, rank), [message])]):
+        rows = tf.shape(value)[:1]
+    with tf.control_dependencies(
+        [tf.debugging.Assert(tf.reduce_all(rows > 0), [f"{name} is empty: give a row at least"])]
+    ):
+        value = tf.identity(value)
+    value.set_shape([None] * rank)
+    return value
+
+
+def broadcast(value: Tensor, name: str, batch: Tensor) -> Tensor:
+    """A knob of one value, or of one a row, as [B]."""
+    value = tf.reshape(value, [-1])
+    size = tf.size(value)
+    message = tf.strings.join(
+        [
+            f"{name} has ",
+            tf.strings.as_string(size),
+            " values for ",
+            tf.strings.as_string(batch),
+            " rows: give one, or one a row",
+        ]
+    )
+    with tf.control_dependencies([tf.debugging.Assert((size == 1) | (size == batch), [message])]):
+        value = tf.broadcast_to(tf.identity(value), [batch])
+    value.set_shape([None])
+    return value

@@ -1,0 +1,125 @@
+"""The decoding loop: prompts in, tokens out, with a cache and knobs a row; one loop for every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfclm.savedmodel.network import Network
+from tfclm.savedmodel.sampling import Knobs, choose, penalize
+from tfclm.savedmodel.stopping import Stop, StopFinder
+
+__all__ = ["Decoded", "decode"]
+
+Tensor = Any
+
+
+class Decoded(NamedTuple):
+    """What came out, a row each."""
+
+    output_ids: Tensor  # int32 [B, limit], padded on the right
+    count: Tensor  # int32 [B], tokens, an EOS or a stop string's among them
+    stopped: Tensor  # bool [B], by an EOS or a stop string
+    length_in_bytes: Tensor  # int32 [B], of the text before the stop string; -1 where none was found
+
+
+class _State(NamedTuple):
+    step: Tensor  # int32 []
+    token: Tensor  # int32 [B], the last one
+    tokens: Tensor  # int32 [B, capacity], prompt and what was generated, without gaps
+    count: Tensor  # int32 [B]
+    running: Tensor  # bool [B]
+    stopped: Tensor  # bool [B]
+    stop: Stop
+    buffers: Sequence[Tensor]
+
+
+def decode(
+    network: Network,
+    ids: Tensor,
+    lengths: Tensor,
+    knobs: Knobs,
+    uniform: Tensor,
+    *,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    limit: int,
+    finder: StopFinder | None = None,
+    stop: Tensor | None = None,
+    xla: bool = False,
+) -> Decoded:
+    """Continues each prompt until an EOS, its stop string, its max_new_tokens or the end of the context.
+
+    Args:
+        network: the model.
+        ids: int32 [B, L], padded on the right.
+        lengths: int32 [B], tokens of each prompt, 1 to the context's size - 1.
+        knobs: [B] each.
+        uniform: float64 [B, limit], in [0, 1), a column a step.
+        eos_ids: tokens that end a row.
+        pad_id: what stands behind a row's last token.
+        limit: the largest max_new_tokens.
+        finder: looks for stop strings; needed if stop is given.
+        stop: what `finder.begin` gives for the rows' stop strings.
+        xla: the function is to be compiled; capacities are then those of the limit.
+    """
+    weights = network.weights()
+    batch, width = tf.unstack(tf.shape(ids))
+    if ids.shape[0] is not None:
+        batch = ids.shape[0]
+    if ids.shape[1] is not None:
+        width = ids.shape[1]
+    room = tf.minimum(knobs.max_new_tokens, network.context - lengths)
+    # One slot more: the last one always holds the present position.
+    capacity = width + (limit if xla else tf.reduce_max(room)) + 1
+    eos = tf.constant(list(eos_ids), tf.int32)
+    rows = tf.range(batch)
+
+    def pick(state: _State, logits: Tensor) -> _State:
+        """Chooses a token a row, and ends the rows that are done."""
+        slots = tf.range(capacity)[None]
+        logits = penalize(logits, state.tokens, slots < (lengths + state.step)[:, None], knobs.repetition_penalty)
+        token = tf.where(state.running, choose(logits, knobs, tf.gather(uniform, state.step, axis=1), xla=xla), pad_id)
+        place = tf.stack([rows, lengths + state.step], 1)
+        found = finder.find(state.stop, token, state.running) if finder is not None else state.stop
+        ended = state.running & (tf.reduce_any(token[:, None] == eos[None], 1) | found.found)
+        count = state.count + tf.cast(state.running, tf.int32)
+        return state._replace(
+            step=state.step + 1,
+            token=token,
+            tokens=tf.tensor_scatter_nd_update(state.tokens, place, token),
+            count=count,
+            running=state.running & ~ended & (count < room),
+            stopped=state.stopped | ended,
+            stop=found,
+        )
+
+    def step(state: _State) -> tuple[_State]:
+        # A row that is done goes on idly while others run; it must not leave the context.
+        positions = tf.minimum(lengths + state.step, network.context) - 1
+        logits, buffers = network.step(state.token, positions, state.buffers, weights)
+        return (pick(state._replace(buffers=buffers), logits),)
+
+    logits, buffers = network.prefill(ids, lengths, capacity, weights)
+    no = tf.zeros_like(lengths, tf.bool)
+    state = _State(
+        step=tf.constant(0),
+        token=tf.zeros_like(lengths),
+        tokens=tf.pad(ids, [[0, 0], [0, capacity - width]]),
+        count=tf.zeros_like(lengths),
+        running=room > 0,
+        stopped=no,
+        # Without a finder the rest of it is never looked at.
+        stop=stop if stop is not None else Stop(rows, rows, rows, no, tf.zeros_like(lengths)),
+        buffers=buffers,
+    )
+    state = pick(state, logits)
+    (state,) = tf.while_loop(lambda state: tf.reduce_any(state.running), step, (state,), parallel_iterations=1)
+    # The capacity of a call may be less than what the limit asks for.
+    behind = tf.pad(state.tokens, [[0, 0], [0, limit]], constant_values=pad_id)
+    output = tf.gather(behind, lengths[:, None] + tf.range(limit), batch_dims=1)
+    output = tf.where(tf.range(limit) < state.count[:, None], output, pad_id)
+    found = state.stop.found if finder is not None else no
+    return Decoded(output, state.count, state.stopped, tf.where(found, state.stop.length, -1))

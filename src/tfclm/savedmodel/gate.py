@@ -1,0 +1,99 @@
+"""The gate: whether a model's perplexity lets it be published, as TFX's Evaluator decides, with the verdict kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from tfclm.errors import InputError
+
+__all__ = ["Gate", "GateFailed", "Measured", "decide", "record_verdict"]
+
+VERDICTS = ".verdicts"  # hidden from servers, which take folders with a number for a name
+
+
+class GateFailed(RuntimeError):
+    """The model's perplexity is too high; nothing was published."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a model must meet; None is not asked for."""
+
+    max_perplexity: float | None = None
+    max_regression: float | None = None  # 0.02: at most 2 % above the version that is served now
+
+    def check(self) -> None:
+        """Raises InputError for a value out of its range, naming the flag."""
+        if self.max_perplexity is not None and not self.max_perplexity >= 1:
+            raise InputError(f"--max-perplexity {self.max_perplexity}: give 1 or more")
+        if self.max_regression is not None and not self.max_regression > -1:
+            raise InputError(f"--max-regression {self.max_regression}: give a part, such as 0.02 for 2 %")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A perplexity and how it was measured."""
+
+    perplexity: float
+    tokens: int
+    protocol: Mapping[str, Any]
+
+
+def decide(gate: Gate, measured: Measured | None, served: Mapping[str, Any]) -> dict[str, Any]:
+    """The verdict on a model, given the record of the version that is served, empty if there is none.
+
+    Returns:
+        `passed`, and what was compared.
+
+    Raises:
+        InputError: what is asked for cannot be compared, because nothing was measured, or not in the same way.
+    """
+    asked = {"max_perplexity": gate.max_perplexity, "max_regression": gate.max_regression}
+    if asked == dict.fromkeys(asked):
+        return {"passed": True, **asked}
+    if measured is None:
+        raise InputError(
+            "the gate needs a perplexity, and the checkpoint has no results.json: give --dataset or --file to measure"
+        )
+    verdict: dict[str, Any] = {"passed": True, **asked, "perplexity": measured.perplexity}
+    if gate.max_perplexity is not None and not measured.perplexity <= gate.max_perplexity:
+        verdict |= {"passed": False, "reason": f"perplexity {measured.perplexity:.4f} is above {gate.max_perplexity}"}
+    if gate.max_regression is not None and served:
+        before = served.get("perplexity")
+        if before is None:
+            raise InputError(
+                "--max-regression: the version served now has no perplexity in its record; leave it out once"
+            )
+        # How many tokens filled no block is a result of the tokenizer, not a choice.
+        ours, theirs = (
+            {name: value for name, value in protocol.items() if not name.endswith("dropped_tokens")}
+            for protocol in (measured.protocol, served["protocol"])
+        )
+        if ours != theirs:
+            names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+            raise InputError(
+                f"--max-regression: the version served now was measured otherwise ({', '.join(names)} differ); measure "
+                "both on the same text, or leave it out once"
+            )
+        most = before * (1 + gate.max_regression)
+        verdict |= {"served_perplexity": before}
+        if not measured.perplexity <= most:
+            reason = f"perplexity {measured.perplexity:.4f} is above {most:.4f}"
+            verdict |= {"passed": False, "reason": f"{reason}, which the served version's {before:.4f} allows"}
+    return verdict
+
+
+def record_verdict(serving_dir: str, verdict: Mapping[str, Any]) -> str:
+    """Writes a verdict into the serving directory's `.verdicts`; the file's name."""
+    folder = f"{serving_dir.rstrip('/')}/{VERDICTS}"
+    tf.io.gfile.makedirs(folder)
+    path = f"{folder}/{time.time_ns()}.json"
+    with tf.io.gfile.GFile(path, "w") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **verdict}, indent=2) + "\n")
+    return path

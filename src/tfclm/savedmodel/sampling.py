@@ -1,0 +1,168 @@
+"""From logits to the next token: repetition penalty, temperature, top-k and top-p with a value a row.
+
+The distribution is the one that transformers' processors and warpers define, in their order. A row takes one uniform
+number a step, so that its choice depends on its own seed and logits alone. Where logits are exactly equal at the edge
+of top-k or top-p, all of them stay in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+__all__ = ["Knobs", "choose", "penalize", "uniforms"]
+
+Tensor = Any
+
+CANDIDATES = 1024  # as many of the likeliest tokens are sorted first, where top-p has no top-k beside it
+
+
+class Knobs(NamedTuple):
+    """What a row is decoded with, [B] each."""
+
+    max_new_tokens: Tensor  # int32, 1 or more
+    temperature: Tensor  # float32, 0 is greedy
+    top_k: Tensor  # int32, 0 is off
+    top_p: Tensor  # float32 in (0, 1], 1 is off
+    repetition_penalty: Tensor  # float32 above 0, 1 is off
+    seed: Tensor  # int64, -1 is fresh
+
+
+def uniforms(seeds: Tensor, count: int) -> Tensor:
+    """Numbers in [0, 1), float64 [B, count], a function of each row's seed int64 [B] alone; a seed of -1 is fresh."""
+    with tf.device("CPU:0"):
+        fresh = tf.raw_ops.RandomUniformInt(
+            shape=tf.shape(seeds), minval=tf.int64.min, maxval=tf.int64.max, seed=0, seed2=0
+        )
+        seeds = tf.where(seeds == -1, fresh, seeds)
+
+        def row(seed: Tensor) -> Tensor:
+            # Not "auto_select", which draws differently on other devices.
+            return tf.random.stateless_uniform([count], [seed, 0], dtype=tf.float64, alg="philox")
+
+        return tf.map_fn(row, seeds, fn_output_signature=tf.TensorSpec([count], tf.float64))
+
+
+def penalize(logits: Tensor, tokens: Tensor, known: Tensor, penalty: Tensor) -> Tensor:
+    """Logits [B, V] after the repetition penalty [B]: of tokens there, positive ones divided, negative ones multiplied.
+
+    tokens int32 [B, C], of which `known` bool [B, C] are there, the first one always.
+    """
+
+    def apply() -> Tensor:
+        there = tf.where(known, tokens, tokens[:, :1])
+        old = tf.gather(logits, there, batch_dims=1)
+        inverse = tf.cast(1 / tf.cast(penalty, tf.float64), tf.float32)
+        new = old * tf.where(old > 0, inverse[:, None], penalty[:, None])
+        rows = tf.broadcast_to(tf.range(tf.shape(logits)[0])[:, None], tf.shape(there))
+        return tf.tensor_scatter_nd_update(logits, tf.stack([rows, there], -1), new)
+
+    return tf.cond(tf.reduce_any(penalty != 1), apply, lambda: logits)
+
+
+def choose(logits: Tensor, knobs: Knobs, uniform: Tensor, *, xla: bool = False) -> Tensor:
+    """The next token of each row, int32 [B]: the likeliest where the temperature is 0, else drawn by uniform [B].
+
+    logits float32 [B, V]. `xla` takes ops that compile well instead of those that are fast on their own.
+    """
+    greedy = tf.argmax(logits, -1, output_type=tf.int32)
+
+    def sampled() -> Tensor:
+        # From the highest score down, so that the smallest temperature leaves that one finite.
+        scores = logits - tf.reduce_max(logits, -1, keepdims=True)
+        scores /= tf.maximum(tf.where(knobs.temperature > 0, knobs.temperature, 1.0), 1e-30)[:, None]
+        threshold = (_search if xla else _sort)(scores, knobs.top_k, knobs.top_p)
+        return tf.where(knobs.temperature > 0, _draw(scores, threshold, uniform), greedy)
+
+    return tf.cond(tf.reduce_any(knobs.temperature > 0), sampled, lambda: greedy)
+
+
+def _draw(scores: Tensor, threshold: Tensor, uniform: Tensor) -> Tensor:
+    """By inversion, in the vocabulary's order, a token whose score reaches the threshold [B]; int32 [B].
+
+    In two levels, groups and the tokens of one, because a running sum over a vocabulary is slow.
+    """
+    size = int(np.ceil(np.sqrt(scores.shape[-1])))
+    weights = tf.exp(scores - tf.reduce_max(scores, -1, keepdims=True))
+    weights = tf.where(scores >= threshold[:, None], weights, 0.0)
+    groups = tf.reshape(tf.pad(weights, [[0, 0], [0, size * size - scores.shape[-1]]]), [-1, size, size])
+    sums = tf.cumsum(tf.cast(tf.reduce_sum(groups, -1), tf.float64), -1)
+    target = uniform * sums[:, -1]
+    group = _first_above(sums, target)
+    before = tf.where(group > 0, tf.gather(sums, tf.maximum(group - 1, 0), batch_dims=1), 0.0)
+    inner = tf.cumsum(tf.cast(tf.gather(groups, group, batch_dims=1), tf.float64), -1)
+    # The group's sum was rounded otherwise than its running sum: what is left must lie below the latter.
+    left = tf.minimum(target - before, inner[:, -1] * (1 - 1e-12))
+    return group * size + _first_above(inner, left)
+
+
+def _first_above(running: Tensor, target: Tensor) -> Tensor:
+    """The first position of a running sum [B, N] that is above the target [B]; int32 [B]."""
+    below = tf.reduce_sum(tf.cast(running <= target[:, None], tf.int32), -1)
+    return tf.minimum(below, running.shape[-1] - 1)
+
+
+def _sort(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The lowest score that stays in, [B], from the sorted head of the scores [B, V]."""
+    vocabulary = scores.shape[-1]
+    limited = (top_k > 0) & (top_k < vocabulary)
+    wanted = tf.where(limited, top_k, vocabulary)
+    nucleus = top_p < 1
+    most = tf.reduce_max(scores, -1, keepdims=True)
+    everything = tf.reduce_sum(tf.exp(scores - most), -1)
+
+    def among(count: Tensor) -> tuple[Tensor, Tensor]:
+        """The threshold, and whether it lies within the `count` highest scores."""
+        values = tf.math.top_k(scores, count).values
+        inside = tf.range(count)[None] < wanted[:, None]
+        weights = tf.where(inside, tf.exp(values - most), 0.0)
+        total = tf.where(limited, tf.reduce_sum(weights, -1), everything)
+        before = tf.cumsum(weights / total[:, None], -1, exclusive=True)
+        inside &= (before < top_p[:, None]) | ~nucleus[:, None]
+        # A top_p that is subnormal counts as 0 on threads that flush those.
+        kept = tf.maximum(1, tf.reduce_sum(tf.cast(inside, tf.int32), -1))
+        lowest = tf.gather(values, kept - 1, batch_dims=1)
+        off = ~limited & ~nucleus
+        return tf.where(off, -np.inf, lowest), tf.reduce_all(off | (kept < count) | (wanted <= count))
+
+    count = tf.reduce_max(tf.where(limited, wanted, tf.where(nucleus, min(CANDIDATES, vocabulary), 1)))
+    threshold, found = among(count)
+    return tf.cond(found, lambda: threshold, lambda: among(tf.constant(vocabulary))[0])
+
+
+def _search(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The same by bisection, since a compiled sort is slow: the k-th score, then the nucleus among what is left."""
+    vocabulary = scores.shape[-1]
+    distance = tf.reduce_max(scores, -1, keepdims=True) - scores  # 0 at the likeliest
+    limited = (top_k > 0) & (top_k < vocabulary)
+    wanted = tf.where(limited, top_k, vocabulary)
+
+    def farthest_of_k(limit: Tensor) -> Tensor:
+        return tf.reduce_sum(tf.cast(distance <= limit[:, None], tf.int32), -1) >= wanted
+
+    farthest = tf.where(limited, _bisect(farthest_of_k, tf.shape(scores)[:1]), np.inf)
+    weights = tf.where(distance <= farthest[:, None], tf.exp(-distance), 0.0)
+    target = top_p * tf.reduce_sum(weights, -1)
+
+    def reaches(limit: Tensor) -> Tensor:
+        return tf.reduce_sum(tf.where(distance <= limit[:, None], weights, 0.0), -1) >= target
+
+    edge = tf.where(top_p < 1, tf.minimum(_bisect(reaches, tf.shape(scores)[:1]), farthest), farthest)
+    inside = distance <= edge[:, None]
+    return tf.reduce_min(tf.where(inside, scores, np.inf), -1)
+
+
+def _bisect(enough: Any, shape: Tensor) -> Tensor:
+    """The smallest float32 from 0 on, [B], for which `enough` holds; positive floats are ordered as their bits."""
+    highest = int(np.float32(np.inf).view(np.int32))
+
+    def halve(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        middle = low + (high - low) // 2
+        yes = enough(tf.bitcast(middle, tf.float32))
+        return tf.where(yes, low, middle + 1), tf.where(yes, middle, high)
+
+    low, high = tf.zeros(shape, tf.int32), tf.fill(shape, highest)
+    _, high = tf.while_loop(lambda low, high: tf.reduce_any(low < high), halve, (low, high))
+    return tf.bitcast(high, tf.float32)

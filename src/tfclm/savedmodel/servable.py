@@ -1,0 +1,337 @@
+"""The module that is exported: four signatures around the tokenizer, the decoding loop and the scores."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from tfclm.errors import InputError
+from tfclm.savedmodel.checks import broadcast, ranked, require
+from tfclm.savedmodel.decoding import decode
+from tfclm.savedmodel.detokenizer import GraphDetokenizer
+from tfclm.savedmodel.network import Network
+from tfclm.savedmodel.rounding import rounded
+from tfclm.savedmodel.sampling import Knobs, uniforms
+from tfclm.savedmodel.scoring import token_logprobs
+from tfclm.savedmodel.settings import Defaults, ServableSettings, defaults
+from tfclm.savedmodel.stopping import LONGEST, StopFinder
+from tfclm.savedmodel.tokenizer import GraphTokenizer
+
+__all__ = ["Servable"]
+
+Tensor = Any
+
+QUEUE = 1024  # batches that wait; one more is refused with UNAVAILABLE, instead of growing without bound
+
+
+class Servable(tf.Module):
+    """A causal LM and its tokenizer as one graph.
+
+    Raises `InputError` for what cannot be exported exactly. A tokenizer that cannot be put into the graph leaves
+    `generate_tokens` alone; `tokenizer_problem` then says why.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: ServableSettings) -> None:
+        super().__init__()
+        settings.check()
+        self.settings = settings
+        self.model = model if settings.weights == "float32" else rounded(model, settings.weights)
+        self.network = Network(self.model)
+        context = self.network.context
+        xla = settings.compile == "xla"
+        self.limit = settings.max_new_tokens_limit or min(context - 1, 256 if xla else context - 1)
+        if self.limit > context - 1:
+            raise InputError(f"--max-new-tokens-limit {self.limit}: the model's context leaves {context - 1} at most")
+        self.defaults: Defaults = defaults(settings, model.generation_config, self.limit)
+        eos = model.generation_config.eos_token_id
+        self.eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        pad = model.generation_config.pad_token_id
+        self._pad_id = pad if pad is not None else (self.eos_ids or [0])[0]
+        self.tokenizer_problem: str | None = None
+        self._tokenizer = self._detokenizer = self._finder = None
+        try:
+            self._tokenizer, self._detokenizer = GraphTokenizer(tokenizer), GraphDetokenizer(tokenizer)
+            self._finder = StopFinder(self._detokenizer.pieces(self.network.vocab_size))
+        except InputError as error:
+            self.tokenizer_problem = str(error)
+        self.buckets = self._buckets() if xla else []
+        self._decode = self._batched(tf.function(self._rows, jit_compile=True) if xla else self._rows)
+
+    def signatures(self) -> dict[str, Any]:
+        """The functions that are exported, by name."""
+        tokens = {"generate_tokens": self._generate_tokens()}
+        if self._tokenizer is None:
+            return {**tokens, "serving_default": tokens["generate_tokens"]}
+        return {
+            "serving_default": self._serving_default(),
+            "generate": self._generate(),
+            **tokens,
+            "score": self._score(),
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """The signatures' names."""
+        return sorted(["generate_tokens", "serving_default", *(["generate", "score"] if self._tokenizer else [])])
+
+    def batch_sizes(self) -> list[int]:
+        """With XLA, the numbers of rows that are compiled for: powers of two, up to the largest batch."""
+        sizes = [1]
+        while sizes[-1] < self.settings.max_batch_size:
+            sizes.append(min(sizes[-1] * 2, self.settings.max_batch_size))
+        return sizes
+
+    # The way of a request
+
+    def _buckets(self) -> list[int]:
+        """Lengths that prompts are padded to, ascending; the last one holds every prompt."""
+        longest = self.network.context - 1
+        buckets = sorted(set(self.settings.buckets)) or [
+            32 * 4**power for power in range(10) if 32 * 4**power < longest
+        ]
+        return [size for size in buckets if size < longest] + [longest]
+
+    def _batched(self, rows: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        """Coalesces the calls of concurrent requests, of all signatures; a call of too many rows is split."""
+        xla = self.settings.compile == "xla"
+
+        def batch(ids: Tensor, lengths: Tensor, stop: Tensor, seed: Tensor, *knobs: Tensor) -> tuple[Tensor, ...]:
+            most = tf.reduce_max(lengths)
+            if xla:
+                sizes = tf.constant(self.buckets)
+                most = tf.reduce_min(tf.boolean_mask(sizes, sizes >= most))
+            began = self._finder.begin(stop) if self._finder is not None else ()
+            return rows(ids[:, :most], lengths, uniforms(seed, self.limit), seed, *knobs, *began)
+
+        types = (tf.string, tf.int64, *(spec.dtype for spec in _knob_specs()[:5]))
+        specs = [tf.TensorSpec([None, self.network.context - 1], tf.int32), tf.TensorSpec([None], tf.int32)]
+        traced = tf.function(batch).get_concrete_function(*specs, *(tf.TensorSpec([None], kind) for kind in types))
+        # A name of its own: within one process, those that share it share the queue and its function.
+        name = f"tfclm-{uuid.uuid4().hex}"
+        largest = self.settings.max_batch_size
+
+        def call(*arguments: Tensor) -> tuple[Tensor, ...]:
+            results = tf.raw_ops.BatchFunction(
+                in_tensors=list(arguments),
+                captured_tensors=traced.captured_inputs,
+                f=traced,
+                num_batch_threads=1,  # one batch at a time has all cores
+                # This limits what is split; a batch is as large as the last allowed size.
+                max_batch_size=QUEUE * largest,
+                allowed_batch_sizes=self.batch_sizes() if xla else list(range(1, largest + 1)),
+                batch_timeout_micros=int(self.settings.batch_timeout * 1000),
+                max_enqueued_batches=QUEUE,
+                enable_large_batch_splitting=True,
+                Tout=[output.dtype for output in traced.outputs],
+                shared_name=name,
+                batching_queue=name,
+            )
+            for result, shape in zip(results, ([None, self.limit], [None], [None], [None]), strict=True):
+                result.set_shape(shape)
+            return tuple(results)
+
+        return call
+
+    def _rows(self, ids: Tensor, lengths: Tensor, uniform: Tensor, seed: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        new, heat, k, p, penalty, *stop = rest
+        knobs = Knobs(new, heat, k, p, penalty, seed)
+        return tuple(
+            decode(
+                self.network,
+                ids,
+                lengths,
+                knobs,
+                uniform,
+                eos_ids=self.eos_ids,
+                pad_id=self._pad_id,
+                limit=self.limit,
+                finder=self._finder,
+                stop=self._finder.state(tuple(stop)) if self._finder is not None else None,
+                xla=self.settings.compile == "xla",
+            )
+        )
+
+    def _continue(self, ids: Tensor, lengths: Tensor, name: str, stop: Tensor, knobs: Knobs) -> tuple[Tensor, ...]:
+        """Checks rows of ids int32 [B, L] and decodes them; what `Decoded` has, and the prompts' lengths."""
+        batch = tf.shape(ids)[0]
+        context = self.network.context
+        knobs = Knobs(*(broadcast(value, knob, batch) for value, knob in zip(knobs, Knobs._fields, strict=True)))
+        stop = broadcast(stop, "stop", batch)
+        wanted = {
+            "max_new_tokens": (knobs.max_new_tokens >= 1) & (knobs.max_new_tokens <= self.limit),
+            "temperature": (knobs.temperature >= 0) & tf.math.is_finite(knobs.temperature),
+            "top_k": knobs.top_k >= 0,
+            "top_p": (knobs.top_p > 0) & (knobs.top_p <= 1),
+            "repetition_penalty": (knobs.repetition_penalty > 0) & tf.math.is_finite(knobs.repetition_penalty),
+            "seed": knobs.seed >= -1,
+        }
+        ranges = {
+            "max_new_tokens": f"give 1 to {self.limit}",
+            "temperature": "give 0, which is greedy, or more",
+            "top_k": "give 0, which is off, or more",
+            "top_p": "give a number above 0, and 1 at most, which is off",
+            "repetition_penalty": "give a number above 0; 1 is off",
+            "seed": "give 0 or more, or -1 for a fresh one",
+        }
+        knobs = Knobs(
+            *(
+                require(wanted[knob], value, knob, _say("is ", _first(value, wanted[knob]), ": " + ranges[knob]))
+                for knob, value in zip(Knobs._fields, knobs, strict=True)
+            )
+        )
+        stop = require(tf.strings.length(stop) <= LONGEST, stop, "stop", f"is too long: give {LONGEST} bytes at most")
+        if self.settings.truncate_prompts:
+            # The left side goes, as much of it as the row's new tokens need.
+            most = tf.maximum(1, context - knobs.max_new_tokens)
+            cut = tf.maximum(0, lengths - most)
+            lengths -= cut
+            ids = tf.pad(ids, [[0, 0], [0, 1]])
+            places = tf.minimum(cut[:, None] + tf.range(tf.reduce_max(lengths)), tf.shape(ids)[1] - 1)
+            ids = tf.gather(ids, places, batch_dims=1)
+        else:
+            fits = lengths < context
+            problem = _say(
+                "has ", _first(lengths, fits), f" tokens, and the context holds {context}, the answer included"
+            )
+            ids = require(fits, ids, name, problem)
+        # Rows that are decoded together must agree in width.
+        width = context - 1
+        ids = tf.pad(ids[:, :width], [[0, 0], [0, tf.maximum(0, width - tf.shape(ids)[1])]])
+        ids = tf.ensure_shape(ids, [None, width])
+        results = self._decode(ids, lengths, stop, knobs.seed, *knobs[:5])
+        return (*results, lengths)
+
+    def _answer(self, prompt: Tensor, knobs: Knobs, stop: Tensor) -> dict[str, Tensor]:
+        assert self._tokenizer is not None
+        assert self._detokenizer is not None
+        prompt = ranked(prompt, "prompt", 1)
+        prompt = require(tf.strings.length(prompt) > 0, prompt, "prompt", "is empty: give a text")
+        ids, lengths = self._tokenizer.encode(prompt)
+        ids = require(lengths > 0, ids, "prompt", "has no tokens: give a longer text")
+        output, count, stopped, size, lengths = self._continue(ids, lengths, "prompt", stop, knobs)
+        raw = self._detokenizer.decode_bytes(output, count)
+        raw = tf.where(size >= 0, tf.strings.substr(raw, tf.zeros_like(size), tf.maximum(size, 0)), raw)
+        completion = self._detokenizer.clean_up(self._detokenizer.to_valid_utf8(raw))
+        return {
+            "generated_text": tf.strings.join([self._detokenizer.to_valid_utf8(prompt), completion]),
+            "completion": completion,
+            "completion_bytes": raw,
+            "finish_reason": tf.where(stopped, "stop", "length"),
+            "prompt_tokens": lengths,
+            "completion_tokens": count,
+        }
+
+    # The signatures. Ranks are left open, so that the graph itself can refuse another one.
+
+    def _default_knobs(self) -> list[Tensor]:
+        values = self.defaults
+        return [
+            tf.constant([values.max_new_tokens], tf.int32),
+            tf.constant([values.temperature], tf.float32),
+            tf.constant([values.top_k], tf.int32),
+            tf.constant([values.top_p], tf.float32),
+            tf.constant([values.repetition_penalty], tf.float32),
+            tf.constant([-1], tf.int64),
+        ]
+
+    def _serving_default(self) -> Any:
+        def serving_default(prompt: Tensor) -> dict[str, Tensor]:
+            answer = self._answer(prompt, Knobs(*self._default_knobs()), tf.constant([""]))
+            return {"generated_text": answer["generated_text"]}
+
+        return tf.function(serving_default, input_signature=[tf.TensorSpec(None, tf.string, "prompt")])
+
+    def _generate(self) -> Any:
+        new, heat, k, p, penalty, fresh = self._default_knobs()
+
+        def generate(
+            prompt: Tensor,
+            max_new_tokens: Tensor = new,
+            temperature: Tensor = heat,
+            top_k: Tensor = k,
+            top_p: Tensor = p,
+            repetition_penalty: Tensor = penalty,
+            seed: Tensor = fresh,
+            stop: Tensor = tf.constant([""]),  # noqa: B008
+        ) -> dict[str, Tensor]:
+            knobs = Knobs(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+            return self._answer(prompt, knobs, stop)
+
+        specs = [tf.TensorSpec(None, tf.string, "prompt"), *_knob_specs(), tf.TensorSpec(None, tf.string, "stop")]
+        return tf.function(generate, input_signature=specs)
+
+    def _generate_tokens(self) -> Any:
+        new, heat, k, p, penalty, fresh = self._default_knobs()
+
+        def generate_tokens(
+            input_ids: Tensor,
+            attention_mask: Tensor,
+            max_new_tokens: Tensor = new,
+            temperature: Tensor = heat,
+            top_k: Tensor = k,
+            top_p: Tensor = p,
+            repetition_penalty: Tensor = penalty,
+            seed: Tensor = fresh,
+        ) -> dict[str, Tensor]:
+            ids, mask = ranked(input_ids, "input_ids", 2), ranked(attention_mask, "attention_mask", 2)
+            same = tf.reduce_all(tf.shape(ids) == tf.shape(mask))
+            with tf.control_dependencies(
+                [tf.debugging.Assert(same, ["attention_mask has another shape than input_ids: give 1 or 0 for each"])]
+            ):
+                there = tf.identity(mask) == 1
+            mask = require(
+                tf.reduce_all((mask == 0) | there, 1), mask, "attention_mask", "has other values than 0 and 1"
+            )
+            known = ~there | ((ids >= 0) & (ids < self.network.vocab_size))
+            problem = f"has an id that is no token: give 0 to {self.network.vocab_size - 1}"
+            ids = require(tf.reduce_all(known, 1), ids, "input_ids", problem)
+            lengths = tf.reduce_sum(mask, 1)
+            ids = require(lengths > 0, ids, "input_ids", "has no token: give one at least")
+            # What counts goes to the left, in its order, wherever the padding was.
+            ids = tf.gather(ids, tf.argsort(1 - mask, 1, stable=True), batch_dims=1)
+            ids = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), ids, 0)
+            knobs = Knobs(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+            output, count, *_ = self._continue(ids, lengths, "input_ids", tf.constant([""]), knobs)
+            return {"output_ids": output[:, : tf.reduce_max(count)], "completion_tokens": count}
+
+        ids = [tf.TensorSpec(None, tf.int32, "input_ids"), tf.TensorSpec(None, tf.int32, "attention_mask")]
+        return tf.function(generate_tokens, input_signature=[*ids, *_knob_specs()])
+
+    def _score(self) -> Any:
+        tokenizer = self._tokenizer
+        assert tokenizer is not None
+
+        def score(text: Tensor) -> dict[str, Tensor]:
+            text = ranked(text, "text", 1)
+            ids, lengths = tokenizer.encode(text)
+            ids = require(lengths > 1, ids, "text", "has less than 2 tokens: the first one is only context")
+            logprobs = token_logprobs(self.network, ids)
+            logprobs = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), logprobs, 0.0)
+            count = lengths - 1
+            loss = -tf.reduce_sum(tf.cast(logprobs, tf.float64), 1) / tf.cast(count, tf.float64)
+            return {
+                "loss": tf.cast(loss, tf.float32),
+                "perplexity": tf.cast(tf.exp(loss), tf.float32),
+                "token_count": count,
+                "token_ids": ids,
+                "token_logprobs": logprobs,
+            }
+
+        return tf.function(score, input_signature=[tf.TensorSpec(None, tf.string, "text")])
+
+
+def _knob_specs() -> list[Any]:
+    types = (tf.int32, tf.float32, tf.int32, tf.float32, tf.float32, tf.int64)
+    return [tf.TensorSpec(None, kind, name) for name, kind in zip(Knobs._fields, types, strict=True)]
+
+
+def _first(values: Tensor, condition: Tensor) -> Tensor:
+    """The first value that does not meet the condition, as text."""
+    return tf.strings.reduce_join(tf.strings.as_string(tf.boolean_mask(values, ~condition)[:1]))
+
+
+def _say(before: str, value: Tensor, after: str) -> Tensor:
+    return tf.strings.join([before, value, after])

@@ -1,0 +1,125 @@
+"""What an exported model is told when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tfclm.errors import InputError
+from tfclm.settings import setting
+
+
+@dataclass(frozen=True)
+class ServableSettings:
+    """Settings of `export_saved_model`; None takes the checkpoint's generation_config."""
+
+    max_new_tokens: int | None = setting(None, "default of max_new_tokens; 100 if generation_config has none")
+    max_new_tokens_limit: int | None = setting(
+        None, "the largest max_new_tokens that a request may ask for; what the context holds, with xla 256 at most"
+    )
+    temperature: float | None = setting(None, "default temperature; 0 is greedy, as where do_sample is false")
+    top_k: int | None = setting(None, "default of top_k; 0 is off")
+    top_p: float | None = setting(None, "default of top_p; 1 is off")
+    repetition_penalty: float | None = setting(None, "default repetition_penalty; 1 is off")
+    truncate_prompts: bool = setting(False, "cut the left side of a prompt that is too long instead of refusing it")
+    max_batch_size: int = setting(8, "rows that are decoded together, of one request or several")
+    batch_timeout: float = setting(5.0, "milliseconds that a request waits for others to be decoded with")
+    compile: Literal["none", "xla"] = setting(
+        "none", "xla is faster, and for servers with --xla_cpu_compilation_enabled only"
+    )
+    buckets: tuple[int, ...] = setting((), "with xla, the prompt lengths that are compiled for; 32, 128, 512 and so on")
+    weights: Literal["float32", "bfloat16"] = setting(
+        "float32", "type that the weights are kept in; bfloat16 needs xla"
+    )
+
+    def check(self) -> None:
+        """Raises InputError for a value out of its range, naming the flag."""
+        for name, low in {"max_new_tokens": 1, "max_new_tokens_limit": 1, "top_k": 0, "max_batch_size": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InputError(f"--{name.replace('_', '-')} {value}: give {low} or more")
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise InputError(f"--temperature {self.temperature}: give 0, which is greedy, or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p {self.top_p}: give a number above 0, 1 at most")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
+            raise InputError(f"--repetition-penalty {self.repetition_penalty}: give a number above 0; 1 is off")
+        if not 0 <= self.batch_timeout <= 60_000:
+            raise InputError(f"--batch-timeout {self.batch_timeout}: give milliseconds, 0 to 60000")
+        if self.buckets and self.compile != "xla":
+            raise InputError("--buckets goes with --compile xla: otherwise a prompt of any length runs as it is")
+        if any(size < 1 for size in self.buckets):
+            raise InputError(f"--buckets {' '.join(map(str, self.buckets))}: give numbers of tokens, 1 or more")
+        if self.weights != "float32" and self.compile != "xla":
+            raise InputError(
+                f"--weights {self.weights} goes with --compile xla: not compiled, it is slower than float32"
+            )
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The value of each knob that a request does not give."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+
+
+# What generation_config may ask for beyond the knobs, with the value that asks for nothing.
+UNSUPPORTED: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": None,
+    "typical_p": 1.0,
+    "min_p": None,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "force_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "forced_decoder_ids": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+    "num_return_sequences": 1,
+}
+
+
+def defaults(settings: ServableSettings, generation_config: Any, limit: int) -> Defaults:
+    """The knobs' defaults: the settings', else those of the checkpoint's generation_config.
+
+    Raises:
+        InputError: generation_config asks for what the graph does not do.
+    """
+    for name, off in UNSUPPORTED.items():
+        value = getattr(generation_config, name, off)
+        if value not in (off, None):
+            raise InputError(
+                f"generation_config.json has {name} {value}, which an exported model does not do: take it out"
+            )
+    sampling = bool(generation_config.do_sample)
+
+    def given(name: str, otherwise: Any, of_sampling: bool = True) -> Any:
+        value = getattr(settings, name)
+        if value is None and (sampling or not of_sampling):
+            value = getattr(generation_config, name, None)
+        return otherwise if value is None else value
+
+    new = given("max_new_tokens", None, of_sampling=False)
+    if settings.max_new_tokens is not None and settings.max_new_tokens > limit:
+        raise InputError(f"--max-new-tokens {settings.max_new_tokens}: the limit is {limit}")
+    return Defaults(
+        max_new_tokens=min(limit, 100 if new is None else int(new)),
+        temperature=float(given("temperature", 1.0 if sampling else 0.0)),
+        top_k=int(given("top_k", 0)),
+        top_p=float(given("top_p", 1.0)),
+        repetition_penalty=float(given("repetition_penalty", 1.0, of_sampling=False)),
+    )
