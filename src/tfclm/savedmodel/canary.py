@@ -28,21 +28,26 @@ class CanaryFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and for each new token those that the Python model may give: more than one at a near-tie."""
+    """Token ids, how many new ones are asked for, and what the Python model may give: several ids at a near-tie."""
 
     ids: list[int]
+    new: int
     allowed: list[list[int]]
 
 
-def make_prompts(model: Any, vocab_size: int, context: int, eos_ids: Sequence[int]) -> list[Prompt]:
-    """Prompts of several lengths, with the tokens that transformers' greedy `generate` gives."""
+def make_prompts(
+    model: Any, vocab_size: int, context: int, eos_ids: Sequence[int], limit: int = NEW_TOKENS
+) -> list[Prompt]:
+    """Prompts of several lengths, with the tokens, `limit` at most, that transformers' greedy `generate` gives."""
     import tensorflow as tf
 
     rng = np.random.default_rng(0)
-    new = min(NEW_TOKENS, context - 1)
+    new = min(NEW_TOKENS, limit, context - 1)
     prompts = []
     for length in sorted({1, min(7, context - new), min(40, context - new)}):
         ids = rng.integers(0, vocab_size, [1, length]).astype(np.int32)
+        # RoBERTa's own positions skip padding ids, wherever they stand.
+        ids = np.where(ids == model.config.pad_token_id, (ids + 1) % vocab_size, ids)
         tokens = model.generate(
             tf.constant(ids),
             attention_mask=tf.ones_like(ids),
@@ -56,7 +61,7 @@ def make_prompts(model: Any, vocab_size: int, context: int, eos_ids: Sequence[in
         allowed = [
             np.flatnonzero(row >= row[token] - TIE).tolist() for row, token in zip(logits, tokens[0], strict=True)
         ]
-        prompts.append(Prompt(ids[0].tolist(), allowed))
+        prompts.append(Prompt(ids[0].tolist(), new, allowed))
     return prompts
 
 
@@ -69,7 +74,7 @@ def validate(version: Path, prompts: Sequence[Prompt], xla: bool) -> dict[str, A
     Raises:
         CanaryFailed: it does not load, a record fails, or a token differs from the Python model's.
     """
-    request = {"version": str(version), "xla": xla, "prompts": [prompt.ids for prompt in prompts], "new": NEW_TOKENS}
+    request = {"version": str(version), "xla": xla, "prompts": [(prompt.ids, prompt.new) for prompt in prompts]}
     run = subprocess.run(
         [sys.executable, "-m", "tfclm.savedmodel.canary"], input=json.dumps(request), capture_output=True, text=True
     )
@@ -85,6 +90,10 @@ def validate(version: Path, prompts: Sequence[Prompt], xla: bool) -> dict[str, A
                 )
             if len(allowed) > 1:
                 break  # behind a near-tie the texts may part
+        else:
+            if len(tokens) != len(prompt.allowed):
+                wanted = f"where the Python model gives {len(prompt.allowed)}"
+                raise CanaryFailed(f"canary prompt {number}: {len(tokens)} new tokens, {wanted}")
     return answer
 
 
@@ -116,11 +125,11 @@ def _serve() -> None:
     times["warmup_seconds"] = time.monotonic() - began
     generate = loaded.signatures["generate_tokens"]
     tokens = []
-    for ids in request["prompts"]:
+    for ids, new in request["prompts"]:
         outputs = generate(
             input_ids=tf.constant([ids]),
             attention_mask=tf.ones([1, len(ids)], tf.int32),
-            max_new_tokens=tf.constant([request["new"]]),
+            max_new_tokens=tf.constant([new]),
             temperature=tf.constant([0.0]),
             top_k=tf.constant([0]),
             top_p=tf.constant([1.0]),
@@ -133,4 +142,8 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    try:
+        _serve()
+    except Exception as failure:
+        # TensorFlow says what is wrong somewhere in the middle of many lines.
+        sys.exit(" ".join(f"{type(failure).__name__}: {failure}".split()))

@@ -90,10 +90,18 @@ def decide(gate: Gate, measured: Measured | None, served: Mapping[str, Any]) -> 
 
 
 def record_verdict(serving_dir: str, verdict: Mapping[str, Any]) -> str:
-    """Writes a verdict into the serving directory's `.verdicts`; the file's name."""
+    """Writes a verdict into the serving directory's `.verdicts`; the file's name.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
     folder = f"{serving_dir.rstrip('/')}/{VERDICTS}"
-    tf.io.gfile.makedirs(folder)
     path = f"{folder}/{time.time_ns()}.json"
-    with tf.io.gfile.GFile(path, "w") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **verdict}, indent=2) + "\n")
+    text = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **verdict}, indent=2) + "\n"
+    try:
+        tf.io.gfile.makedirs(folder)
+        with tf.io.gfile.GFile(path, "w") as file:
+            file.write(text)
+    except tf.errors.OpError as error:
+        raise InputError(f"--serving-dir {serving_dir}: the verdict cannot be written: {error.message}") from error
     return path

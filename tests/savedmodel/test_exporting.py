@@ -1,0 +1,275 @@
+"""What is written: signatures, warm-up records, and the canary that asks a version before it is published."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import tiny_config
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis import prediction_log_pb2
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from tfclm.errors import InputError
+from tfclm.savedmodel import canary, saving, warmup
+from tfclm.savedmodel.canary import CanaryFailed
+from tfclm.savedmodel.exporting import export_saved_model
+from tfclm.savedmodel.publish import versions
+from tfclm.savedmodel.servable import Servable
+from tfclm.savedmodel.settings import ServableSettings, defaults
+
+TEXT, INT, LONG, FLOAT = "string", "int32", "int64", "float32"
+KNOBS = {
+    "max_new_tokens": (INT, 1),
+    "temperature": (FLOAT, 1),
+    "top_k": (INT, 1),
+    "top_p": (FLOAT, 1),
+    "repetition_penalty": (FLOAT, 1),
+    "seed": (LONG, 1),
+}
+# Inputs and outputs of each signature, with type and rank.
+SIGNATURES: dict[str, tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int]]]] = {
+    "serving_default": ({"prompt": (TEXT, 1)}, {"generated_text": (TEXT, 1)}),
+    "generate": (
+        {"prompt": (TEXT, 1), **KNOBS, "stop": (TEXT, 1)},
+        {
+            "generated_text": (TEXT, 1),
+            "completion": (TEXT, 1),
+            "completion_bytes": (TEXT, 1),
+            "finish_reason": (TEXT, 1),
+            "prompt_tokens": (INT, 1),
+            "completion_tokens": (INT, 1),
+        },
+    ),
+    "generate_tokens": (
+        {"input_ids": (INT, 2), "attention_mask": (INT, 2), **KNOBS},
+        {"output_ids": (INT, 2), "completion_tokens": (INT, 1)},
+    ),
+    "score": (
+        {"text": (TEXT, 1)},
+        {
+            "loss": (FLOAT, 1),
+            "perplexity": (FLOAT, 1),
+            "token_count": (INT, 1),
+            "token_ids": (INT, 2),
+            "token_logprobs": (FLOAT, 2),
+        },
+    ),
+}
+
+
+def make_model(seed: int = 0, **generation: Any):
+    """A tiny GPT-2 with a generation_config."""
+    import tf_keras
+
+    from tfclm.checkpoint import create
+
+    tf_keras.utils.set_random_seed(seed)
+    model = create(tiny_config("gpt2"))
+    model.generation_config = GenerationConfig(eos_token_id=0, **generation)
+    return model
+
+
+def make_wordpiece() -> PreTrainedTokenizerFast:
+    """A tokenizer that cannot be put into the graph: what is exported with it is smaller, and sooner there."""
+    wordpiece = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    wordpiece.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=wordpiece, unk_token="[UNK]", eos_token="[UNK]")
+
+
+def write(servable: Servable, folder: Path) -> Path:
+    """What a version holds, but for its record."""
+    saving.write(servable, folder)
+    warmup.write(servable, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """All signatures, with the knobs' defaults from generation_config but for one."""
+    model = make_model(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.25, max_new_tokens=12)
+    servable = Servable(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings(top_k=7))
+    return write(servable, tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[canary.Prompt]]:
+    """`generate_tokens` alone, and what its canary is asked."""
+    model = make_model()
+    prompts = canary.make_prompts(model, 512, 64, [0])
+    return write(Servable(model, make_wordpiece(), ServableSettings()), tmp_path_factory.mktemp("tokens")), prompts
+
+
+def read(version: Path) -> Any:
+    """The signatures' definitions, by name."""
+    model = saved_model_pb2.SavedModel.FromString((version / "saved_model.pb").read_bytes())
+    (graph,) = model.meta_graphs
+    assert list(graph.meta_info_def.tags) == ["serve"]
+    return {name: value for name, value in graph.signature_def.items() if not name.startswith("__")}
+
+
+def shapes(infos: Any) -> dict[str, tuple[str, int]]:
+    """Types and ranks; every dimension is open."""
+    assert all(not info.tensor_shape.unknown_rank for info in infos.values())
+    assert all(dim.size == -1 for info in infos.values() for dim in info.tensor_shape.dim)
+    return {name: (tf.as_dtype(info.dtype).name, len(info.tensor_shape.dim)) for name, info in infos.items()}
+
+
+def values(signature: Any) -> dict[str, Any]:
+    """The defaults, each of shape [1]."""
+    arrays = {name: tf.make_ndarray(value) for name, value in signature.defaults.items()}
+    assert all(array.shape == (1,) for array in arrays.values())
+    return {name: array[0] for name, array in arrays.items()}
+
+
+def replay(version: Path) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """Signature and inputs of each warm-up record."""
+    records = []
+    for record in tf.data.TFRecordDataset(str(version / warmup.PATH)):
+        request = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
+        inputs = {name: tf.make_ndarray(value) for name, value in request.inputs.items()}
+        records.append((request.model_spec.signature_name, inputs))
+    return records
+
+
+def test_signatures(texts: Path):
+    """An input or output renamed, of another type or rank, or one more that every REST request has to name."""
+    signatures = read(texts)
+    assert {name: (shapes(each.inputs), shapes(each.outputs)) for name, each in signatures.items()} == SIGNATURES
+    assert {each.method_name for each in signatures.values()} == {"tensorflow/serving/predict"}
+
+
+def test_defaults_of_the_knobs(texts: Path):
+    """A knob that gRPC clients must give, or whose default is not the checkpoint's or the flag's."""
+    signatures = read(texts)
+    knobs = {
+        "max_new_tokens": 12,
+        "temperature": pytest.approx(0.7),
+        "top_k": 7,
+        "top_p": pytest.approx(0.9),
+        "repetition_penalty": 1.25,
+        "seed": -1,
+    }
+    assert values(signatures["generate"]) == {**knobs, "stop": b""}
+    assert values(signatures["generate_tokens"]) == knobs
+    assert values(signatures["serving_default"]) == values(signatures["score"]) == {}
+
+
+def test_tokens_alone_are_the_default(tokens: tuple[Path, list[canary.Prompt]]):
+    """A version without serving_default, or with a signature for text that its graph has no tokenizer for."""
+    signatures = read(tokens[0])
+    expected = SIGNATURES["generate_tokens"]
+    assert sorted(signatures) == ["generate_tokens", "serving_default"]
+    for signature in signatures.values():
+        assert (shapes(signature.inputs), shapes(signature.outputs)) == expected
+        assert values(signature)["max_new_tokens"] == 63
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({}, (63, 0.0, 0, 1.0, 1.0)),
+        # Without do_sample, transformers looks at none of these either.
+        ({"temperature": 0.7, "top_k": 5, "top_p": 0.5, "repetition_penalty": 1.5}, (63, 0.0, 0, 1.0, 1.5)),
+        ({"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.5}, (63, 0.7, 5, 0.5, 1.0)),
+        ({"do_sample": True}, (63, 1.0, 50, 1.0, 1.0)),
+        ({"max_new_tokens": 5}, (5, 0.0, 0, 1.0, 1.0)),
+        ({"max_new_tokens": 500}, (63, 0.0, 0, 1.0, 1.0)),
+    ],
+)
+def test_generation_config_becomes_defaults(generation: dict[str, Any], expected: tuple[float, ...]):
+    """A server that decodes otherwise than transformers does with the same folder."""
+    config = GenerationConfig(**generation)
+    assert tuple(vars(defaults(ServableSettings(), config, 63)).values()) == pytest.approx(expected)
+
+
+def test_what_generation_config_asks_in_vain():
+    """Beam search, or a shorter answer than was asked for, without a word."""
+    with pytest.raises(InputError, match="num_beams 4"):
+        defaults(ServableSettings(), GenerationConfig(num_beams=4), 63)
+    with pytest.raises(InputError, match="--max-new-tokens 64: the limit is 63"):
+        defaults(ServableSettings(max_new_tokens=64), GenerationConfig(), 63)
+
+
+def test_each_signature_is_warmed_up(texts: Path):
+    """A first request that waits for what a server could have done before, or a record that stops the load."""
+    records = replay(texts)
+    assert {name for name, _ in records} == set(SIGNATURES)
+    signatures = tf.saved_model.load(str(texts)).signatures
+    for name, inputs in records:
+        assert set(inputs) == set(SIGNATURES[name][0])
+        outputs = signatures[name](**{key: tf.constant(value) for key, value in inputs.items()})
+        assert set(outputs) == set(SIGNATURES[name][1])
+
+
+def test_xla_warms_up_every_size(tmp_path: Path):
+    """A batch size or prompt length that is compiled while somebody waits."""
+    settings = ServableSettings(compile="xla", max_batch_size=3, buckets=(16,), max_new_tokens_limit=2)
+    servable = Servable(make_model(), make_wordpiece(), settings)
+    assert warmup.write(servable, tmp_path) == 6
+    sizes = {inputs["input_ids"].shape for _, inputs in replay(tmp_path)}
+    assert sizes == {(rows, length) for rows in (1, 2, 3) for length in (16, 63)}
+
+
+def test_canary_passes_what_is_whole(tokens: tuple[Path, list[canary.Prompt]]):
+    """A check that refuses a good version, or says nothing of what it cost."""
+    result = canary.validate(*tokens, xla=False)
+    assert result.pop("records") == 1
+    assert all(result[name] > 0 for name in ("load_seconds", "warmup_seconds", "peak_memory_mib"))
+
+
+def test_canary_prompts_keep_to_the_limit():
+    """An export that its own canary refuses, because it asks for more new tokens than the version gives."""
+    prompts = canary.make_prompts(make_model(), 512, 64, [0], limit=3)
+    assert {prompt.new for prompt in prompts} == {3}
+    assert all(len(prompt.allowed) <= 3 for prompt in prompts)
+
+
+def test_canary_sees_a_text_that_ends_elsewhere(tokens: tuple[Path, list[canary.Prompt]]):
+    """An EOS that the graph does not know, or a version that gives no token at all."""
+    folder, prompts = tokens
+    longer = [canary.Prompt(prompt.ids, prompt.new, [*prompt.allowed, [1]]) for prompt in prompts]
+    with pytest.raises(CanaryFailed, match="8 new tokens, where the Python model gives 9"):
+        canary.validate(folder, longer, xla=False)
+
+
+def test_canary_refuses_a_version_without_variables(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
+    """A version that a server takes for available and that fails every request."""
+    folder = shutil.copytree(tokens[0], tmp_path / "broken")
+    (folder / "variables" / "variables.index").unlink()
+    with pytest.raises(CanaryFailed, match=r"cannot be served: .*variables/variables") as failed:
+        canary.validate(folder, tokens[1], xla=False)
+    assert len(str(failed.value).splitlines()) == 1
+
+
+def test_canary_says_what_a_warmup_record_met(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
+    """A record that stops a server's start, or a message that names a node of the graph alone."""
+    folder = shutil.copytree(tokens[0], tmp_path / "broken")
+    path = str(folder / warmup.PATH)
+    (record,) = (each.numpy() for each in tf.data.TFRecordDataset(path))
+    log = prediction_log_pb2.PredictionLog.FromString(record)
+    log.predict_log.request.inputs["temperature"].CopyFrom(tf.make_tensor_proto([-1.0]))
+    with tf.io.TFRecordWriter(path) as writer:
+        writer.write(log.SerializeToString())
+    with pytest.raises(CanaryFailed, match="give 0, which is greedy, or more"):
+        canary.validate(folder, tokens[1], xla=False)
+
+
+def test_nothing_is_published_that_the_canary_refuses(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
+    """Weights of another model behind the prompts of this one, in a version that is served all the same."""
+
+    def swap(line: str) -> None:
+        # Called between writing and asking: the weights become those of another seed.
+        for folder in tmp_path.glob(".staging-*/variables"):
+            if line.startswith("asking"):
+                shutil.copytree(tokens[0] / "variables", folder, dirs_exist_ok=True)
+
+    with pytest.raises(CanaryFailed, match=r"canary prompt \d: new token \d is \d+, where the Python model gives \d+"):
+        export_saved_model(make_model(seed=1), make_wordpiece(), tmp_path, say=swap)
+    assert versions(tmp_path) == []
+    assert list(tmp_path.glob(".staging-*")) == []

@@ -1,0 +1,85 @@
+"""The gate: which perplexities let a model be published."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tfclm.errors import InputError
+from tfclm.savedmodel.gate import Gate, Measured, decide, record_verdict
+
+PROTOCOL = {"block_size": 32, "separator": True, "split": "test", "dropped_tokens": 3}
+MEASURED = Measured(20.0, 1000, PROTOCOL)
+
+
+def served(perplexity: float | None = 20.0, **protocol: object) -> dict[str, object]:
+    """The record of a version that is there."""
+    return {"perplexity": perplexity, "protocol": {**PROTOCOL, **protocol}}
+
+
+@pytest.mark.parametrize(
+    ("limits", "record", "passed"),
+    [
+        (Gate(), served(1.0), True),
+        (Gate(max_perplexity=20.0), {}, True),
+        (Gate(max_perplexity=19.9), {}, False),
+        (Gate(max_regression=0.02), {}, True),
+        (Gate(max_regression=0.02), served(30.0), True),
+        (Gate(max_regression=0.02), served(19.7), True),
+        (Gate(max_regression=0.02), served(19.5), False),
+        (Gate(max_regression=0.0), served(20.0), True),
+        (Gate(max_regression=-0.1), served(21.0), False),
+        (Gate(max_regression=0.02), served(20.0, dropped_tokens=7), True),
+        (Gate(max_perplexity=10.0, max_regression=0.02), served(30.0), False),
+        (Gate(max_perplexity=30.0, max_regression=0.02), served(10.0), False),
+    ],
+)
+def test_verdicts(limits: Gate, record: dict[str, object], passed: bool):
+    """A limit compared the wrong way round, one of two that overrides the other, or a first version refused."""
+    verdict = decide(limits, MEASURED, record)
+    assert verdict["passed"] is passed
+    assert ("reason" in verdict) is not passed
+
+
+def test_not_a_number_is_refused():
+    """A diverged model that passes, because every comparison with NaN is false."""
+    for limits in (Gate(max_perplexity=1e9), Gate(max_regression=1.0)):
+        assert not decide(limits, replace(MEASURED, perplexity=float("nan")), served())["passed"]
+
+
+def test_what_cannot_be_compared():
+    """Perplexities of different texts or block sizes compared, or a gate that opens because nothing was measured."""
+    with pytest.raises(InputError, match=r"results\.json"):
+        decide(Gate(max_perplexity=10.0), None, {})
+    with pytest.raises(InputError, match=r"block_size, split differ"):
+        decide(Gate(max_regression=0.1), MEASURED, served(block_size=64, split="train"))
+    with pytest.raises(InputError, match="no perplexity in its record"):
+        decide(Gate(max_regression=0.1), MEASURED, served(None))
+
+
+@pytest.mark.parametrize(
+    ("limits", "flag"),
+    [
+        (Gate(max_perplexity=0.5), "--max-perplexity 0.5"),
+        (Gate(max_perplexity=float("nan")), "--max-perplexity nan"),
+        (Gate(max_regression=-1.0), "--max-regression -1.0"),
+        (Gate(max_regression=float("nan")), "--max-regression nan"),
+    ],
+)
+def test_limits_out_of_range(limits: Gate, flag: str):
+    """A limit that no model meets, or that every model meets."""
+    with pytest.raises(InputError, match=flag):
+        limits.check()
+
+
+def test_verdicts_are_kept(tmp_path: Path):
+    """A verdict that overwrites another one, that a server takes for a version, or whose failure is a traceback."""
+    paths = [record_verdict(f"{tmp_path}/", {"passed": passed}) for passed in (True, False)]
+    assert [json.loads(Path(path).read_text())["passed"] for path in paths] == [True, False]
+    assert [entry.name for entry in tmp_path.iterdir()] == [".verdicts"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--serving-dir .*file: the verdict cannot be written"):
+        record_verdict(f"{tmp_path}/file", {"passed": True})
