@@ -1,0 +1,408 @@
+"""Which versions of which models are served: follows the file system, loads the new before it unloads the old."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tensorflow_serving.apis import get_model_status_pb2, model_pb2
+from tensorflow_serving.config import model_server_config_pb2
+
+from tfclm.server.servable import Servable
+from tfclm.server.status import Code, StatusError, invalid
+
+State = get_model_status_pb2.ModelVersionStatus.State
+Loader = Callable[[str, int, Path], Servable]
+
+_log = logging.getLogger(__name__)
+_VERSION = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
+
+
+@dataclass
+class _Version:
+    """A version that is or was wanted; `error` says why it is not served."""
+
+    path: Path
+    state: int = State.START
+    wanted: bool = True
+    servable: Servable | None = None
+    error: StatusError | None = None
+    attempts: int = 0
+    next_attempt: float = 0.0
+    uses: int = 0
+
+
+@dataclass
+class _Model:
+    config: Any
+    versions: dict[int, _Version] = field(default_factory=dict)
+
+
+class Manager:
+    """The models of a server.
+
+    One thread looks at the file system, loads and unloads; requests take a version for as long as they run. An old
+    version goes once a new one is available and the last request has left it.
+    """
+
+    def __init__(
+        self,
+        load: Loader,
+        *,
+        poll_seconds: float = 1,
+        max_retries: int = 5,
+        retry_seconds: float = 60,
+        labels_for_unavailable: bool = False,
+    ) -> None:
+        self._load = load
+        self._poll_seconds, self._retry_seconds, self._max_retries = poll_seconds, retry_seconds, max_retries
+        self._labels_for_unavailable = labels_for_unavailable
+        self._config = model_server_config_pb2.ModelServerConfig()
+        self._models: dict[str, _Model] = {}
+        self._labels: dict[str, dict[str, int]] = {}
+        # Guards the tables, and tells of every change to them. Loading happens outside of it.
+        self._changed = threading.Condition()
+        self._reloading = threading.Lock()
+        self._warnings: dict[str, str] = {}
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._poll_now = False
+        self._thread: threading.Thread | None = None
+
+    def start(self, config: Any) -> None:
+        """Takes the first config and returns once each of its models is available.
+
+        Raises:
+            StatusError: the config is not valid, or a model does not load.
+        """
+        self._thread = threading.Thread(target=self._work, name="tfclm-manager", daemon=True)
+        self._thread.start()
+        self.reload(config, patient=False)
+
+    def interrupt(self) -> None:
+        """Ends the waiting of `start`; a signal handler may call it."""
+        self._stopping.set()
+
+    def stop(self) -> None:
+        """Unloads everything; requests that run are waited for by whoever started them."""
+        self._stopping.set()
+        self._wake.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        with self._changed:
+            versions = [version for model in self._models.values() for version in model.versions.values()]
+            self._models = {}
+        for version in versions:
+            if version.servable is not None and version.uses == 0:
+                version.servable.close()
+
+    def reload(self, config: Any, *, patient: bool = True) -> None:
+        """Takes a ModelServerConfig over the present one and returns once new models are available.
+
+        Raises:
+            StatusError: the config is not valid, in which case it changes nothing; or a new model does not load, of
+                which `patient` tries as often as of any version.
+        """
+        with self._reloading:
+            kind = config.WhichOneof("config")
+            if self._config.WhichOneof("config") and kind != "model_config_list":
+                raise StatusError(
+                    Code.FAILED_PRECONDITION,
+                    "Cannot transition to requested config. It is only legal to transition "
+                    "from one ModelConfigList to another.",
+                )
+            if kind is None:
+                return
+            if kind != "model_config_list":
+                raise invalid("A custom model config is not supported: give a model_config_list")
+            models = {model.name: model for model in config.model_config_list.config}
+            self._check(config.model_config_list.config)
+            with self._changed:
+                self._labels = self._new_labels(models)
+                new = models.keys() - self._models.keys()
+                for name, model in models.items():
+                    self._models.setdefault(name, _Model(model)).config = model
+                # A model that is gone from the config keeps its versions until they are unloaded.
+                for name, model_ in self._models.items():
+                    if name not in models:
+                        model_.config = None
+                self._config.CopyFrom(config)
+                self._poll_now = True
+                self._wake.set()
+                self._await(new, patient)
+
+    def _await(self, names: set[str], patient: bool) -> None:
+        while not self._stopping.is_set():
+            waiting = False
+            failed: dict[str, StatusError] = {}
+            for name in names:
+                versions = [each for each in self._models[name].versions.items() if each[1].wanted]
+                if any(version.state == State.AVAILABLE for _, version in versions):
+                    # One that loads is enough, once the others have been tried.
+                    waiting |= any(
+                        version.state != State.END and version.error is None
+                        for _, version in versions
+                        if version.state != State.AVAILABLE
+                    )
+                    continue
+                errors = {
+                    f"{{name: {name} version: {number}}}": version.error
+                    for number, version in versions
+                    if version.error is not None and (version.state == State.END or not patient)
+                }
+                if versions and len(errors) == len(versions):
+                    failed.update(errors)
+                else:
+                    waiting = True
+            if failed:
+                reasons = ", ".join(f"{{{key} due to error: {error}}}" for key, error in failed.items())
+                raise StatusError(Code.UNKNOWN, f"{len(failed)} servable(s) did not become available: {{{reasons}}}")
+            if not waiting:
+                return
+            self._changed.wait(timeout=0.2)
+        raise StatusError(Code.CANCELLED, "the server is stopping")
+
+    def _check(self, configs: Any) -> None:
+        seen = set()
+        for model in configs:
+            if model.name in seen:
+                raise invalid(f"Illegal to list model {model.name} multiple times in config list")
+            seen.add(model.name)
+            if not os.path.isabs(model.base_path):
+                raise invalid(
+                    f"Expected model {model.name} to have an absolute path or URI; got base_path()={model.base_path}"
+                )
+            platform = model.model_platform or ("tensorflow" if model.model_type == 1 else "")
+            if not platform:
+                raise invalid(
+                    "Illegal setting neither ModelServerConfig::model_type (deprecated) nor "
+                    f"ModelServerConfig::model_platform, model name is {model.name}"
+                )
+            if platform != "tensorflow":
+                raise invalid(f"Model {model.name} requests unsupported platform {platform}")
+
+    def _new_labels(self, models: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+        labels: dict[str, dict[str, int]] = {}
+        for name, model in models.items():
+            for label, number in model.version_labels.items():
+                held = self._labels.get(name, {}).get(label)
+                version = self._models[name].versions.get(number) if name in self._models else None
+                free = self._labels_for_unavailable and held in (None, number)
+                if not free and (version is None or version.state != State.AVAILABLE):
+                    raise StatusError(
+                        Code.FAILED_PRECONDITION,
+                        f"Request to assign label to version {number} of model {name}, "
+                        "which is not currently available for inference",
+                    )
+                labels.setdefault(name, {})[label] = number
+        return labels
+
+    @contextmanager
+    def use(self, spec: model_pb2.ModelSpec) -> Iterator[Servable]:
+        """The version that a ModelSpec asks for; it stays loaded until the block is left.
+
+        Raises:
+            StatusError: NOT_FOUND, or INVALID_ARGUMENT for a label that there is not.
+        """
+        if not spec.name:
+            raise invalid("ModelSpec has no name specified.")
+        with self._changed:
+            number = self._number(spec)
+            model = self._models.get(spec.name)
+            available = {
+                each: version
+                for each, version in (model.versions.items() if model else ())
+                if version.state == State.AVAILABLE
+            }
+            version = available.get(max(available, default=0) if number is None else number)
+            if version is None or version.servable is None:
+                asked = f"Latest({spec.name})" if number is None else f"Specific({spec.name}, {number})"
+                raise StatusError(Code.NOT_FOUND, f"Servable not found for request: {asked}")
+            version.uses += 1
+        try:
+            yield version.servable
+        finally:
+            with self._changed:
+                version.uses -= 1
+                if version.uses == 0 and version.state == State.UNLOADING:
+                    self._wake.set()
+
+    def _number(self, spec: model_pb2.ModelSpec) -> int | None:
+        choice = spec.WhichOneof("version_choice")
+        if choice == "version_label":
+            labels = self._labels.get(spec.name, {})
+            if spec.version_label not in labels:
+                raise invalid(f"Unrecognized servable version label: {spec.version_label}")
+            return labels[spec.version_label]
+        return int(spec.version.value) if choice == "version" else None
+
+    def status(self, spec: model_pb2.ModelSpec) -> get_model_status_pb2.GetModelStatusResponse:
+        """The state of a version, or of all of a model, the newest first. A label is ignored.
+
+        Raises:
+            StatusError: NOT_FOUND.
+        """
+        response = get_model_status_pb2.GetModelStatusResponse()
+        with self._changed:
+            model = self._models.get(spec.name)
+            versions = model.versions if model else {}
+            if spec.HasField("version"):
+                number = spec.version.value
+                if number not in versions:
+                    raise StatusError(Code.NOT_FOUND, f"Could not find version {number} of model {spec.name}")
+                versions = {number: versions[number]}
+            if not versions:
+                raise StatusError(Code.NOT_FOUND, f"Could not find any versions of model {spec.name}")
+            for number, version in sorted(versions.items(), reverse=True):
+                added = response.model_version_status.add(version=number, state=version.state)
+                ended = version.error is not None and version.state == State.END
+                added.status.error_code = version.error.code if ended else 0  # type: ignore[union-attr]
+                added.status.error_message = version.error.message if ended else ""  # type: ignore[union-attr]
+        return response
+
+    def _work(self) -> None:
+        next_poll = 0.0
+        while not self._stopping.is_set():
+            now = time.monotonic()
+            try:
+                with self._changed:
+                    polls = self._poll_now or (self._poll_seconds > 0 and now >= next_poll)
+                    self._poll_now = False
+                    configs = {name: model.config for name, model in self._models.items()}
+                if polls:
+                    next_poll = now + self._poll_seconds
+                    for name, config in configs.items():
+                        self._follow(name, config)
+                while self._act() and not self._stopping.is_set():
+                    pass
+            except Exception:
+                # A fault of one look at the files must not end the following of all models.
+                _log.exception("the model manager failed; it goes on")
+            self._wake.wait(timeout=min(0.1, self._poll_seconds) if self._poll_seconds > 0 else 0.1)
+            self._wake.clear()
+
+    def _follow(self, name: str, config: Any) -> None:
+        """Marks which versions of a model are wanted, after a look at its base path."""
+        wanted: dict[int, Path] = {}
+        warning = ""
+        try:
+            if config is not None:
+                wanted = wanted_versions(config)
+                missing = set(config.model_version_policy.specific.versions) - wanted.keys()
+                if missing:
+                    numbers = ", ".join(map(str, sorted(missing)))
+                    warning = f"model {name} has no version {numbers} in {config.base_path}"
+                elif not wanted:
+                    warning = f"model {name} has no version in {config.base_path}: no folder is named by a number"
+        except OSError as error:
+            warning = f"base path {config.base_path} of model {name}: {error.strerror}"
+            # The path may be away for a while: what is loaded stays.
+            config = None
+        if warning and warning != self._warnings.get(name):
+            _log.warning(warning)
+        self._warnings[name] = warning
+        if warning and config is None:
+            return
+        with self._changed:
+            model = self._models.get(name)
+            if model is None or model.config is not config:
+                return
+            for number, path in wanted.items():
+                version = model.versions.get(number)
+                if version is None or (version.state == State.END and not version.wanted):
+                    model.versions[number] = _Version(path)
+                else:
+                    version.wanted = True
+            for number, version in model.versions.items():
+                version.wanted = number in wanted
+            self._changed.notify_all()
+
+    def _act(self) -> bool:
+        """Does the next thing there is to do, if any."""
+        with self._changed:
+            action = next(self._due(), None)
+        if action is None:
+            return False
+        action()
+        return True
+
+    def _due(self) -> Iterator[Callable[[], None]]:
+        for name, model in list(self._models.items()):
+            versions = sorted(model.versions.items(), reverse=True)
+            if model.config is None and all(version.state == State.END for _, version in versions):
+                del self._models[name]
+                continue
+            wanted = [version for _, version in versions if version.wanted]
+            # What serves goes on serving until something that is wanted does, or nothing is wanted.
+            replaced = not wanted or any(version.state == State.AVAILABLE for version in wanted)
+            for number, version in versions:
+                if not version.wanted:
+                    if version.state == State.AVAILABLE and replaced:
+                        _log.info("unloading version %s of model %s", number, name)
+                        version.state = State.UNLOADING
+                    if version.state == State.UNLOADING and version.uses == 0:
+                        yield partial(self._unload, name, number, version)
+                    elif version.state in (State.START, State.LOADING):
+                        version.state = State.END
+                elif version.state in (State.START, State.LOADING) and version.next_attempt <= time.monotonic():
+                    version.state = State.LOADING
+                    yield partial(self._attempt, name, number, version)
+
+    def _unload(self, name: str, number: int, version: _Version) -> None:
+        with self._changed:
+            servable, version.servable = version.servable, None
+            version.state, version.error = State.END, None
+            self._changed.notify_all()
+        if servable is not None:
+            servable.close()
+        _log.info("unloaded version %s of model %s", number, name)
+
+    def _attempt(self, name: str, number: int, version: _Version) -> None:
+        try:
+            servable = self._load(name, number, version.path)
+        except StatusError as error:
+            with self._changed:
+                version.error = error
+                version.attempts += 1
+                version.next_attempt = time.monotonic() + self._retry_seconds
+                if version.attempts > self._max_retries:
+                    version.state = State.END
+                self._changed.notify_all()
+            attempts = f"attempt {version.attempts} of {self._max_retries + 1}"
+            _log.error("version %s of model %s cannot be loaded (%s): %s", number, name, attempts, error)
+            return
+        with self._changed:
+            version.servable, version.state, version.error = servable, State.AVAILABLE, None
+            self._changed.notify_all()
+        _log.info("loaded version %s of model %s", number, name)
+
+
+def wanted_versions(config: Any) -> dict[int, Path]:
+    """The versions that a ModelConfig wants served, of those that its base path holds: children named as an int64.
+
+    Raises:
+        OSError: the base path cannot be read.
+    """
+    found: dict[int, Path] = {}
+    for child in sorted(os.listdir(config.base_path)):
+        if _VERSION.fullmatch(child) and -(2**63) <= int(child) < 2**63:
+            found[int(child)] = Path(config.base_path, child)
+    policy = config.model_version_policy
+    choice = policy.WhichOneof("policy_choice")
+    if choice == "all":
+        return found
+    if choice == "specific":
+        return {number: path for number, path in found.items() if number in policy.specific.versions}
+    newest = sorted(found, reverse=True)[: max(policy.latest.num_versions, 1)]
+    return {number: found[number] for number in newest}

@@ -1,0 +1,185 @@
+"""The REST API: a method, a path and a body to a status and a body. It knows nothing of sockets."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from google.protobuf import json_format
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    model_pb2,
+    regression_pb2,
+)
+
+from tfclm.server import jsontensor
+from tfclm.server.service import METADATA_FIELD, Service
+from tfclm.server.status import HTTP_STATUS, Code, StatusError, invalid
+
+_JSON = {"Content-Type": "application/json"}
+_CORS = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Methods": "POST, GET",
+    "Access-Control-Allow-Headers": "Content-Type",
+}
+_NAME, _VERSION = r"([^/:]+)", r"(?:/versions/(\d+)|/labels/([^/:]+))?"
+_FLAGS = re.IGNORECASE | re.ASCII | re.DOTALL
+_API = re.compile("/v1/.*", _FLAGS)
+_CALL = re.compile(f"/v1/models/{_NAME}{_VERSION}:(classify|regress|predict)", _FLAGS)
+_LOOK = re.compile(f"/v1/models(?:/{_NAME})?{_VERSION}(?:/(metadata))?", _FLAGS)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What is answered. `model` and `code` are for the log."""
+
+    status: int
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    model: str = ""
+    code: Code = Code.OK
+
+
+@dataclass(frozen=True)
+class Path:
+    """A path of the API, taken apart: of a call the verb, of a look "metadata" or nothing."""
+
+    spec: model_pb2.ModelSpec
+    verb: str
+
+
+class RestApi:
+    """TensorFlow Serving's REST API over a service.
+
+    `timeout_ms` limits a run of a model. `metrics_path` is where Prometheus asks; None for nowhere.
+    """
+
+    def __init__(self, service: Service, *, timeout_ms: int, cors: bool, metrics_path: str | None) -> None:
+        self._service, self._timeout_ms, self._metrics_path = service, timeout_ms, metrics_path
+        self._cors = _CORS if cors else {}
+
+    def is_inference(self, method: str, path: str) -> bool:
+        """Whether a request may run a model, so that it needs a thread and a place in the queue."""
+        return method == "POST" and _API.fullmatch(path) is not None
+
+    def answer(self, method: str, path: str, body: bytes, origin: str = "") -> Reply:
+        """Answers a request. `path` is as it was sent, with its query."""
+        if self._metrics_path is not None and path.partition("?")[0] == self._metrics_path:
+            return self._metrics(path)
+        if not _API.fullmatch(path):
+            page = b"<!DOCTYPE html><title>404 Not Found</title><h1>Not Found</h1>\n"
+            return Reply(404, page, {"Content-Type": "text/html"}, code=Code.NOT_FOUND)
+        if method == "OPTIONS":
+            code = Code.OK if re.search("https?://", origin) else Code.FAILED_PRECONDITION
+            self._service.metrics.request_count.add(model_name="", status=code.name)
+            return Reply(HTTP_STATUS[code], b"", dict(self._cors), code=code)
+        headers = _JSON | self._cors
+        name = ""
+        try:
+            try:
+                parsed = _parse_path(method, path)
+            except StatusError as error:
+                # This one goes out without a body.
+                self._service.metrics.request_count.add(model_name="", status=error.code.name)
+                return Reply(HTTP_STATUS[error.code], b"", headers, code=error.code)
+            name = parsed.spec.name if parsed else ""
+            with self._service.counted(name, parsed.verb if method == "POST" and parsed else "", "REST"):
+                reply = self._run(method, path, parsed, body)
+            return Reply(200, reply, headers, name)
+        except StatusError as error:
+            status = HTTP_STATUS.get(error.code, 500)
+            return Reply(status, jsontensor.write_error(error.message), headers, name, error.code)
+
+    def _metrics(self, path: str) -> Reply:
+        if path != self._metrics_path:
+            page = f"Unexpected path: {path}. Should be {self._metrics_path}"
+            return Reply(400, page.encode(), {"Content-Type": "text/plain"}, code=Code.INVALID_ARGUMENT)
+        return Reply(200, self._service.metrics.page().encode(), {"Content-Type": "text/plain"})
+
+    def _run(self, method: str, path: str, parsed: Path | None, body: bytes) -> bytes:
+        if method == "POST" and parsed is not None:
+            # The verb is matched without regard to case, and then refused: the path alone is free in that.
+            run = {"predict": self._predict, "classify": self._classify, "regress": self._regress}.get(parsed.verb)
+            if run is not None:
+                return run(parsed.spec, body)
+        if method == "GET" and parsed is not None:
+            if not parsed.spec.name:
+                raise invalid("Missing model name in request.")
+            return self._metadata(parsed.spec) if parsed.verb == "metadata" else self._status(parsed.spec)
+        raise invalid(f"Malformed request: {method} {path}")
+
+    def _predict(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+        with ExitStack() as stack:
+            taken = []
+
+            def inputs_of(signature_name: str) -> jsontensor.Inputs:
+                taken.append(stack.enter_context(self._service.manager.use(spec)))
+                return taken[0].signature_inputs(signature_name)
+
+            request = jsontensor.read_predict(body, inputs_of)
+            outputs = taken[0].predict(request.signature_name, request.inputs, timeout_ms=self._timeout_ms)
+        return jsontensor.write_predict(outputs, row=request.row)
+
+    def _classify(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+        spec.signature_name, examples = jsontensor.read_examples(body)
+        request = classification_pb2.ClassificationRequest(model_spec=spec, input=examples)
+        return jsontensor.write_classifications(self._service.classify(request, self._timeout_ms).result)
+
+    def _regress(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+        spec.signature_name, examples = jsontensor.read_examples(body)
+        request = regression_pb2.RegressionRequest(model_spec=spec, input=examples)
+        return jsontensor.write_regressions(self._service.regress(request, self._timeout_ms).result)
+
+    def _status(self, spec: model_pb2.ModelSpec) -> bytes:
+        return _proto_json(self._service.manager.status(spec)).encode()
+
+    def _metadata(self, spec: model_pb2.ModelSpec) -> bytes:
+        request = get_model_metadata_pb2.GetModelMetadataRequest(model_spec=spec, metadata_field=[METADATA_FIELD])
+        response = self._service.metadata(request)
+        signatures = get_model_metadata_pb2.SignatureDefMap()
+        response.metadata[METADATA_FIELD].Unpack(signatures)
+        text = (
+            '{\n"model_spec":'
+            + _proto_json(response.model_spec)
+            + ',\n"metadata": {"signature_def": '
+            + _proto_json(signatures)
+            + "}\n}\n"
+        )
+        return text.encode()
+
+
+def _parse_path(method: str, path: str) -> Path | None:
+    """Takes a path apart; None for one that is not of the API.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT, for a version that is no int64.
+    """
+    match = {"POST": _CALL, "GET": _LOOK}[method].fullmatch(path) if method in ("POST", "GET") else None
+    if match is None:
+        return None
+    name, version, label, verb = match.groups()
+    spec = model_pb2.ModelSpec(name=_unquote(name or ""))
+    if version:
+        digits = version.lstrip("0") or "0"
+        if len(digits) > 19 or int(digits) >= 2**63:
+            raise invalid(f"Failed to convert version: {version} to numeric.")
+        spec.version.value = int(digits)
+    elif label:
+        spec.version_label = _unquote(label)
+    return Path(spec, verb or "")
+
+
+def _unquote(text: str) -> str:
+    return unquote_to_bytes(text.encode("utf-8", "surrogateescape")).decode("utf-8", "replace")
+
+
+def _proto_json(message: Any) -> str:
+    values = json_format.MessageToDict(
+        message, always_print_fields_with_no_presence=True, preserving_proto_field_name=True
+    )
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,433 @@
+"""One version of a model: a SavedModel in a session of its own, run as the C++ server runs it."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework import types_pb2
+from tensorflow.core.protobuf import config_pb2
+from tensorflow_serving.apis import (
+    classification_pb2,
+    inference_pb2,
+    input_pb2,
+    predict_pb2,
+    prediction_log_pb2,
+    regression_pb2,
+)
+
+from tfclm.server.metrics import Metrics
+from tfclm.server.status import Code, StatusError, from_tensorflow, invalid
+
+DEFAULT_SIGNATURE = "serving_default"
+CLASSIFY, REGRESS, PREDICT = (f"tensorflow/serving/{method}" for method in ("classify", "regress", "predict"))
+MAX_WARMUP_RECORDS = 1000
+MAX_ELEMENTS = 2**27  # of a tensor in a request
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a version is loaded."""
+
+    tags: tuple[str, ...] = ("serve",)
+    warmup: bool = True
+    warmup_iterations: int = 1
+    check_method_names: bool = False
+    inter_op_threads: int = 0
+    intra_op_threads: int = 0
+
+
+class Servable:
+    """A loaded version. Its methods may be called from many threads; `timeout_ms` 0 means as long as it takes."""
+
+    def __init__(self, name: str, version: int, path: Path, options: LoadOptions, metrics: Metrics) -> None:
+        """Loads the SavedModel and replays its warm-up records.
+
+        Raises:
+            StatusError: the folder holds no SavedModel that can be loaded, or a warm-up record fails.
+        """
+        self.name, self.version, self.path = name, version, path
+        self._options, self._metrics = options, metrics
+        self._callables: dict[tuple[tuple[str, ...], tuple[str, ...], int], Any] = {}
+        self._lock = threading.Lock()
+        if not any((path / file).exists() for file in ("saved_model.pb", "saved_model.pbtxt")):
+            raise StatusError(
+                Code.NOT_FOUND, f"Could not find SavedModel .pb or .pbtxt at supplied export directory path: {path}"
+            )
+        config = tf.compat.v1.ConfigProto(
+            inter_op_parallelism_threads=options.inter_op_threads, intra_op_parallelism_threads=options.intra_op_threads
+        )
+        graph = tf.Graph()
+        self._session = tf.compat.v1.Session(graph=graph, config=config)
+        try:
+            with graph.as_default():
+                meta = tf.compat.v1.saved_model.loader.load(self._session, list(options.tags), str(path))
+            self.signatures: dict[str, Any] = dict(meta.signature_def)
+            if options.warmup:
+                self._warm_up()
+        except tf.errors.OpError as error:
+            self.close()
+            raise from_tensorflow(error) from error
+        except StatusError:
+            self.close()
+            raise
+        except Exception as error:
+            # The loader has no error of its own for a file that is no SavedModel, or has not the tags.
+            self.close()
+            raise invalid(f"{path}: {' '.join(str(error).split())}") from error
+
+    def close(self) -> None:
+        """Gives the memory back. No call may be under way."""
+        self._callables.clear()
+        self._session.close()
+        self.signatures = {}
+        del self._session
+        gc.collect()
+
+    def signature_inputs(self, signature_name: str) -> Mapping[str, Any]:
+        """The inputs of a signature, by name, as REST asks for them."""
+        name = signature_name or DEFAULT_SIGNATURE
+        if name not in self.signatures:
+            raise invalid(f'Serving signature name: "{name}" not found in signature def')
+        inputs: Mapping[str, Any] = self.signatures[name].inputs
+        return inputs
+
+    def predict(
+        self, signature_name: str, inputs: Mapping[str, Any], *, only: Sequence[str] = (), timeout_ms: int = 0
+    ) -> dict[str, Any]:
+        """Runs a signature on arrays; gives its outputs, or those of `only`. Inputs with a default may be left out.
+
+        Raises:
+            StatusError: the inputs are not the signature's, or the graph refuses them.
+        """
+        name = signature_name or DEFAULT_SIGNATURE
+        if name not in self.signatures:
+            raise StatusError(Code.FAILED_PRECONDITION, f'Serving signature key "{name}" not found.')
+        signature = self.signatures[name]
+        if self._options.check_method_names and signature.method_name not in (PREDICT, CLASSIFY, REGRESS):
+            raise StatusError(
+                Code.INTERNAL,
+                f"Expected prediction signature method_name to be one of {{{PREDICT}, {CLASSIFY}, {REGRESS}}}. "
+                f"Was: {signature.method_name}",
+            )
+        feeds = self._feeds(signature, inputs)
+        fetches = _chosen(signature.outputs, only)
+        values = self._run(feeds, [info.name for info in fetches.values()], timeout_ms, "Predict")
+        return dict(zip(fetches, values, strict=True))
+
+    def classify(
+        self, signature_name: str, examples: input_pb2.Input, *, timeout_ms: int = 0
+    ) -> classification_pb2.ClassificationResult:
+        """Runs a classification signature on `tf.train.Example`s."""
+        signature = self._signature_of_examples(signature_name)
+        self._check_classify(signature)
+        count, outputs = self._run_examples([signature], examples, timeout_ms, "Classify")
+        return _classifications(signature, count, outputs)
+
+    def regress(
+        self, signature_name: str, examples: input_pb2.Input, *, timeout_ms: int = 0
+    ) -> regression_pb2.RegressionResult:
+        """Runs a regression signature on `tf.train.Example`s."""
+        signature = self._signature_of_examples(signature_name)
+        self._check_regress(signature)
+        count, outputs = self._run_examples([signature], examples, timeout_ms, "Regress")
+        return _regressions(signature, count, outputs)
+
+    def multi_inference(
+        self, tasks: Iterable[inference_pb2.InferenceTask], examples: input_pb2.Input, *, timeout_ms: int = 0
+    ) -> list[inference_pb2.InferenceResult]:
+        """Runs several classification and regression signatures on the same examples, in one step."""
+        signatures: dict[str, tuple[str, Any]] = {}
+        model_name = ""
+        for task in tasks:
+            if not task.model_spec.name:
+                raise invalid("Found ModelSpec with an empty model name.")
+            model_name = model_name or task.model_spec.name
+            if task.model_spec.name != model_name:
+                raise invalid("All ModelSpecs in a MultiInferenceRequest must access the same model name.")
+            name = task.model_spec.signature_name or DEFAULT_SIGNATURE
+            if name in signatures:
+                raise invalid(f"Duplicate evaluation of signature: {name}")
+            if name not in self.signatures:
+                raise invalid(f"Requested signature not found in model graph: {name}")
+            if task.method_name == CLASSIFY:
+                self._check_classify(self.signatures[name])
+            elif task.method_name == REGRESS:
+                self._check_regress(self.signatures[name])
+            else:
+                raise StatusError(Code.UNIMPLEMENTED, f"Unsupported signature method_name: {task.method_name}")
+            signatures[name] = (task.method_name, self.signatures[name])
+        count, outputs = self._run_examples([each for _, each in signatures.values()], examples, timeout_ms, None)
+        self._metrics.example_count.add(count, model=self.name)
+        self._metrics.example_counts.observe(count, model=self.name)
+        results = []
+        for name, (method, signature) in signatures.items():
+            result = inference_pb2.InferenceResult()
+            result.model_spec.name, result.model_spec.signature_name = self.name, name
+            result.model_spec.version.value = self.version
+            if method == CLASSIFY:
+                result.classification_result.CopyFrom(_classifications(signature, count, outputs))
+            else:
+                result.regression_result.CopyFrom(_regressions(signature, count, outputs))
+            results.append(result)
+        return results
+
+    def _feeds(self, signature: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        needed, given, defaults = set(signature.inputs), set(inputs), signature.defaults
+        if len(given) > len(needed) or (len(given) < len(needed) and not defaults):
+            raise invalid(
+                f"input size does not match signature: {len(given)}!={len(needed)} len({_names(given)}) != "
+                f"len({_names(needed)}). Sent extra: {_names(given - needed)}. "
+                f"Missing but required: {_names(needed - given)}."
+            )
+        for name in sorted(given - needed):
+            raise invalid(
+                f"input tensor alias not found in signature: {name}. Inputs expected to be in the set {_names(needed)}."
+            )
+        for name in sorted(needed - given - set(defaults)):
+            raise invalid(f"Signature input {name} was not found in request and does not have a default value.")
+        return {
+            info.name: inputs[name] if name in inputs else tf.make_ndarray(defaults[name])
+            for name, info in signature.inputs.items()
+        }
+
+    def _run(self, feeds: Mapping[str, Any], fetches: Sequence[str], timeout_ms: int, api: str | None) -> list[Any]:
+        key = (tuple(feeds), tuple(fetches), timeout_ms)
+        with self._lock:
+            call = self._callables.get(key)
+            if call is None:
+                options = config_pb2.CallableOptions(feed=key[0], fetch=key[1])
+                options.run_options.timeout_in_ms = timeout_ms
+                # `Session.run` would check feeds against the static shapes of the graph, which the C++ server does
+                # not, and would add Python's traceback of the graph to its errors. This is what runs beneath it.
+                try:
+                    call = self._callables[key] = self._session._make_callable_from_options(options)
+                except tf.errors.OpError as error:
+                    raise from_tensorflow(error) from error
+        start = time.perf_counter()
+        try:
+            values = [_array(value) for value in call(*feeds.values())]
+        except tf.errors.OpError as error:
+            raise from_tensorflow(error) from error
+        if api is not None:
+            self._metrics.runtime_latency.observe(
+                (time.perf_counter() - start) * 1e6, model_name=self.name, API=api, runtime="TF1"
+            )
+        return values
+
+    def _run_examples(
+        self, signatures: Sequence[Any], examples: input_pb2.Input, timeout_ms: int, api: str | None
+    ) -> tuple[int, dict[str, Any]]:
+        """The number of examples, and the outputs by the name of their tensor."""
+        with_context = examples.WhichOneof("kind") == "example_list_with_context"
+        given = examples.example_list_with_context if with_context else examples.example_list
+        if not given.examples:
+            raise invalid("Input is empty.")
+        # Two messages one after the other are one message with the fields of both.
+        context = given.context.SerializeToString() if with_context else b""
+        batch = np.array([context + example.SerializeToString() for example in given.examples], object)
+        feeds = {signature.inputs["inputs"].name: batch for signature in signatures}
+        fetches = sorted({info.name for signature in signatures for info in signature.outputs.values()})
+        return len(batch), dict(zip(fetches, self._run(feeds, fetches, timeout_ms, api), strict=True))
+
+    def _signature_of_examples(self, signature_name: str) -> Any:
+        name = signature_name or DEFAULT_SIGNATURE
+        if name not in self.signatures:
+            raise invalid(f"No signature was found with the name: {name}")
+        return self.signatures[name]
+
+    def _check_classify(self, signature: Any) -> None:
+        self._check_examples(signature, "classification", CLASSIFY)
+        if len(signature.outputs) not in (1, 2):
+            raise invalid(f"Expected one or two output Tensors, found {len(signature.outputs)}")
+        if not {"classes", "scores"} & set(signature.outputs):
+            raise invalid(
+                "Expected classification signature outputs to contain at least one of "
+                f'"classes" or "scores". Signature was: {signature}'
+            )
+
+    def _check_regress(self, signature: Any) -> None:
+        self._check_examples(signature, "regression", REGRESS)
+        if len(signature.outputs) != 1:
+            raise invalid("Expected one output Tensor.")
+        if "outputs" not in signature.outputs:
+            raise invalid(f"No regression outputs found in SignatureDef: {signature}")
+
+    def _check_examples(self, signature: Any, kind: str, method: str) -> None:
+        if self._options.check_method_names and signature.method_name != method:
+            raise invalid(f"Expected {kind} signature method_name to be {method}. Was: {signature.method_name}")
+        if len(signature.inputs) != 1:
+            raise invalid("Expected one input Tensor.")
+        if "inputs" not in signature.inputs:
+            raise invalid(f"No {kind} inputs found in SignatureDef: {signature}")
+
+    def _warm_up(self) -> None:
+        path = self.path / "assets.extra" / "tf_serving_warmup_requests"
+        if not path.exists():
+            return
+        start, count = time.perf_counter(), 0
+        try:
+            for record in tf.compat.v1.io.tf_record_iterator(str(path)):
+                count += 1
+                if count > MAX_WARMUP_RECORDS:
+                    raise invalid(f"Number of warmup records exceeds the maximum ({MAX_WARMUP_RECORDS}) at {path}")
+                for _ in range(self._options.warmup_iterations):
+                    self._replay(prediction_log_pb2.PredictionLog.FromString(record))
+        except tf.errors.DataLossError as error:
+            raise StatusError(
+                Code.DATA_LOSS, f"{error.message}. Please verify your warmup data is in TFRecord format."
+            ) from error
+        taken = (time.perf_counter() - start) * 1e6
+        self._metrics.warmup_latency.observe(taken, model_path=str(self.path), status="OK")
+        self._metrics.warmup_records_read.add(count, model_path=str(self.path), status="OK")
+
+    def _replay(self, log: prediction_log_pb2.PredictionLog) -> None:
+        kind = log.WhichOneof("log_type")
+        if kind == "predict_log":
+            predict: predict_pb2.PredictRequest = log.predict_log.request
+            self.predict(predict.model_spec.signature_name, read_tensors(predict.inputs), only=predict.output_filter)
+        elif kind == "classify_log":
+            self.classify(log.classify_log.request.model_spec.signature_name, log.classify_log.request.input)
+        elif kind == "regress_log":
+            self.regress(log.regress_log.request.model_spec.signature_name, log.regress_log.request.input)
+        elif kind == "multi_inference_log":
+            self.multi_inference(log.multi_inference_log.request.tasks, log.multi_inference_log.request.input)
+        elif kind is not None:
+            raise StatusError(Code.UNIMPLEMENTED, f"Unsupported log_type for warmup: {kind}")
+
+
+def read_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of TensorProtos.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT, for one that is not well-formed.
+    """
+    arrays = {}
+    for name, proto in inputs.items():
+        try:
+            shape = [dim.size for dim in proto.tensor_shape.dim]
+            size = int(np.prod(shape, dtype=object))
+            # The last value given is repeated for the rest; a small message must not ask for all memory that way.
+            if proto.tensor_shape.unknown_rank or min(shape, default=0) < 0 or size > MAX_ELEMENTS:
+                raise ValueError(shape)
+            arrays[name] = tf.make_ndarray(proto)
+        except (TypeError, ValueError) as error:
+            raise invalid(f"tensor parsing error: {name}") from error
+    return arrays
+
+
+def _array(value: Any) -> Any:
+    """An output as an array: a scalar string comes as bytes, of which NumPy would drop NULs at the end."""
+    if not isinstance(value, bytes):
+        return np.asarray(value)
+    array = np.empty((), object)
+    array[()] = value
+    return array
+
+
+def write_tensor(array: Any, proto: Any) -> None:
+    """Fills a TensorProto, one value a field entry, as clients that do not link TensorFlow read it."""
+    array = np.asarray(array)
+    dtype = tf.as_dtype(array.dtype)
+    proto.dtype = dtype.as_datatype_enum
+    proto.tensor_shape.CopyFrom(tf.TensorShape(array.shape).as_proto())
+    field = _FIELDS.get(dtype)
+    if field is None:
+        proto.CopyFrom(tf.make_tensor_proto(array))
+    else:
+        getattr(proto, field).extend(array.ravel().tolist())
+
+
+_FIELDS = {
+    tf.float32: "float_val",
+    tf.float64: "double_val",
+    tf.int8: "int_val",
+    tf.uint8: "int_val",
+    tf.int16: "int_val",
+    tf.uint16: "int_val",
+    tf.int32: "int_val",
+    tf.int64: "int64_val",
+    tf.uint32: "uint32_val",
+    tf.uint64: "uint64_val",
+    tf.bool: "bool_val",
+    tf.string: "string_val",
+}
+
+
+def _names(names: Iterable[str]) -> str:
+    return "{" + ",".join(sorted(names)) + "}"
+
+
+def _chosen(outputs: Mapping[str, Any], only: Sequence[str]) -> Mapping[str, Any]:
+    chosen: dict[str, Any] = {}
+    for name in only:
+        if name not in outputs:
+            raise invalid(
+                f"output tensor alias not found in signature: {name} Outputs expected to be in the set "
+                f"{_names(outputs)}."
+            )
+        if name in chosen:
+            raise invalid(f"duplicate output tensor alias: {name}")
+        chosen[name] = outputs[name]
+    return chosen or outputs
+
+
+def _classifications(signature: Any, count: int, outputs: Mapping[str, Any]) -> classification_pb2.ClassificationResult:
+    found = {}
+    for output, dtype in (("classes", tf.string), ("scores", tf.float32)):
+        if output not in signature.outputs:
+            continue
+        array = found[output] = np.asarray(outputs[signature.outputs[output].name])
+        actual = tf.as_dtype(array.dtype)
+        if array.ndim != 2:
+            raise invalid(f"Expected Tensor shape: [batch_size num_classes] but got {_shape_string(array)}")
+        if actual != dtype:
+            raise invalid(f"Expected {output} Tensor of {_type_enum(dtype)}. Got: {_type_enum(actual)}")
+        if len(array) != count:
+            raise invalid(f"Expected {output} output batch size of {count}. Got: {len(array)}")
+    classes, scores = found.get("classes"), found.get("scores")
+    if classes is not None and scores is not None and classes.shape[1] != scores.shape[1]:
+        raise invalid(
+            f"Tensors class and score should match in dim_size(1). Got {classes.shape[1]} vs. {scores.shape[1]}"
+        )
+    result = classification_pb2.ClassificationResult()
+    for row in range(count):
+        added = result.classifications.add()
+        for column in range(next(iter(found.values())).shape[1]):
+            each = added.classes.add()
+            if classes is not None:
+                # A label is text in this message; what is no UTF-8 cannot be carried.
+                each.label = classes[row, column].decode("utf-8", "replace")
+            if scores is not None:
+                each.score = scores[row, column]
+    return result
+
+
+def _regressions(signature: Any, count: int, outputs: Mapping[str, Any]) -> regression_pb2.RegressionResult:
+    array = np.asarray(outputs[signature.outputs["outputs"].name])
+    if array.ndim != 1 and not (array.ndim == 2 and array.shape[1] == 1):
+        raise invalid(
+            f"Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got {_shape_string(array)}"
+        )
+    if len(array) != count:
+        raise invalid(f"Input batch size did not match output batch size: {count} vs. {len(array)}")
+    if array.dtype != np.float32:
+        raise invalid(f"Expected output Tensor of DT_FLOAT.  Got: {_type_enum(tf.as_dtype(array.dtype))}")
+    return regression_pb2.RegressionResult(
+        regressions=[regression_pb2.Regression(value=value) for value in array.ravel().tolist()]
+    )
+
+
+def _shape_string(array: Any) -> str:
+    return f"[{','.join(map(str, array.shape))}]"
+
+
+def _type_enum(dtype: tf.DType) -> str:
+    return str(types_pb2.DataType.Name(dtype.as_datatype_enum))

@@ -1,0 +1,168 @@
+"""The server as a whole: its parts put together, started, and stopped in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+from tfclm.errors import InputError
+from tfclm.server import configs
+from tfclm.server.listener import Limits, Listener
+from tfclm.server.manager import Manager
+from tfclm.server.metrics import Metrics
+from tfclm.server.rest import RestApi
+from tfclm.server.rpc import RpcOptions, RpcServer
+from tfclm.server.servable import LoadOptions, Servable
+from tfclm.server.service import Service
+from tfclm.server.settings import ServeSettings
+from tfclm.server.status import Code, StatusError
+
+_log = logging.getLogger(__name__)
+
+
+class Server:
+    """A model server. After `start`, `grpc_port` and `rest_port` tell where it listens (0 for nowhere)."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        """Reads the config files and checks the settings; raises InputError for what is wrong with them."""
+        self._settings = settings
+        _check(settings)
+        if settings.model_config_file is not None:
+            self._config = configs.read_models(settings.model_config_file)
+        else:
+            assert settings.model_base_path is not None
+            self._config = configs.single_model(settings.model_name, settings.model_base_path)
+        self.metrics = Metrics()
+        self.grpc_port = self.rest_port = 0
+        load = LoadOptions(
+            tags=tuple(settings.saved_model_tags.split(",")),
+            warmup=settings.enable_model_warmup,
+            warmup_iterations=max(settings.num_request_iterations_for_warmup, 1),
+            check_method_names=settings.enable_signature_method_name_check,
+            inter_op_threads=settings.tensorflow_inter_op_parallelism,
+            intra_op_threads=settings.tensorflow_intra_op_parallelism,
+        )
+        self.manager = Manager(
+            lambda name, version, path: Servable(name, version, path, load, self.metrics),
+            poll_seconds=settings.file_system_poll_wait_seconds,
+            max_retries=settings.max_num_load_retries,
+            retry_seconds=max(settings.load_retry_interval_micros, 0) / 1e6,
+            labels_for_unavailable=settings.allow_version_labels_for_unavailable_models,
+        )
+        service = Service(self.manager, self.metrics)
+        threads = 4 * (os.cpu_count() or 1)
+        self._rpc: RpcServer | None = None
+        self._rest: Listener | None = None
+        if settings.port or settings.grpc_socket_path:
+            options = RpcOptions(
+                host=settings.host,
+                port=settings.port,
+                socket_path=settings.grpc_socket_path,
+                threads=settings.grpc_max_threads or threads,
+                queued=settings.max_queued_requests,
+                message_bytes=settings.max_request_bytes,
+                health=settings.enable_grpc_healthcheck_service,
+                tls=configs.read_tls(settings.ssl_config_file),
+            )
+            self._rpc = RpcServer(service, options)
+        if settings.rest_api_port:
+            api = RestApi(
+                service,
+                timeout_ms=settings.rest_api_timeout_in_ms,
+                cors=settings.rest_api_enable_cors_support,
+                metrics_path=configs.read_metrics_path(settings.monitoring_config_file),
+            )
+            limits = Limits(
+                threads=settings.rest_api_num_threads or threads,
+                queued=settings.max_queued_requests,
+                body_bytes=settings.max_request_bytes,
+                read_seconds=settings.request_read_seconds,
+            )
+            self._rest = Listener(api, settings.host, max(settings.rest_api_port, 0), limits)
+        self._listening: list[RpcServer | Listener] = []
+        self._stopping = threading.Event()
+        self._follower: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Loads the models, then listens. Returns once both are done.
+
+        Raises:
+            InputError: a model does not load, or a port cannot be had. `stop` is still to be called.
+        """
+        try:
+            self.manager.start(self._config)
+        except StatusError as error:
+            if error.code is Code.CANCELLED:
+                return
+            raise InputError(f"failed to start: {error}") from error
+        if self._rpc is not None:
+            self.grpc_port = self._rpc.start()
+            self._listening.append(self._rpc)
+        if self._rest is not None:
+            try:
+                self.rest_port = self._rest.start()
+            except OSError as error:
+                address = f"{self._settings.host}:{self._settings.rest_api_port}"
+                raise InputError(f"--rest_api_port: cannot listen on {address}: {error.strerror}") from error
+            self._listening.append(self._rest)
+        if self._settings.model_config_file is not None and self._settings.model_config_file_poll_wait_seconds > 0:
+            self._follower = threading.Thread(target=self._follow_config, name="tfclm-config", daemon=True)
+            self._follower.start()
+
+    def interrupt(self) -> None:
+        """Asks `wait`, or a `start` that waits for a model, to return; a signal handler may call it."""
+        self.manager.interrupt()
+        self._stopping.set()
+
+    def wait(self) -> None:
+        """Returns once `interrupt` was called."""
+        # With a timeout, so that signals are seen on every platform.
+        while not self._stopping.wait(timeout=1):
+            pass
+
+    def stop(self) -> None:
+        """Takes no further requests, lets those that run finish within the grace period, and unloads the models."""
+        self._stopping.set()
+        grace = self._settings.shutdown_grace_seconds
+        deadline = time.monotonic() + grace
+        stops = [threading.Thread(target=part.stop, args=(grace,)) for part in self._listening]
+        for thread in stops:
+            thread.start()
+        for thread in stops:
+            thread.join()
+        if self._follower is not None:
+            self._follower.join(max(deadline - time.monotonic(), 0.1))
+        self.manager.stop()
+
+    def _follow_config(self) -> None:
+        path = self._settings.model_config_file
+        assert path is not None
+        while not self._stopping.wait(self._settings.model_config_file_poll_wait_seconds):
+            try:
+                self.manager.reload(configs.read_models(path))
+            except (InputError, StatusError) as error:
+                _log.error("the models stay as they are: %s", error)
+
+
+def _check(settings: ServeSettings) -> None:
+    if not settings.port and not settings.grpc_socket_path and not settings.rest_api_port:
+        raise InputError("--port and --rest_api_port are both 0: nothing would listen")
+    for flag in ("port", "rest_api_port"):
+        if not -1 <= getattr(settings, flag) < 2**16:
+            raise InputError(f"--{flag} {getattr(settings, flag)}: give 1 to 65535, 0 for none or -1 for a free one")
+    if settings.port > 0 and settings.port == settings.rest_api_port:
+        raise InputError(f"--rest_api_port {settings.port}: give another port than --port")
+    for flag in ("rest_api_num_threads", "grpc_max_threads", "max_queued_requests", "rest_api_timeout_in_ms"):
+        if getattr(settings, flag) < 0:
+            raise InputError(f"--{flag} {getattr(settings, flag)}: give 0 or more")
+    for flag in ("max_request_bytes", "request_read_seconds"):
+        if getattr(settings, flag) <= 0:
+            raise InputError(f"--{flag} {getattr(settings, flag)}: give more than 0")
+    if settings.model_config_file is None:
+        if settings.model_base_path is None:
+            raise InputError("--model_base_path is missing: give the folder that holds the versions of the model")
+        if not Path(settings.model_base_path).is_dir():
+            raise InputError(f"--model_base_path {settings.model_base_path}: there is no such folder")

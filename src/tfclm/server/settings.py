@@ -1,0 +1,48 @@
+"""The settings of the server: tensorflow_model_server's flags, and a few of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tfclm.settings import setting
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Settings of `serve`."""
+
+    model_base_path: str | None = setting(None, "folder of the model, with a folder named by its number a version")
+    model_name: str = setting("model", "the name under which requests ask for the model")
+    model_config_file: str | None = setting(
+        None, "ModelServerConfig in protobuf's text format: several models, version policies and labels"
+    )
+    model_config_file_poll_wait_seconds: int = setting(0, "seconds between two readings of the file; 0 reads it once")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 for all")
+    port: int = setting(8500, "port of gRPC; 0 for none, -1 for a free one")
+    rest_api_port: int = setting(8501, "port of REST; 0 for none, -1 for a free one")
+    grpc_socket_path: str | None = setting(None, "Unix socket on which gRPC listens too")
+    rest_api_timeout_in_ms: int = setting(30_000, "longest run of a REST request")
+    rest_api_num_threads: int = setting(0, "REST requests that run at a time; 0 for 4 a CPU")
+    rest_api_enable_cors_support: bool = setting(False, "send CORS headers, so that web pages may ask")
+    grpc_max_threads: int = setting(0, "gRPC calls that run at a time; 0 for 4 a CPU")
+    file_system_poll_wait_seconds: int = setting(1, "seconds between two looks for new versions; 0 looks once")
+    max_num_load_retries: int = setting(5, "further attempts to load a version that failed")
+    load_retry_interval_micros: int = setting(60_000_000, "microseconds between two attempts")
+    allow_version_labels_for_unavailable_models: bool = setting(
+        False, "let a new label name a version that is not loaded yet"
+    )
+    enable_model_warmup: bool = setting(True, "replay assets.extra/tf_serving_warmup_requests before a version serves")
+    num_request_iterations_for_warmup: int = setting(1, "times that each warm-up request is run")
+    saved_model_tags: str = setting("serve", "tags of the graph to load, with commas between")
+    enable_signature_method_name_check: bool = setting(False, "refuse signatures whose method name is not the call's")
+    tensorflow_inter_op_parallelism: int = setting(0, "ops that a session runs at a time; 0 for automatic")
+    tensorflow_intra_op_parallelism: int = setting(0, "threads of an op; 0 for automatic")
+    xla_cpu_compilation_enabled: bool = setting(False, "let models compile with XLA; otherwise those that do fail")
+    monitoring_config_file: str | None = setting(None, "MonitoringConfig in text format: where Prometheus asks")
+    ssl_config_file: str | None = setting(None, "SSLConfig in text format, for gRPC")
+    enable_grpc_healthcheck_service: bool = setting(True, "answer grpc.health.v1.Health")
+    max_queued_requests: int = setting(128, "requests that wait for a thread; more are refused with 503")
+    max_request_bytes: int = setting(100 * 2**20, "largest request; a larger one is refused with 413")
+    request_read_seconds: float = setting(30.0, "time that a client has to send a request")
+    shutdown_grace_seconds: float = setting(30.0, "time that running requests have after SIGTERM")
+    access_log: bool = setting(True, "log each request to stderr")
