@@ -72,7 +72,7 @@ class Client:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every test model, and the config that serves them."""
-    from serving_models import export_all
+    from server.serving_models import export_all
 
     folder = tmp_path_factory.mktemp("models")
     (folder / "models.config").write_text(export_all(folder))

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 import tensorflow as tf
-from serving_models import HalfPlusTwo, Slow, Text, export
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
+from server.serving_models import HalfPlusTwo, Slow, Text, export
 from tfclm.errors import InputError
 
 QUICK = {"load_retry_interval_micros": 100_000, "max_num_load_retries": 1, "port": 0}
