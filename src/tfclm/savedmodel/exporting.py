@@ -78,7 +78,7 @@ def export_saved_model(
         raise GateFailed(f"not published: {verdict['reason']} (the verdict is in {file})")
     exact = measure(model) if servable.model is not model else measured
     network = servable.network
-    prompts = canary.make_prompts(servable.model, network.vocab_size, network.context, servable.eos_ids)
+    prompts = canary.make_prompts(servable.model, network.vocab_size, network.context, servable.eos_ids, servable.limit)
     with staged(where) as folder:
         say("writing the SavedModel")
         saving.write(servable, folder)
