@@ -161,6 +161,8 @@ def test_a_row_takes_its_own_knobs(xla: bool) -> None:
 
 def test_seeds() -> None:
     """Numbers that repeat: one seed for all steps, neighbours alike, or fresh ones that are always the same."""
+    # As in the process of fit, where most random ops refuse to run without a seed.
+    tf.config.experimental.enable_op_determinism()
     seeds = tf.constant([5, 6, 2**63 - 1, -1, -1, 5], tf.int64)
     numbers = sampling.uniforms(seeds, 50).numpy()
     assert (numbers[0] == numbers[5]).all()

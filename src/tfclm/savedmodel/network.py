@@ -107,14 +107,13 @@ class Network(tf.Module):
         ids[ids == self.model.config.pad_token_id] = self.vocab_size - 1
         lengths = np.array([size - 1, size // 2], np.int32)
 
-        @tf.function  # type: ignore[untyped-decorator]
         def cached(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
             weights = self.weights()
             first, buffers = self.prefill(ids, lengths, tf.shape(ids)[1] + 2, weights)
             second, _ = self.step(tf.gather(ids, lengths, batch_dims=1), lengths, buffers, weights)
             return first, second
 
-        first, second = cached(tf.constant(ids), tf.constant(lengths))
+        first, second = tf.function(cached)(tf.constant(ids), tf.constant(lengths))
         for row, length in enumerate(lengths):
             own = self.model(tf.constant(ids[row : row + 1, : length + 1]), training=False).logits[0]
             for ours, theirs in ((first[row], own[length - 1]), (second[row], own[length])):
