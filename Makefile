@@ -11,10 +11,10 @@ PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 fit: $(INSTALLED)  ## fine-tune a small model on Python's own documentation
 	$(BIN)/python -m tfclm.fit
 
-test: $(INSTALLED)-dev  ## run the tests
-	$(BIN)/python $(PYTEST)
+test: $(INSTALLED)-dev  ## run the tests but the slow ones
+	$(BIN)/python $(PYTEST) -m "not slow"
 
-check: $(INSTALLED)-dev  ## lint, type-check, test
+check: $(INSTALLED)-dev  ## lint, type-check, run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

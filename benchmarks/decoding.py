@@ -39,8 +39,8 @@ import json, sys, time
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 from benchmarks.decoding import asker, ids_of
-ask = asker(sys.argv[1])
-signatures = ask.loaded.signatures
+loaded = tf.saved_model.load(sys.argv[1])
+ask, signatures = asker(loaded), loaded.signatures
 for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests"):
     log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
     signatures[log.model_spec.signature_name](**{k: tf.constant(tf.make_ndarray(v)) for k, v in log.inputs.items()})
@@ -86,11 +86,9 @@ def export(folder: Path, serving: Path, *options: str) -> dict[str, Any]:
     return record | {"path": path}
 
 
-def asker(version: str) -> Callable[..., Any]:
-    """`generate_tokens` of an exported version, with every knob given."""
+def asker(loaded: Any) -> Callable[..., Any]:
+    """`generate_tokens` of a loaded version, with every knob given."""
     import tensorflow as tf
-
-    loaded = tf.saved_model.load(version)
 
     def ask(ids: np.ndarray[Any, Any], **knobs: Any) -> Any:
         values = {
@@ -108,7 +106,6 @@ def asker(version: str) -> Callable[..., Any]:
         )
         return tokens["completion_tokens"].numpy()
 
-    ask.loaded = loaded  # type: ignore[attr-defined]
     return ask
 
 
@@ -181,7 +178,9 @@ def report(name: str, ratio: float, target: float | None) -> None:
 
 def plain(folder: Path, record: dict[str, Any], count: int) -> None:
     """The default export beside `generate`, and what it makes of sampling, long contexts and concurrency."""
-    ask, peer = asker(record["path"]), reference(folder)
+    import tensorflow as tf
+
+    ask, peer = asker(tf.saved_model.load(record["path"])), reference(folder)
     # The peer's cache uses an op that needs XLA, so a stock server could not even run it.
     for rows, length in CASES:
         ids = ids_of(rows, length)
@@ -218,7 +217,9 @@ def long_and_short(ask: Callable[..., Any], name: str, count: int) -> None:
 
 def compiled(folder: Path, records: dict[str, dict[str, Any]], count: int) -> None:
     """The compiled exports beside PyTorch, CTranslate2 and each other."""
-    asks = {name: asker(record["path"]) for name, record in records.items()}
+    import tensorflow as tf
+
+    asks = {name: asker(tf.saved_model.load(record["path"])) for name, record in records.items()}
     peers = {"torch": pytorch(folder)}
     with tempfile.TemporaryDirectory() as target:
         peers["ctranslate2"] = ctranslate(folder, Path(target) / "model")

@@ -191,6 +191,7 @@ def test_overwriting_leaves_exactly_the_new_files(
     assert {path.name for path in output.iterdir()} == OUTPUT | {"notes.txt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "precision"), [*((name, "bfloat16") for name in ARCHITECTURES), ("gpt2", "float16")]
 )

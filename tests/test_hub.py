@@ -71,6 +71,7 @@ def arguments(folder: Path, documents: list[str]) -> list[object]:
     return [*given, "--block-size", 32, "--epochs", 2, "--learning-rate", 1e-2, "--push-to-hub", "me/tiny"]
 
 
+@pytest.mark.slow
 @GIT_LFS
 def test_fit_pushes_what_can_be_loaded(tmp_path: Path, tokenizer, documents: list[str]):
     """A push that leaves out the tokenizer or the last epoch, or a folder that keeps the clone."""
@@ -102,6 +103,7 @@ def test_fit_pushes_what_can_be_loaded(tmp_path: Path, tokenizer, documents: lis
     assert pushed_tokenizer("some text") == tokenizer("some text")
 
 
+@pytest.mark.slow
 @GIT_LFS
 def test_failed_push_keeps_token_and_run(tmp_path: Path, tokenizer, documents: list[str]):
     """git's message about a push that is refused holds the token; and a run that a push ends must not be lost."""

@@ -60,6 +60,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith(".venv") and ".serve" not in line])
 def test_commands_on_the_quickstart_run(workplace: Path, line: str):
     """A command that fails for whoever types it next."""
@@ -69,6 +70,7 @@ def test_commands_on_the_quickstart_run(workplace: Path, line: str):
     assert done.stdout.startswith(("The import statement", "perplexity ", "serving_models/quickstart/"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", fenced("python"), ids=["pipeline", "savedmodel", "library"])
 def test_code_runs(workplace: Path, code: str):
     """A name that was changed. What the commands above have exported is there."""

@@ -216,6 +216,7 @@ def test_xla_warms_up_every_size(tmp_path: Path):
     assert sizes == {(rows, length) for rows in (1, 2, 3) for length in (16, 63)}
 
 
+@pytest.mark.slow
 def test_canary_passes_what_is_whole(tokens: tuple[Path, list[canary.Prompt]]):
     """A check that refuses a good version, or says nothing of what it cost."""
     result = canary.validate(*tokens, xla=False)
@@ -230,6 +231,7 @@ def test_canary_prompts_keep_to_the_limit():
     assert all(len(prompt.allowed) <= 3 for prompt in prompts)
 
 
+@pytest.mark.slow
 def test_canary_sees_a_text_that_ends_elsewhere(tokens: tuple[Path, list[canary.Prompt]]):
     """An EOS that the graph does not know, or a version that gives no token at all."""
     folder, prompts = tokens
@@ -238,6 +240,7 @@ def test_canary_sees_a_text_that_ends_elsewhere(tokens: tuple[Path, list[canary.
         canary.validate(folder, longer, xla=False)
 
 
+@pytest.mark.slow
 def test_canary_refuses_a_version_without_variables(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
     """A version that a server takes for available and that fails every request."""
     folder = shutil.copytree(tokens[0], tmp_path / "broken")
@@ -247,6 +250,7 @@ def test_canary_refuses_a_version_without_variables(tokens: tuple[Path, list[can
     assert len(str(failed.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_canary_says_what_a_warmup_record_met(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
     """A record that stops a server's start, or a message that names a node of the graph alone."""
     folder = shutil.copytree(tokens[0], tmp_path / "broken")

@@ -549,6 +549,7 @@ def test_two_models_in_one_process(exported: Export, tokens_only: Export, compil
     assert answers == expected * 16
 
 
+@pytest.mark.slow
 def test_loaded_again(exported: Export, rows: list[Row], alone: list[dict[str, Any]]) -> None:
     """A queue that still runs the functions, or reads the weights, of a model that was unloaded."""
     loaded = tf.saved_model.load(str(exported.folder))

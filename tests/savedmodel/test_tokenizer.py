@@ -385,6 +385,7 @@ print(json.dumps([ids["ids"].numpy().tolist(), ids["lengths"].numpy().tolist(), 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["roberta", "llama3"])
 def test_saved_model_with_tensorflow_alone(kind: str, tmp_path: Path) -> None:
     """A table that is not saved, an op that a stock server lacks, a need for this package or for transformers."""

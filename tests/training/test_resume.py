@@ -130,6 +130,7 @@ def test_killed_at_random_moments(runs: Runs):
     assert_same_result(runs, "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment", ["resume/state/ckpt-2*", "resume/state/ckpt-3*", "resume/best-[1-9]*.index", "model.safetensors"]
 )
@@ -408,6 +409,7 @@ def on_two_devices(tmp_path_factory, tokenizer_dir: Path):
     return found
 
 
+@pytest.mark.slow
 def test_two_replicas_train_as_one_device(on_two_devices):
     """Gradients or losses that are summed or averaged wrongly over replicas, or weights that drift apart."""
     (one, mirrored), _, _ = on_two_devices
@@ -417,6 +419,7 @@ def test_two_replicas_train_as_one_device(on_two_devices):
     assert mirrored[2] == 0.0
 
 
+@pytest.mark.slow
 def test_two_replicas_stopped_while_an_epoch_is_validated(on_two_devices):
     """Moments of the optimizer that are not restored on the replicas."""
     _, (expected, expected_weights), (done, weights) = on_two_devices

@@ -233,6 +233,7 @@ def test_mixed_precision_learns_with_a_float32_loss(make_model, tokenizer, preci
     assert any(loss * 32 % 1 for loss in losses)
 
 
+@pytest.mark.slow
 def test_jit_compile_trains_the_same(make_model, tokenizer):
     """A step that XLA compiles to something else; its sums are in another order, hence the tolerance."""
     settings = {"epochs": 2, **FAST, "learning_rate": 1e-3}

@@ -158,7 +158,7 @@ class _Tensors:
             self._read[name] = file, functools.partial(archive.get_tensor, key)
 
     def _add_h5(self, file: Path, sharded: bool) -> None:
-        import h5py  # type: ignore[import-untyped]
+        import h5py
 
         archive = h5py.File(file, "r")
 

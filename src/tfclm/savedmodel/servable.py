@@ -255,7 +255,7 @@ class Servable(tf.Module):
             top_p: Tensor = p,
             repetition_penalty: Tensor = penalty,
             seed: Tensor = fresh,
-            stop: Tensor = tf.constant([""]),  # noqa: B008
+            stop: Tensor = tf.constant([""]),
         ) -> dict[str, Tensor]:
             knobs = Knobs(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
             return self._answer(prompt, knobs, stop)

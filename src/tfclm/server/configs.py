@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.message import Message
 from tensorflow_serving.config import model_server_config_pb2
 
 from tfclm.errors import InputError
 
-M = TypeVar("M")
+M = TypeVar("M", bound=Message)
 
 METRICS_PATH = "/monitoring/prometheus/metrics"
 
@@ -68,7 +69,7 @@ def _read(flag: str, path: str, message: M) -> M:
     except OSError as error:
         raise InputError(f"{flag} {path}: {error.strerror}") from error
     except (text_format.ParseError, UnicodeDecodeError) as error:
-        name = type(message).DESCRIPTOR.name  # type: ignore[attr-defined]
+        name = message.DESCRIPTOR.name
         raise InputError(f"{flag} {path}: no {name} in protobuf's text format: {error}") from error
     return message
 

@@ -42,8 +42,8 @@ def _parse_fast(text: str) -> Any:
     escapes = len(_SURROGATE.findall(text))
     if escapes and escapes != 2 * len(_SURROGATE_PAIR.findall(text)):
         raise ValueError("a surrogate that may be alone")
-    start = _SPACE.match(text).end()  # type: ignore[union-attr]
-    return _DECODER.raw_decode(text, start)[0]
+    blank = _SPACE.match(text)
+    return _DECODER.raw_decode(text, blank.end() if blank else 0)[0]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,7 +140,8 @@ class _Parser:
         return self._body[self._at] if self._at < len(self._body) else 0
 
     def _skip_blank(self) -> None:
-        self._at = _BLANK.match(self._body, self._at).end()  # type: ignore[union-attr]
+        blank = _BLANK.match(self._body, self._at)
+        self._at = blank.end() if blank else self._at
 
     def _key(self) -> str:
         if self._peek() != ord('"'):
@@ -191,9 +192,9 @@ class _Parser:
         self._at += 1
         pieces: list[bytes] = []
         while True:
-            plain = _PLAIN.match(self._body, self._at)
-            pieces.append(plain[0])  # type: ignore[index]
-            self._at = plain.end()  # type: ignore[union-attr]
+            if plain := _PLAIN.match(self._body, self._at):
+                pieces.append(plain[0])
+                self._at = plain.end()
             mark = self._peek()
             if mark == ord('"'):
                 self._at += 1

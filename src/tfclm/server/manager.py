@@ -266,9 +266,9 @@ class Manager:
                 raise StatusError(Code.NOT_FOUND, f"Could not find any versions of model {spec.name}")
             for number, version in sorted(versions.items(), reverse=True):
                 added = response.model_version_status.add(version=number, state=version.state)
-                ended = version.error is not None and version.state == State.END
-                added.status.error_code = version.error.code if ended else 0  # type: ignore[union-attr]
-                added.status.error_message = version.error.message if ended else ""  # type: ignore[union-attr]
+                error = version.error if version.state == State.END else None
+                added.status.error_code = error.code if error else 0
+                added.status.error_message = error.message if error else ""
         return response
 
     def _work(self) -> None:
