@@ -242,8 +242,10 @@ def plain(folder: Path, record: dict[str, Any], count: int) -> None:
         for thread in threads:
             thread.join()
 
-    times = rounds({"one": lambda: ask(ids), "eight": together}, count)
-    report("default, 8 concurrent callers / one, tokens a second", 8 * times["one"] / times["eight"], 3)
+    alone = {f"products of {rows}": products(rows, 16, False) for rows in (1, 8)}
+    times = rounds({"one": lambda: ask(ids), "eight": together, **alone}, count)
+    limit = 8 * times["products of 1"] / times["products of 8"]
+    report("default, 8 concurrent callers / one, tokens a second", 8 * times["one"] / times["eight"], 3, limit)
 
 
 def long_and_short(ask: Callable[..., Any], name: str, count: int) -> None:

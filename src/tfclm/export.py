@@ -15,7 +15,7 @@ from tfclm.savedmodel.settings import ServableSettings
 from tfclm.settings import command, setting
 
 if TYPE_CHECKING:
-    from tfclm.savedmodel.gate import Measured
+    from tfclm.savedmodel.gate import Gate, Measured
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class ExportSettings(ServableSettings, SourceSettings):
 
 def run(settings: ExportSettings) -> int:
     """Checkpoint to version."""
-    settings.check()
     if settings.serving_dir is None:
         raise InputError("--serving-dir is missing: give the servable's folder, such as serving_models/eli5")
     if settings.list:
@@ -54,16 +53,18 @@ def run(settings: ExportSettings) -> int:
         return 0
     if settings.model is None:
         raise InputError("--model is missing: give the folder or Hub id of a checkpoint")
-    if settings.keep_versions is not None and settings.keep_versions < 1:
-        raise InputError(f"--keep-versions {settings.keep_versions}: give 1 or more")
+    limits = preflight(settings)
 
     from tfclm.checkpoint import load
     from tfclm.savedmodel import export_saved_model
     from tfclm.savedmodel.canary import CanaryFailed
-    from tfclm.savedmodel.gate import Gate, GateFailed
+    from tfclm.savedmodel.gate import GateFailed, decide, served_record
     from tfclm.savedmodel.publish import keep
 
     model, tokenizer = load(settings.model, revision=settings.revision)
+    if settings.weights == "float32" and settings.dataset is None and not settings.file:
+        # Nothing is going to be measured: what the gate cannot decide by the records is known now.
+        decide(limits, recorded(settings.model), served_record(settings.serving_dir, limits))
     try:
         exported = export_saved_model(
             model,
@@ -72,17 +73,42 @@ def run(settings: ExportSettings) -> int:
             settings,
             version=settings.version,
             measure=lambda model: measured(model, tokenizer, settings),
-            limits=Gate(settings.max_perplexity, settings.max_regression),
+            limits=limits,
             source={"checkpoint": settings.model, "revision": settings.revision},
             say=lambda line: print(line, file=sys.stderr),
         )
     except (GateFailed, CanaryFailed) as error:
         print(f"tfclm.export: {error}", file=sys.stderr)
         return 1
-    if settings.keep_versions is not None:
-        keep(settings.serving_dir, settings.keep_versions)
     print(exported.path)
+    if settings.keep_versions is not None:
+        try:
+            keep(settings.serving_dir, settings.keep_versions, spare=exported.version)
+        except InputError as error:
+            left = f"version {exported.version} is published, and older ones are left"
+            print(f"tfclm.export: {left}: {error}", file=sys.stderr)
+            return 1
     return 0
+
+
+def preflight(settings: ExportSettings) -> Gate:
+    """Refuses what can be refused before a model is loaded or trained; the limits of the gate.
+
+    Raises:
+        InputError: a setting out of its range, a version that is taken, a serving directory that cannot be written, or
+            one whose newest version has nothing to compare with.
+    """
+    from tfclm.savedmodel.gate import Gate, check_comparable, served_record
+    from tfclm.savedmodel.publish import check_place
+
+    settings.check()
+    if settings.keep_versions is not None and settings.keep_versions < 1:
+        raise InputError(f"--keep-versions {settings.keep_versions}: give 1 or more")
+    limits = Gate(settings.max_perplexity, settings.max_regression)
+    limits.check()
+    check_place(str(settings.serving_dir), settings.version)
+    check_comparable(limits, served_record(str(settings.serving_dir), limits))
+    return limits
 
 
 def measured(model: Any, tokenizer: Any, settings: ExportSettings) -> Measured | None:
@@ -117,16 +143,27 @@ def recorded(model: str) -> Measured | None:
 
 
 def show(serving_dir: str) -> int:
-    """Prints a line a version."""
-    from tfclm.savedmodel.publish import versions
-    from tfclm.savedmodel.saving import read_record
+    """Prints a line a version; the exit code."""
+    import tensorflow as tf
 
+    from tfclm.savedmodel.gate import read_record
+    from tfclm.savedmodel.publish import versions
+
+    if not tf.io.gfile.isdir(serving_dir):
+        raise InputError(f"--serving-dir {serving_dir}: there is no such folder")
+    code = 0
     for number in versions(serving_dir):
-        entries = read_record(f"{serving_dir.rstrip('/')}/{number}")
+        try:
+            entries = read_record(f"{serving_dir.rstrip('/')}/{number}")
+        except InputError as error:
+            print(f"tfclm.export: {error}", file=sys.stderr)
+            print(f"{number}\tits record is damaged\tof unknown source")
+            code = 2
+            continue
         perplexity = entries.get("perplexity")
         shown = f"perplexity {perplexity:.4f}" if perplexity is not None else "no perplexity recorded"
-        print(f"{number}\t{shown}\t{entries.get('source', {}).get('checkpoint', 'of unknown source')}")
-    return 0
+        print(f"{number}\t{shown}\t{(entries.get('source') or {}).get('checkpoint', 'of unknown source')}")
+    return code
 
 
 def main() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tfclm.corpus.settings import SourceSettings
 from tfclm.errors import InputError
 from tfclm.settings import command, record, setting
 from tfclm.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from tfclm.export import ExportSettings
 
 SCRATCH = "scratch"
 
@@ -95,6 +98,7 @@ def preset(given: Collection[str]) -> dict[str, Any]:
 def run(settings: FitSettings) -> int:
     """Text to blocks to the fine-tuned model's folder."""
     settings = settings.resolved()
+    check_export(settings)
 
     from tfclm import checkpoint, corpus, hub
     from tfclm.training import finetune
@@ -136,6 +140,14 @@ def run(settings: FitSettings) -> int:
             f"{len(train.blocks)} blocks of {settings.block_size} tokens to train on, "
             f"{len(validation.blocks)} to validate with"
         )
+        protocol = {
+            **texts.description,
+            "block_size": settings.block_size,
+            "separator": settings.separator,
+            "dropped_tokens": validation.dropped_tokens,
+            "train_dropped_tokens": train.dropped_tokens,
+        }
+        check_export(settings, protocol)
         folder.begin()
         push = [hub.push_callback(repo_id, tokenizer, folder.path / "resume" / "hub")] if repo_id else []
         try:
@@ -153,13 +165,6 @@ def run(settings: FitSettings) -> int:
             same = "the same command without --overwrite" if settings.overwrite else "the same command"
             say(f"{reason}; {same} goes on from there")
             return 1
-        protocol = {
-            **texts.description,
-            "block_size": settings.block_size,
-            "separator": settings.separator,
-            "dropped_tokens": validation.dropped_tokens,
-            "train_dropped_tokens": train.dropped_tokens,
-        }
         files = checkpoint.save(model, tokenizer, folder.path)
         results = folder.finish(done, protocol, len(validation.blocks) * (settings.block_size - 1), files)
         # The run is complete, whatever becomes of its sample.
@@ -176,15 +181,43 @@ def export(settings: FitSettings) -> int:
     """Publishes the finished model where `--export-to` says, if the gate and the canary let it; the exit code."""
     if settings.export_to is None:
         return 0
-    from tfclm.export import ExportSettings, run
+    from tfclm.export import run
 
-    return run(
-        ExportSettings(
-            model=settings.output_dir,
-            serving_dir=settings.export_to,
-            max_perplexity=settings.max_perplexity,
-            max_regression=settings.max_regression,
-        )
+    return run(export_settings(settings))
+
+
+def check_export(settings: FitSettings, protocol: Mapping[str, Any] | None = None) -> None:
+    """Refuses, before the time of a training, what `--export-to` would refuse behind it.
+
+    Args:
+        settings: the run's.
+        protocol: how its perplexity is going to be measured, once that is known.
+
+    Raises:
+        InputError: a folder that cannot be written, a limit out of its range, or a served version that the run's
+            perplexity cannot be compared with.
+    """
+    if settings.export_to is None:
+        return
+    from tfclm.export import preflight
+    from tfclm.savedmodel.gate import check_comparable, served_record
+
+    try:
+        limits = preflight(export_settings(settings))
+        check_comparable(limits, served_record(settings.export_to, limits), protocol)
+    except InputError as error:
+        raise InputError(str(error).replace("--serving-dir", "--export-to")) from error
+
+
+def export_settings(settings: FitSettings) -> ExportSettings:
+    """What `export` is told by a run."""
+    from tfclm.export import ExportSettings
+
+    return ExportSettings(
+        model=settings.output_dir,
+        serving_dir=settings.export_to,
+        max_perplexity=settings.max_perplexity,
+        max_regression=settings.max_regression,
     )
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from tfclm.errors import InputError
 from tfclm.savedmodel import canary, gate, saving, warmup
 from tfclm.savedmodel.gate import Gate, GateFailed, Measured
-from tfclm.savedmodel.publish import publish, staged, versions
+from tfclm.savedmodel.publish import check_place, publish, staged
 from tfclm.savedmodel.servable import Servable
 from tfclm.savedmodel.settings import ServableSettings
 from tfclm.settings import record
@@ -32,11 +33,11 @@ def export_saved_model(
     model: Any,
     tokenizer: Any,
     serving_dir: str | os.PathLike[str],
-    settings: ServableSettings = ServableSettings(),  # noqa: B008
+    settings: ServableSettings = ServableSettings(),
     *,
     version: int | None = None,
     measure: Callable[[Any], Measured | None] = lambda model: None,
-    limits: Gate = Gate(),  # noqa: B008
+    limits: Gate = Gate(),
     source: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Exported:
@@ -65,8 +66,9 @@ def export_saved_model(
     settings.check()
     limits.check()
     where = os.fspath(serving_dir)
-    there = versions(where)
-    served = saving.read_record(f"{where.rstrip('/')}/{there[-1]}") if there else {}
+    check_place(where, version)
+    served = gate.served_record(where, limits)
+    gate.check_comparable(limits, served)
     began = time.monotonic()
     servable = Servable(model, tokenizer, settings)
     if servable.tokenizer_problem is not None:
@@ -108,5 +110,9 @@ def export_saved_model(
         }
         saving.write_record(folder, entries)
         number = publish(folder, where, version)
-    gate.record_verdict(where, {**verdict, "version": number, "source": dict(source or {})})
+    try:
+        gate.record_verdict(where, {**verdict, "version": number, "source": dict(source or {})})
+    except InputError as error:
+        # The version may be served by now, and its own record holds the verdict too.
+        say(f"version {number} is published, but {error}")
     return Exported(number, f"{where.rstrip('/')}/{number}", entries)

@@ -10,9 +10,20 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfclm.errors import InputError
+from tfclm.errors import InputError, first_line
+from tfclm.savedmodel import saving
+from tfclm.savedmodel.publish import versions
 
-__all__ = ["Gate", "GateFailed", "Measured", "decide", "record_verdict"]
+__all__ = [
+    "Gate",
+    "GateFailed",
+    "Measured",
+    "check_comparable",
+    "decide",
+    "read_record",
+    "record_verdict",
+    "served_record",
+]
 
 VERDICTS = ".verdicts"  # hidden from servers, which take folders with a number for a name
 
@@ -65,28 +76,77 @@ def decide(gate: Gate, measured: Measured | None, served: Mapping[str, Any]) -> 
     if gate.max_perplexity is not None and not measured.perplexity <= gate.max_perplexity:
         verdict |= {"passed": False, "reason": f"perplexity {measured.perplexity:.4f} is above {gate.max_perplexity}"}
     if gate.max_regression is not None and served:
-        before = served.get("perplexity")
-        if before is None:
-            raise InputError(
-                "--max-regression: the version served now has no perplexity in its record; leave it out once"
-            )
-        # How many tokens filled no block is a result of the tokenizer, not a choice.
-        ours, theirs = (
-            {name: value for name, value in protocol.items() if not name.endswith("dropped_tokens")}
-            for protocol in (measured.protocol, served["protocol"])
-        )
-        if ours != theirs:
-            names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
-            raise InputError(
-                f"--max-regression: the version served now was measured otherwise ({', '.join(names)} differ); measure "
-                "both on the same text, or leave it out once"
-            )
+        check_comparable(gate, served, measured.protocol)
+        before = served["perplexity"]
         most = before * (1 + gate.max_regression)
         verdict |= {"served_perplexity": before}
         if not measured.perplexity <= most:
             reason = f"perplexity {measured.perplexity:.4f} is above {most:.4f}"
             verdict |= {"passed": False, "reason": f"{reason}, which the served version's {before:.4f} allows"}
     return verdict
+
+
+def check_comparable(gate: Gate, served: Mapping[str, Any], protocol: Mapping[str, Any] | None = None) -> None:
+    """Refuses a comparison with the served version that says nothing.
+
+    Args:
+        gate: what is asked for.
+        served: the record of the version that is served, empty if there is none.
+        protocol: how the new perplexity is measured, if that is known already.
+
+    Raises:
+        InputError: the served version has no perplexity, or was measured in another way.
+    """
+    if gate.max_regression is None or not served:
+        return
+    if served.get("perplexity") is None:
+        raise InputError("--max-regression: the version served now has no perplexity in its record; leave it out once")
+    if protocol is None:
+        return
+    # How many tokens filled no block is a result of the tokenizer, not a choice.
+    ours, theirs = (
+        {name: value for name, value in each.items() if not name.endswith("dropped_tokens")}
+        # A record has been through JSON.
+        for each in (json.loads(json.dumps(dict(protocol))), served.get("protocol") or {})
+    )
+    if ours != theirs:
+        names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+        raise InputError(
+            f"--max-regression: the version served now was measured otherwise ({', '.join(names)} differ); measure "
+            "both on the same text, or leave it out once"
+        )
+
+
+def served_record(serving_dir: str, gate: Gate) -> dict[str, Any]:
+    """What the gate needs of the newest version: its record, with a perplexity of None if it has none.
+
+    Empty if there is no version, and where nothing is asked of it: a damaged record must not keep others out.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    there = versions(serving_dir) if gate.max_regression is not None else []
+    return {"perplexity": None, **read_record(f"{serving_dir.rstrip('/')}/{there[-1]}")} if there else {}
+
+
+def read_record(version: str) -> dict[str, Any]:
+    """The record of a version's folder or address; empty where somebody else's export has none.
+
+    Raises:
+        InputError: it is damaged; the message names the file.
+    """
+    try:
+        entries: Any = saving.read_record(version)
+        if not isinstance(entries, dict):
+            raise ValueError("no JSON object")
+        fields: dict[str, type | tuple[type, ...]] = {"perplexity": (int, float), "protocol": dict, "source": dict}
+        for name, kinds in fields.items():
+            if not isinstance(entries.get(name), kinds) and entries.get(name) is not None:
+                raise ValueError(f"{name} is {entries[name]!r}")
+    except (ValueError, tf.errors.OpError) as error:
+        path = f"{version.rstrip('/')}/{saving.RECORD}"
+        raise InputError(f"{path} is damaged: {first_line(error)}; mend it, or remove it") from error
+    return entries
 
 
 def record_verdict(serving_dir: str, verdict: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from tfclm.errors import InputError
 
 STAGING = ".staging-"
+LARGEST = 2**63 - 1  # a server reads a folder's name as an int64
 
 
 def versions(serving_dir: str | os.PathLike[str]) -> list[int]:
@@ -34,6 +35,33 @@ def versions(serving_dir: str | os.PathLike[str]) -> list[int]:
     else:
         names = [entry.name for entry in os.scandir(where) if entry.is_dir()] if os.path.isdir(where) else []
     return sorted(int(name) for name in (each.rstrip("/") for each in names) if name.isascii() and name.isdigit())
+
+
+def check_place(serving_dir: str | os.PathLike[str], version: int | None = None) -> None:
+    """Refuses, before the work of an export, what would be refused behind it.
+
+    Args:
+        serving_dir: where the version is to be published; it need not be there.
+        version: its number, if that is given.
+
+    Raises:
+        InputError: the directory cannot be made or written, or the number is out of range or taken.
+    """
+    where = os.fspath(serving_dir)
+    if version is not None:
+        if not 1 <= version <= LARGEST:
+            raise InputError(f"--version {version}: give 1 or more" + (f", {LARGEST} at most" if version > 0 else ""))
+        if version in versions(where) or (not is_remote(where) and os.path.lexists(Path(where) / str(version))):
+            raise _taken(where, version)
+    if is_remote(where):
+        return
+    place = Path(where).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"--serving-dir {where}: {place} is no folder; give a folder that can be written")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"--serving-dir {where}: {place} cannot be written; give a folder that can be written")
 
 
 @contextmanager
@@ -81,11 +109,10 @@ def publish(folder: Path, serving_dir: str | os.PathLike[str], version: int | No
         version: its number; the highest there plus 1 if not given. Of two exports at once each gets one of its own.
 
     Raises:
-        InputError: there is such a version already, or its number is not positive.
+        InputError: there is such a version already, or its number is out of range.
     """
     where = os.fspath(serving_dir)
-    if version is not None and version < 1:
-        raise InputError(f"--version {version}: give 1 or more")
+    check_place(where, version)
     if is_remote(where):
         return _upload(folder, where, version)
     for file in folder.rglob("*"):
@@ -102,7 +129,7 @@ def publish(folder: Path, serving_dir: str | os.PathLike[str], version: int | No
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             if version is not None:
-                raise InputError(f"--version {version} is in {where} already: give another, or leave it out") from error
+                raise _taken(where, version) from error
             taken = number  # by another export, or by a file
             continue
         _sync(Path(where))
@@ -113,10 +140,7 @@ def _upload(folder: Path, where: str, version: int | None) -> int:
     """Copies a version to a filesystem without rename; saved_model.pb comes last, a server loads nothing before it."""
     import tensorflow as tf
 
-    there = versions(where)
-    if version in there:
-        raise InputError(f"--version {version} is in {where} already: give another, or leave it out")
-    number = version if version is not None else max(there, default=0) + 1
+    number = version if version is not None else max(versions(where), default=0) + 1
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in sorted(files, key=lambda name: name == "saved_model.pb"):
         target = f"{where.rstrip('/')}/{number}/{name}"
@@ -142,11 +166,11 @@ def remove(serving_dir: str | os.PathLike[str], version: int) -> None:
         shutil.rmtree(hidden)
 
 
-def keep(serving_dir: str | os.PathLike[str], count: int) -> list[int]:
-    """Removes all but the newest `count` versions; the numbers that were removed, ascending."""
+def keep(serving_dir: str | os.PathLike[str], count: int, spare: int | None = None) -> list[int]:
+    """Removes all but the newest `count` versions and `spare`; the numbers that were removed, ascending."""
     if count < 1:
         raise InputError(f"--keep-versions {count}: give 1 or more")
-    gone = versions(serving_dir)[:-count]
+    gone = [number for number in versions(serving_dir)[:-count] if number != spare]
     for number in gone:
         remove(serving_dir, number)
     return gone
@@ -169,6 +193,10 @@ def rollback(serving_dir: str | os.PathLike[str]) -> tuple[int, int]:
 def is_remote(where: str) -> bool:
     """Whether an address is one of TensorFlow's own filesystems, such as gs:// or s3://."""
     return "://" in where
+
+
+def _taken(where: str, version: int) -> InputError:
+    return InputError(f"--version {version} is in {where} already: give another, or leave it out")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ __all__ = ["PATH", "requests", "write"]
 
 PATH = "assets.extra/tf_serving_warmup_requests"
 PROMPTS = ["The", "The quick brown fox jumps over the lazy dog, again and again: 1, 2, 3.\n"]
+EXTRA = 4  # tokens that may come to those of a prompt's bytes: special ones, a leading space
 
 
 def requests(servable: Servable) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -37,8 +38,10 @@ def requests(servable: Servable) -> Iterator[tuple[str, dict[str, Any]]]:
         ids = np.zeros([rows, length], np.int32)
         yield "generate_tokens", {"input_ids": ids, "attention_mask": np.ones_like(ids), **knobs}
     if servable.tokenizer_problem is None:
-        yield "generate", {"prompt": np.array(PROMPTS, object), **knobs, "stop": np.array(["\n\n"], object)}
-        yield "serving_default", {"prompt": np.array(PROMPTS[:1], object)}
+        # A token is a byte at least, and what does not fit into the context would be refused.
+        prompts = [prompt[: max(1, servable.network.context - EXTRA)] for prompt in PROMPTS]
+        yield "generate", {"prompt": np.array(prompts, object), **knobs, "stop": np.array(["\n\n"], object)}
+        yield "serving_default", {"prompt": np.array(prompts[:1], object)}
         yield "score", {"text": np.array(PROMPTS[1:], object)}
 
 

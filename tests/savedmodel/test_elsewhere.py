@@ -1,0 +1,388 @@
+"""An exported version where neither tfclm nor transformers is: what a server, a tool or a C program does with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import tiny_config
+from tensorflow.core.protobuf import saved_model_pb2
+
+pytestmark = pytest.mark.slow
+
+# TFCLM_LONG_TESTS=1 installs the TensorFlow of the stock server's release, which takes minutes.
+LONG = os.environ.get("TFCLM_LONG_TESTS") == "1"
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+CONTEXT = 16  # shorter than a warm-up prompt commonly is
+# A row each: the likeliest tokens, and drawn ones.
+REQUEST: dict[str, list[Any]] = {
+    "prompt": ["The qu", "An im"],
+    "max_new_tokens": [8, 12],
+    "temperature": [0.0, 1.5],
+    "top_k": [0, 100],
+    "top_p": [1.0, 0.95],
+    "repetition_penalty": [1.0, 1.1],
+    "seed": [-1, 20240229],
+    "stop": ["", "zzz"],
+}
+TYPES = {
+    "max_new_tokens": "int32",
+    "temperature": "float32",
+    "top_k": "int32",
+    "top_p": "float32",
+    "repetition_penalty": "float32",
+    "seed": "int64",
+}
+
+REFUSE = """
+import importlib.util, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"tfclm", "tf_keras", "tokenizers", "transformers"}:
+            # TensorFlow itself looks whether there is a tf_keras, without importing it.
+            return importlib.util.spec_from_loader(name, self, origin="nowhere")
+
+    def create_module(self, spec):
+        raise ModuleNotFoundError(f"{spec.name} is not here")
+
+    def exec_module(self, module):
+        pass
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+LOAD = """
+import json, sys
+import tensorflow as tf
+
+request, types = map(json.loads, sys.argv[2:])
+signatures = tf.saved_model.load(sys.argv[1]).signatures
+inputs = {name: tf.constant(value, types.get(name, tf.string)) for name, value in request.items()}
+texts = [text.decode() for text in signatures["generate"](**inputs)["generated_text"].numpy()]
+scored = signatures["score"](text=inputs["prompt"])
+lengths = (scored["token_count"] + 1).numpy()
+ids = [row[:length].tolist() for row, length in zip(scored["token_ids"].numpy(), lengths)]
+given = {name: inputs[name] for name in types}
+tokens = []
+for number, row in enumerate(ids):
+    rows = {"input_ids": tf.constant([row]), "attention_mask": tf.ones([1, len(row)], tf.int32)}
+    answer = signatures["generate_tokens"](**rows, **{name: value[number, None] for name, value in given.items()})
+    tokens.append(answer["output_ids"][0].numpy().tolist())
+default = signatures["serving_default"](prompt=inputs["prompt"][:1])["generated_text"][0].numpy().decode()
+assert not {"tfclm", "transformers"} & {name.split(".")[0] for name in sys.modules}
+print(json.dumps([tf.__version__, texts, ids, tokens, default]))
+"""
+
+# As C++ does it, and so TensorFlow Serving: tables and variables come with the graph's own initialisers.
+SESSION = """
+import json, sys
+import numpy as np
+import tensorflow as tf
+
+request, types = map(json.loads, sys.argv[2:])
+with tf.compat.v1.Session(graph=tf.Graph()) as session:
+    signatures = tf.compat.v1.saved_model.load(session, ["serve"], sys.argv[1]).signature_def
+    signature = signatures["generate"]
+    fed = {signature.inputs[name].name: np.array(value, types.get(name, object)) for name, value in request.items()}
+    texts = session.run(signature.outputs["generated_text"].name, fed)
+    signature = signatures["score"]
+    fed = {signature.inputs["text"].name: np.array(request["prompt"], object)}
+    ids, counts = session.run([signature.outputs[name].name for name in ("token_ids", "token_count")], fed)
+assert not {"tfclm", "transformers"} & {name.split(".")[0] for name in sys.modules}
+rows = [row[: count + 1].tolist() for row, count in zip(ids, counts)]
+print(json.dumps([[text.decode() for text in texts], rows]))
+"""
+
+TOOL = """
+import runpy
+
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# Replays the records as a server does at its start, then asks what a client might, ten times.
+FIRST = """
+import json, sys, time
+import tensorflow as tf
+from tensorflow_serving.apis import prediction_log_pb2
+
+request, types = map(json.loads, sys.argv[2:])
+signatures = tf.saved_model.load(sys.argv[1]).signatures
+for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests"):
+    log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
+    inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in log.inputs.items()}
+    signatures[log.model_spec.signature_name](**inputs)
+asked = {"serving_default": {"prompt": request["prompt"]}, "score": {"text": request["prompt"]}, "generate": request}
+seconds = {}
+for signature, values in asked.items():
+    inputs = {name: tf.constant(value, types.get(name, tf.string)) for name, value in values.items()}
+    for _ in range(10):
+        began = time.monotonic()
+        signatures[signature](**inputs)
+        seconds.setdefault(signature, []).append(time.monotonic() - began)
+print(json.dumps(seconds))
+"""
+
+PROGRAM = r"""
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "tensorflow/c/c_api.h"
+
+enum { ROWS = 2, INPUTS = 8 };
+
+static void check(TF_Status* status) {
+  if (TF_GetCode(status) == TF_OK) return;
+  fprintf(stderr, "%s\n", TF_Message(status));
+  exit(1);
+}
+
+/* The tensor called "operation:index". */
+static TF_Output find(TF_Graph* graph, const char* name) {
+  const char* colon = strrchr(name, ':');
+  char operation[256];
+  snprintf(operation, sizeof operation, "%.*s", (int)(colon - name), name);
+  TF_Output found = {TF_GraphOperationByName(graph, operation), atoi(colon + 1)};
+  if (found.oper == NULL) {
+    fprintf(stderr, "no operation %s\n", operation);
+    exit(1);
+  }
+  return found;
+}
+
+/* A value a row, read from its text as the type of the tensor that it is for. */
+static TF_Tensor* read_rows(TF_DataType type, char** texts) {
+  const int64_t shape[] = {ROWS};
+  size_t size = type == TF_STRING ? sizeof(TF_TString) : TF_DataTypeSize(type);
+  TF_Tensor* tensor = TF_AllocateTensor(type, shape, 1, ROWS * size);
+  void* data = TF_TensorData(tensor);
+  for (int row = 0; row < ROWS; ++row) {
+    if (type == TF_STRING) {
+      TF_TString* text = (TF_TString*)data + row;
+      TF_StringInit(text);
+      TF_StringCopy(text, texts[row], strlen(texts[row]));
+    } else if (type == TF_INT32) {
+      ((int32_t*)data)[row] = (int32_t)atoi(texts[row]);
+    } else if (type == TF_INT64) {
+      ((int64_t*)data)[row] = atoll(texts[row]);
+    } else if (type == TF_FLOAT) {
+      ((float*)data)[row] = strtof(texts[row], NULL);
+    } else {
+      fprintf(stderr, "an input of type %d\n", type);
+      exit(1);
+    }
+  }
+  return tensor;
+}
+
+/* The version's folder, the output's name, and for each input its name and its rows. */
+int main(int count, char** given) {
+  if (count != 3 + INPUTS * (1 + ROWS)) return 2;
+  TF_Status* status = TF_NewStatus();
+  TF_Graph* graph = TF_NewGraph();
+  TF_SessionOptions* options = TF_NewSessionOptions();
+  const char* tags[] = {"serve"};
+  TF_Session* session = TF_LoadSessionFromSavedModel(options, NULL, given[1], tags, 1, graph, NULL, status);
+  check(status);
+  TF_Output output = find(graph, given[2]), inputs[INPUTS];
+  TF_Tensor *values[INPUTS], *answer = NULL;
+  for (int i = 0; i < INPUTS; ++i) {
+    char** one = given + 3 + i * (1 + ROWS);
+    inputs[i] = find(graph, one[0]);
+    values[i] = read_rows(TF_OperationOutputType(inputs[i]), one + 1);
+  }
+  TF_SessionRun(session, NULL, inputs, values, INPUTS, &output, &answer, 1, NULL, 0, NULL, status);
+  check(status);
+  for (int row = 0; row < ROWS; ++row) {
+    TF_TString* text = (TF_TString*)TF_TensorData(answer) + row;
+    fwrite(TF_StringGetDataPointer(text), 1, TF_StringGetSize(text), stdout);
+    putchar(0);
+  }
+  TF_CloseSession(session, status);
+  check(status);
+  TF_DeleteSession(session, status);
+  check(status);
+  return 0;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A written version, and what Python made of the request before it was written."""
+
+    folder: Path
+    tokenizer: Any
+    texts: list[str]
+    ids: list[list[int]]
+    greedy: list[int]
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Version:
+    """All signatures of a tiny model; transformers gives the first row, and the graph gave both while it was made."""
+    import tf_keras
+    from transformers import AutoTokenizer
+
+    from tfclm.checkpoint import create
+    from tfclm.savedmodel import saving, warmup
+    from tfclm.savedmodel.servable import Servable
+    from tfclm.savedmodel.settings import ServableSettings
+
+    tf_keras.utils.set_random_seed(0)
+    config = tiny_config("gpt2", context=CONTEXT)
+    config.n_layer = 1
+    model, tokenizer = create(config), AutoTokenizer.from_pretrained(tokenizer_dir)
+    # Fresh weights are so small that all logits are nearly alike.
+    model.set_weights([3 * weight for weight in model.get_weights()])
+    servable = Servable(model, tokenizer, ServableSettings(max_new_tokens=REQUEST["max_new_tokens"][0]))
+    ids = tokenizer(REQUEST["prompt"])["input_ids"]
+    prompt = tf.constant(ids[:1])
+    greedy = model.generate(prompt, attention_mask=tf.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    inputs = {name: tf.constant(value, TYPES.get(name, tf.string)) for name, value in REQUEST.items()}
+    texts = [text.decode() for text in servable.signatures()["generate"](**inputs)["generated_text"].numpy()]
+    assert len(ids[1]) + REQUEST["max_new_tokens"][1] <= CONTEXT
+    assert texts[0] == tokenizer.decode(greedy[0], skip_special_tokens=True)
+    assert texts[1].startswith(REQUEST["prompt"][1])
+    assert len(texts[1]) > len(REQUEST["prompt"][1])
+    folder = tmp_path_factory.mktemp("elsewhere") / "1"
+    saving.write(servable, folder)
+    warmup.write(servable, folder)
+    return Version(folder, tokenizer, texts, ids, greedy[0, len(ids[0]) :].numpy().tolist())
+
+
+def ask(folder: Path, *command: object) -> str:
+    """What a command prints, run in a folder with nothing of ours."""
+    arguments = [str(each) for each in command]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUTF8": "1"}
+    run = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def answer(folder: Path, script: str, version: Version, python: object = sys.executable) -> Any:
+    """What a script prints last, of the version and the request."""
+    given = (version.folder, json.dumps(REQUEST), json.dumps(TYPES))
+    return json.loads(ask(folder, python, "-I", "-c", REFUSE + script, *given).splitlines()[-1])
+
+
+def check_loaded(version: Version, answered: list[Any]) -> None:
+    """What LOAD prints is what Python gave."""
+    _, texts, ids, tokens, default = answered
+    assert texts == version.texts
+    assert ids == version.ids
+    assert tokens[0] == version.greedy
+    whole = [prompt + new for prompt, new in zip(ids, tokens, strict=True)]
+    assert [version.tokenizer.decode(row, skip_special_tokens=True) for row in whole] == texts
+    assert default == version.texts[0]
+
+
+def run_tool(folder: Path, version: Version) -> tuple[str, Any]:
+    """What saved_model_cli shows, and the texts that it writes."""
+    script = shutil.which("saved_model_cli", path=str(Path(sys.executable).parent))
+    assert script is not None
+    tool = (sys.executable, "-I", "-c", REFUSE + TOOL, script)
+    common = ("--dir", version.folder, "--tag_set", "serve")
+    shown = ask(folder, *tool, "show", *common)
+    given = ";".join(f"{name}={value!r}" for name, value in REQUEST.items())
+    ask(folder, *tool, "run", *common, "--signature_def", "generate", "--input_exprs", given, "--outdir", folder)
+    return shown, np.load(folder / "generated_text.npy", allow_pickle=True).tolist()
+
+
+def run_program(folder: Path, version: Version) -> str:
+    """What the C program writes."""
+    libraries = tf.sysconfig.get_lib()
+    (folder / "program.c").write_text(PROGRAM)
+    flags = ["-std=c99", f"-I{tf.sysconfig.get_include()}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
+    named = ["-l:libtensorflow_cc.so.2", "-l:libtensorflow_framework.so.2"]
+    ask(folder, COMPILER, "program.c", *flags, *named, "-o", "program")
+    (graph,) = saved_model_pb2.SavedModel.FromString((version.folder / "saved_model.pb").read_bytes()).meta_graphs
+    signature = graph.signature_def["generate"]
+    given = [part for name, rows in REQUEST.items() for part in (signature.inputs[name].name, *rows)]
+    return ask(folder, folder / "program", version.folder, signature.outputs["generated_text"].name, *given)
+
+
+@pytest.fixture(scope="module")
+def given(version: Version, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
+    """What each of them gives; two run at a time, as all spend their time on starting."""
+    with ThreadPoolExecutor(2) as pool:
+
+        def start(function: Any, *arguments: Any) -> Future[Any]:
+            return pool.submit(function, tmp_path_factory.mktemp("empty"), *arguments)
+
+        yield {
+            "tensorflow": start(answer, LOAD, version),
+            "session": start(answer, SESSION, version),
+            "first": start(answer, FIRST, version),
+            "tool": start(run_tool, version),
+            **({"program": start(run_program, version)} if COMPILER else {}),
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", ["tfclm", "transformers"])
+def test_these_processes_have_neither(tmp_path: Path, name: str):
+    """Tests below that pass because the packages are there after all."""
+    script = f"{REFUSE}\nimport {name}"
+    run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert f"{name} is not here" in run.stderr
+
+
+def test_loaded_by_tensorflow(version: Version, given: dict[str, Future[Any]]):
+    """A graph that needs Python code of ours, or registered classes, to come back."""
+    check_loaded(version, given["tensorflow"].result())
+
+
+def test_loaded_by_a_session(version: Version, given: dict[str, Future[Any]]):
+    """Variables or tables that only TensorFlow 2's loader restores: TensorFlow Serving's is this one."""
+    assert given["session"].result() == [version.texts, version.ids]
+
+
+def test_saved_model_cli(version: Version, given: dict[str, Future[Any]]):
+    """Signatures that TensorFlow's own tool does not show, or cannot run."""
+    shown, texts = given["tool"].result()
+    assert all(f'"{name}"' in shown for name in ("serving_default", "generate", "generate_tokens", "score"))
+    assert [text.decode() for text in texts] == version.texts
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
+def test_run_by_a_c_program(version: Version, given: dict[str, Future[Any]]):
+    """A step that Python does on loading, which no other language's client would."""
+    assert given["program"].result().split("\0")[:-1] == version.texts
+
+
+def test_first_request_is_as_fast_as_others(given: dict[str, Future[Any]]):
+    """Warm-up records that a small context refuses, or that leave a signature, or a path in it, to the first client."""
+    for name, seconds in given["first"].result().items():
+        # A quarter of a second is the machine's: initialising takes more than one.
+        assert seconds[0] <= 3 * sorted(seconds)[5] + 0.25, (name, seconds)
+
+
+@pytest.mark.skipif(not LONG, reason="installs another TensorFlow: set TFCLM_LONG_TESTS=1")
+def test_loaded_by_the_stock_servers_tensorflow(version: Version, tmp_path: Path):
+    """An op or attribute that release 2.20 of TensorFlow Serving does not know."""
+    folder = tmp_path / "venv"
+    try:
+        venv.create(folder, with_pip=True)
+        python = folder / "bin" / "python"
+        subprocess.run([python, "-m", "pip", "install", "-q", "tensorflow==2.20.*"], check=True)
+        answered = answer(tmp_path, LOAD, version, python)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    assert answered[0].startswith("2.20.")
+    check_loaded(version, answered)
