@@ -73,9 +73,11 @@ class Started:
     def kill(self, seconds: float) -> None:
         """As the kernel does when memory is short: after so many seconds, without a word."""
         self.process.join(max(0.0, self.began + seconds - time.monotonic()))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()  # it had no group yet
+        # Once it has ended, its number may be somebody else's.
+        if self.process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
         self.process.join()
 
 
