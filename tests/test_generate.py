@@ -7,7 +7,8 @@ import io
 import pytest
 
 from tfclm.errors import InputError
-from tfclm.generate import GenerateSettings, read_prompt
+from tfclm.generate import GenerateSettings
+from tfclm.prompts import read_prompt
 from tfclm.sampling import sample
 from tfclm.settings import parse
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfclm.checkpoint import load, save
+    from tfclm.client import Client, Completion, Score, ServerError
     from tfclm.corpus import pack
     from tfclm.errors import InputError
     from tfclm.perplexity import Perplexity, perplexity
@@ -15,8 +16,12 @@ if TYPE_CHECKING:
 
 # Where each public name lives; it is imported on first use, so that `import tfclm` does not import TensorFlow.
 _HOMES = {
+    "Client": "client",
+    "Completion": "client",
     "InputError": "errors",
     "Perplexity": "perplexity",
+    "Score": "client",
+    "ServerError": "client",
     "TrainingRecord": "training",
     "TrainingSettings": "training",
     "export_saved_model": "savedmodel",
@@ -29,8 +34,12 @@ _HOMES = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "Client",
+    "Completion",
     "InputError",
     "Perplexity",
+    "Score",
+    "ServerError",
     "TrainingRecord",
     "TrainingSettings",
     "export_saved_model",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import dataclass
-from typing import TextIO
 
 from tfclm.errors import InputError
+from tfclm.prompts import read_prompt
 from tfclm.settings import command, setting
 
 
@@ -47,22 +46,6 @@ def run(settings: GenerateSettings) -> None:
         seed=settings.seed,
     )
     print(json.dumps({"generated_text": text}, ensure_ascii=False) if settings.json else text)
-
-
-def read_prompt(prompt: str | None, stdin: TextIO) -> str:
-    """The prompt that is given, else standard input without the newline that `echo` and editors put at the end.
-
-    Raises:
-        InputError: it is not UTF-8.
-    """
-    try:
-        if prompt is None:
-            return re.sub(r"\r?\n\Z", "", stdin.buffer.read().decode())
-        prompt.encode()  # fails where the shell's bytes were no text, which Python hands on as surrogates
-        return prompt
-    except UnicodeError as error:
-        given = "standard input" if prompt is None else "--prompt"
-        raise InputError(f"{given} is not UTF-8: give the prompt as UTF-8 (iconv -t UTF-8 converts it)") from error
 
 
 def main() -> None:

@@ -1,0 +1,268 @@
+"""A client of an exported model behind TensorFlow Serving, over REST or gRPC. It needs no TensorFlow."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+from tfclm.client.rest import RestTransport
+from tfclm.client.rpc import RpcTransport
+from tfclm.client.transport import Model, ServerError, Signature, Transport
+from tfclm.errors import InputError
+
+__all__ = ["Client", "Completion", "Score", "ServerError", "Signature"]
+
+T = TypeVar("T")
+
+_INTEGERS = {"DT_INT32": 31, "DT_INT64": 63}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A row of the signature `generate`; `finish_reason` is "stop" (EOS or stop string) or "length"."""
+
+    generated_text: str
+    completion: str
+    completion_bytes: bytes
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of the signature `score`.
+
+    `loss` is the mean negative log-likelihood a token (natural log) of `token_count` tokens. `token_ids` has one more:
+    the first token is only context, and its entry in `token_logprobs` is 0.
+    """
+
+    loss: float
+    perplexity: float
+    token_count: int
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+
+
+class Client:
+    """Asks one model of a server.
+
+        client = tfclm.Client("http://localhost:8501", "quickstart")
+        print(client.generate("The import statement", temperature=0.8, seed=7).generated_text)
+
+    It may be shared by threads, and closes its connections as a context manager or by `close`.
+
+    Args:
+        url: http:// or https:// for REST; grpc://HOST:PORT, grpcs://HOST:PORT (TLS) or unix:PATH for gRPC.
+        model_name: the name that the server serves the model under.
+        version: its number; the one served now if not given.
+        version_label: its label, such as "stable", instead of the number.
+        timeout: seconds that an answer may take.
+        retries: how often a request is sent again that the server was too busy to run (503, UNAVAILABLE).
+
+    Raises:
+        InputError: from every method, if the server refuses the request or has no such model or signature; the message
+            is one line that names the input.
+        ServerError: from every method, if the server is absent, still loading the model, overloaded, or failed.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://localhost:8501",
+        model_name: str = "model",
+        *,
+        version: int | None = None,
+        version_label: str | None = None,
+        timeout: float = 120.0,
+        retries: int = 4,
+    ) -> None:
+        model = Model(model_name, version, version_label)
+        if not 0 < timeout < math.inf:
+            raise InputError(f"timeout {timeout}: give seconds, more than 0")
+        if retries < 0:
+            raise InputError(f"retries {retries}: give 0 or more")
+        self._transport: Transport
+        if url.startswith(("http://", "https://")):
+            self._transport = RestTransport(url, model, timeout, retries)
+        elif url.startswith(("grpc://", "grpcs://", "unix:")):
+            self._transport = RpcTransport(url, model, timeout, retries)
+        else:
+            raise InputError(f"URL {url}: give http://HOST:PORT for REST, or grpc://HOST:PORT")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._transport.close()
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | None = None,
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int | Sequence[int] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        repetition_penalty: float | Sequence[float] | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> list[Completion]: ...
+
+    def generate(self, prompt: str | list[str] | tuple[str, ...], **knobs: Any) -> Completion | list[Completion]:
+        """The continuation of a prompt, or of several in one request.
+
+        Knobs that are not given have the defaults that the model was exported with. With several prompts, a knob may be
+        a sequence with a value for each.
+        """
+        given = {name: value for name, value in knobs.items() if value is not None}
+        outputs = self.predict("generate", {"prompt": _rows(prompt), **given})
+        completions = [
+            Completion(
+                generated_text=_text(row["generated_text"]),
+                completion=_text(row["completion"]),
+                completion_bytes=row["completion_bytes"],
+                finish_reason=_text(row["finish_reason"]),
+                prompt_tokens=row["prompt_tokens"],
+                completion_tokens=row["completion_tokens"],
+            )
+            for row in _as_rows(outputs)
+        ]
+        return completions[0] if isinstance(prompt, str) else completions
+
+    @overload
+    def score(self, text: str) -> Score: ...
+
+    @overload
+    def score(self, text: list[str] | tuple[str, ...]) -> list[Score]: ...
+
+    def score(self, text: str | list[str] | tuple[str, ...]) -> Score | list[Score]:
+        """Loss, perplexity and the log-probabilities of the tokens of a text, or of several in one request."""
+        scores = [
+            Score(
+                loss=row["loss"],
+                perplexity=row["perplexity"],
+                token_count=row["token_count"],
+                # Rows of a request are padded to the longest.
+                token_ids=tuple(row["token_ids"][: row["token_count"] + 1]),
+                token_logprobs=tuple(row["token_logprobs"][: row["token_count"] + 1]),
+            )
+            for row in _as_rows(self.predict("score", {"text": _rows(text)}))
+        ]
+        return scores[0] if isinstance(text, str) else scores
+
+    def signatures(self) -> dict[str, Signature]:
+        """The model's signatures by name: the inputs' types, and their defaults."""
+        return self._transport.signatures()
+
+    def predict(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Runs any signature.
+
+        Args:
+            signature: its name.
+            inputs: name -> a list of B values, or one value for every row. What is left out has its default.
+
+        Returns:
+            Outputs name -> B values: numbers, bytes for strings, and lists of them for outputs of a higher rank.
+        """
+        signatures = self.signatures()
+        if signature not in signatures:
+            raise InputError(f"the served model has no signature {signature}; it has {', '.join(sorted(signatures))}")
+        known = signatures[signature]
+        for name in inputs:
+            if name not in known.inputs:
+                raise InputError(f"signature {signature} has no input {name}; it has {', '.join(sorted(known.inputs))}")
+        for name in known.required:
+            if name not in inputs:
+                raise InputError(f"signature {signature} needs {name}")
+        sizes = {name: len(value) for name, value in inputs.items() if _several(value)}
+        size = max(sizes.values(), default=1)
+        for name, given in sizes.items():
+            if given != size:
+                raise InputError(f"{name} has {given} values for {size} rows: give one, or one a row")
+        if not size:
+            raise InputError(f"{next(iter(sizes))} is empty: give a row at least")
+        # REST fills in no defaults, so that every input is sent.
+        complete = {**known.defaults, **inputs}
+        rows = {
+            name: (dtype, [_checked(value, dtype, name) for value in _repeated(complete[name], size)])
+            for name, dtype in known.inputs.items()
+        }
+        outputs = self._transport.predict(signature, rows)
+        if list(outputs) == [""] and len(known.outputs) == 1:
+            return dict(zip(known.outputs, outputs.values(), strict=True))
+        return outputs
+
+
+def _several(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _repeated(value: Any, size: int) -> Sequence[Any]:
+    return value if _several(value) else [value] * size
+
+
+def _rows(text: str | list[str] | tuple[str, ...]) -> Sequence[str]:
+    return text if isinstance(text, list | tuple) else [text]
+
+
+def _checked(value: Any, dtype: str, name: str) -> Any:
+    """A value of a row as its type is sent: rank and range are the model's to check."""
+    if _several(value):
+        return [_checked(item, dtype, name) for item in value]
+    if dtype == "DT_STRING":
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "surrogateescape")
+        if not isinstance(value, str):
+            raise InputError(f"{name} is {value!r}: give a text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name} is not UTF-8: give the text as UTF-8") from error
+        return value
+    if dtype in _INTEGERS:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise InputError(f"{name} is {value!r}: give a whole number")
+        most = 2 ** _INTEGERS[dtype]
+        if not -most <= value < most:
+            raise InputError(f"{name} is {value}: give a number that fits {_INTEGERS[dtype] + 1} bits")
+        return int(value)
+    if dtype in ("DT_FLOAT", "DT_DOUBLE"):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise InputError(f"{name} is {value!r}: give a number")
+        return float(value)
+    if dtype == "DT_BOOL" and isinstance(value, bool):
+        return value
+    raise InputError(f"{name} is {value!r}: the signature takes {dtype} there")
+
+
+def _as_rows(outputs: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(outputs, row, strict=True)) for row in zip(*outputs.values(), strict=True)]
+
+
+def _text(value: bytes) -> str:
+    return value.decode()
