@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -92,10 +93,20 @@ def test_compiled_and_not_keep_the_same_tokens() -> None:
     top_k = rng.choice([0, 1, 5, 50, 3000, 50256, 50257, 60000], 32).astype(np.int32)
     top_p = rng.choice([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0], 32).astype(np.float32)
     scores = tf.constant(logits - logits.max(-1, keepdims=True))
-    thresholds = [
-        tf.function(kind, jit_compile=xla)(scores, tf.constant(top_k), tf.constant(top_p)).numpy()
-        for kind, xla in ((sampling._sort, False), (sampling._search, True))
-    ]
+
+    def threshold(xla: bool, rows: slice) -> np.ndarray:
+        return traced[xla](scores[rows], top_k[rows], top_p[rows]).numpy()
+
+    def rows_of(scores: tf.Tensor, k: tf.Tensor, p: tf.Tensor, xla: bool) -> tf.Tensor:
+        given = knobs([1.0], [1], [1.0])._replace(temperature=tf.ones_like(p), top_k=k, top_p=p)
+        return sampling._threshold(scores, tf.exp(scores), given, xla)
+
+    traced = {xla: tf.function(partial(rows_of, xla=xla), jit_compile=xla) for xla in (False, True)}
+    thresholds = [threshold(xla, slice(32)) for xla in (False, True)]
+    # A row's company, which may need the search or the whole vocabulary, is nothing to it.
+    for xla in (False, True):
+        alone = [threshold(xla, slice(row, row + 1))[0] for row in range(32)]
+        assert np.array_equal(alone, thresholds[xla])
     kept = [(scores.numpy() >= threshold[:, None]).sum(-1) for threshold in thresholds]
     limited = (top_k > 0) & (top_k < size)
     assert (kept[0][limited & (top_p == 1)] == top_k[limited & (top_p == 1)]).all()

@@ -73,14 +73,14 @@ def export_saved_model(
     servable = Servable(model, tokenizer, settings)
     if servable.tokenizer_problem is not None:
         say(f"generate_tokens alone is exported: {servable.tokenizer_problem}")
-    measured = measure(servable.model)
+    network = servable.network
+    measured = measure(network.model)
     verdict = gate.decide(limits, measured, served)
     if not verdict["passed"]:
         file = gate.record_verdict(where, {**verdict, "source": dict(source or {})})
         raise GateFailed(f"not published: {verdict['reason']} (the verdict is in {file})")
-    exact = measure(model) if servable.model is not model else measured
-    network = servable.network
-    prompts = canary.make_prompts(servable.model, network.vocab_size, network.context, servable.eos_ids, servable.limit)
+    exact = measure(model) if network.model is not model else measured
+    prompts = canary.make_prompts(network.model, network.vocab_size, network.context, servable.eos_ids, servable.limit)
     with staged(where) as folder:
         say("writing the SavedModel")
         saving.write(servable, folder)

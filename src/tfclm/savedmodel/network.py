@@ -21,7 +21,7 @@ Tensor = Any
 OFFSET_POSITIONS = ("camembert", "roberta", "roberta-prelayernorm", "xlm-roberta")
 
 
-class Network(tf.Module):
+class Network:
     """A causal LM of transformers, called with prompts padded on the right and a cache that is written in place.
 
     Each row has a length of its own; what stands behind it is hidden by the causal mask. Raises `InputError` if the
@@ -29,7 +29,6 @@ class Network(tf.Module):
     """
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
         self.model = model
         self.vocab_size: int = model.config.vocab_size
         self.context: int = getattr(model.config, "max_position_embeddings", None) or 2048
@@ -113,7 +112,7 @@ class Network(tf.Module):
             second, _ = self.step(tf.gather(ids, lengths, batch_dims=1), lengths, buffers, weights)
             return first, second
 
-        first, second = tf.function(cached)(tf.constant(ids), tf.constant(lengths))
+        first, second = tf.function(cached, autograph=False)(tf.constant(ids), tf.constant(lengths))
         for row, length in enumerate(lengths):
             own = self.model(tf.constant(ids[row : row + 1, : length + 1]), training=False).logits[0]
             for ours, theirs in ((first[row], own[length - 1]), (second[row], own[length])):

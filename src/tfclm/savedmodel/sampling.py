@@ -7,6 +7,7 @@ of top-k or top-p, all of them stay in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ __all__ = ["Knobs", "choose", "penalize", "uniforms"]
 Tensor = Any
 
 CANDIDATES = 1024  # as many of the likeliest tokens are sorted first, where top-p has no top-k beside it
+COMPILED_CANDIDATES = 128  # the same with XLA, for every row
 
 
 class Knobs(NamedTuple):
@@ -69,24 +71,24 @@ def choose(logits: Tensor, knobs: Knobs, uniform: Tensor, *, xla: bool = False) 
     greedy = tf.argmax(logits, -1, output_type=tf.int32)
 
     def sampled() -> Tensor:
-        # From the highest score down, so that the smallest temperature leaves that one finite.
+        # From the highest score, 0, down, so that the smallest temperature leaves that one finite.
         scores = logits - tf.reduce_max(logits, -1, keepdims=True)
         scores /= tf.maximum(tf.where(knobs.temperature > 0, knobs.temperature, 1.0), 1e-30)[:, None]
-        threshold = (_search if xla else _sort)(scores, knobs.top_k, knobs.top_p)
-        return tf.where(knobs.temperature > 0, _draw(scores, threshold, uniform), greedy)
+        weights = tf.exp(scores)
+        threshold = _threshold(scores, weights, knobs, xla)
+        weights = tf.where(scores >= threshold[:, None], weights, 0.0)
+        return tf.where(knobs.temperature > 0, _draw(weights, uniform), greedy)
 
     return tf.cond(tf.reduce_any(knobs.temperature > 0), sampled, lambda: greedy)
 
 
-def _draw(scores: Tensor, threshold: Tensor, uniform: Tensor) -> Tensor:
-    """By inversion, in the vocabulary's order, a token whose score reaches the threshold [B]; int32 [B].
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """By inversion, in the vocabulary's order, a token by its weight [B, V]; int32 [B].
 
     In two levels, groups and the tokens of one, because a running sum over a vocabulary is slow.
     """
-    size = int(np.ceil(np.sqrt(scores.shape[-1])))
-    weights = tf.exp(scores - tf.reduce_max(scores, -1, keepdims=True))
-    weights = tf.where(scores >= threshold[:, None], weights, 0.0)
-    groups = tf.reshape(tf.pad(weights, [[0, 0], [0, size * size - scores.shape[-1]]]), [-1, size, size])
+    size = int(np.ceil(np.sqrt(weights.shape[-1])))
+    groups = tf.reshape(tf.pad(weights, [[0, 0], [0, size * size - weights.shape[-1]]]), [-1, size, size])
     sums = tf.cumsum(tf.cast(tf.reduce_sum(groups, -1), tf.float64), -1)
     target = uniform * sums[:, -1]
     group = _first_above(sums, target)
@@ -103,65 +105,78 @@ def _first_above(running: Tensor, target: Tensor) -> Tensor:
     return tf.minimum(below, running.shape[-1] - 1)
 
 
-def _sort(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The lowest score that stays in, [B], from the sorted head of the scores [B, V]."""
+def _threshold(scores: Tensor, weights: Tensor, knobs: Knobs, xla: bool) -> Tensor:
+    """The lowest score that stays in, [B], of scores [B, V], whose exp the weights are.
+
+    The sorted head of the scores tells, in most cases. The rest of a row is sorted too if it does not, or, since a
+    compiled sort is slow, searched. Either way a row's sums are those that it has alone.
+    """
     vocabulary = scores.shape[-1]
-    limited = (top_k > 0) & (top_k < vocabulary)
-    wanted = tf.where(limited, top_k, vocabulary)
-    nucleus = top_p < 1
-    most = tf.reduce_max(scores, -1, keepdims=True)
-    everything = tf.reduce_sum(tf.exp(scores - most), -1)
+    limited = (knobs.top_k > 0) & (knobs.top_k < vocabulary)
+    wanted = tf.where(limited, knobs.top_k, vocabulary)
+    nucleus = knobs.top_p < 1
+    off = (~limited & ~nucleus) | (knobs.temperature == 0)
+    everything = tf.reduce_sum(weights, -1)
 
     def among(count: Tensor) -> tuple[Tensor, Tensor]:
         """The threshold, and whether it lies within the `count` highest scores."""
         values = tf.math.top_k(scores, count).values
         inside = tf.range(count)[None] < wanted[:, None]
-        weights = tf.where(inside, tf.exp(values - most), 0.0)
-        total = tf.where(limited, tf.reduce_sum(weights, -1), everything)
-        before = tf.cumsum(weights / total[:, None], -1, exclusive=True)
-        inside &= (before < top_p[:, None]) | ~nucleus[:, None]
+        head = tf.where(inside, tf.exp(values), 0.0)
+        # A running sum's end, unlike a sum, does not depend on the number of zeros behind.
+        total = tf.where(limited, tf.cumsum(head, -1)[:, -1], everything)
+        before = tf.cumsum(head / total[:, None], -1, exclusive=True)
+        inside &= (before < knobs.top_p[:, None]) | ~nucleus[:, None]
         # A top_p that is subnormal counts as 0 on threads that flush those.
         kept = tf.maximum(1, tf.reduce_sum(tf.cast(inside, tf.int32), -1))
         lowest = tf.gather(values, kept - 1, batch_dims=1)
-        off = ~limited & ~nucleus
-        return tf.where(off, -np.inf, lowest), tf.reduce_all(off | (kept < count) | (wanted <= count))
+        # The total of a larger k is not known from here.
+        return tf.where(off, -np.inf, lowest), off | (wanted <= count) | (~limited & (kept < count))
 
-    count = tf.reduce_max(tf.where(limited, wanted, tf.where(nucleus, min(CANDIDATES, vocabulary), 1)))
-    threshold, found = among(count)
-    return tf.cond(found, lambda: threshold, lambda: among(tf.constant(vocabulary))[0])
+    first = tf.reduce_max(tf.where(limited, wanted, tf.where(nucleus, min(CANDIDATES, vocabulary), 1)))
+    threshold, found = among(min(COMPILED_CANDIDATES, vocabulary) if xla else first)
+
+    def beyond() -> Tensor:
+        if xla:
+            return tf.where(found, threshold, _search(scores, weights, knobs, ~found))
+        return among(tf.constant(vocabulary))[0]
+
+    return tf.cond(tf.reduce_all(found), lambda: threshold, beyond)
 
 
-def _search(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The same by bisection, since a compiled sort is slow: the k-th score, then the nucleus among what is left."""
+def _search(scores: Tensor, weights: Tensor, knobs: Knobs, rows: Tensor) -> Tensor:
+    """The threshold of the `rows` bool [B] by bisection: the k-th score, then the nucleus among what is left."""
     vocabulary = scores.shape[-1]
-    distance = tf.reduce_max(scores, -1, keepdims=True) - scores  # 0 at the likeliest
-    limited = (top_k > 0) & (top_k < vocabulary)
-    wanted = tf.where(limited, top_k, vocabulary)
+    distance = -scores  # 0 at the likeliest
+    limited = (knobs.top_k > 0) & (knobs.top_k < vocabulary)
 
-    def farthest_of_k(limit: Tensor) -> Tensor:
-        return tf.reduce_sum(tf.cast(distance <= limit[:, None], tf.int32), -1) >= wanted
+    def has_k(limit: Tensor) -> Tensor:
+        return tf.reduce_sum(tf.cast(distance <= limit[:, None], tf.int32), -1) >= knobs.top_k
 
-    farthest = tf.where(limited, _bisect(farthest_of_k, tf.shape(scores)[:1]), np.inf)
-    weights = tf.where(distance <= farthest[:, None], tf.exp(-distance), 0.0)
-    target = top_p * tf.reduce_sum(weights, -1)
+    farthest = _bisect(has_k, rows & limited)
+    weights = tf.where(distance <= farthest[:, None], weights, 0.0)
+    target = knobs.top_p * tf.reduce_sum(weights, -1)
 
-    def reaches(limit: Tensor) -> Tensor:
+    def has_p(limit: Tensor) -> Tensor:
         return tf.reduce_sum(tf.where(distance <= limit[:, None], weights, 0.0), -1) >= target
 
-    edge = tf.where(top_p < 1, tf.minimum(_bisect(reaches, tf.shape(scores)[:1]), farthest), farthest)
-    inside = distance <= edge[:, None]
-    return tf.reduce_min(tf.where(inside, scores, np.inf), -1)
+    edge = tf.minimum(_bisect(has_p, rows & (knobs.top_p < 1)), farthest)
+    return tf.reduce_min(tf.where(distance <= edge[:, None], scores, np.inf), -1)
 
 
-def _bisect(enough: Any, shape: Tensor) -> Tensor:
-    """The smallest float32 from 0 on, [B], for which `enough` holds; positive floats are ordered as their bits."""
+def _bisect(enough: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
+    """The smallest float32 from 0 on, [B], for which `enough` holds; infinity for rows that are not `wanted`.
+
+    Positive floats are ordered as their bits.
+    """
     highest = int(np.float32(np.inf).view(np.int32))
+    low = tf.where(wanted, 0, highest)
 
     def halve(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         middle = low + (high - low) // 2
         yes = enough(tf.bitcast(middle, tf.float32))
         return tf.where(yes, low, middle + 1), tf.where(yes, middle, high)
 
-    low, high = tf.zeros(shape, tf.int32), tf.fill(shape, highest)
+    high = tf.fill(tf.shape(low), highest)
     _, high = tf.while_loop(lambda low, high: tf.reduce_any(low < high), halve, (low, high))
     return tf.bitcast(high, tf.float32)

@@ -38,8 +38,9 @@ class Servable(tf.Module):
         super().__init__()
         settings.check()
         self.settings = settings
-        self.model = model if settings.weights == "float32" else rounded(model, settings.weights)
-        self.network = Network(self.model)
+        self.network = Network(model if settings.weights == "float32" else rounded(model, settings.weights))
+        # What is saved: the variables alone. Of a Keras model, its own traces would go with them.
+        self.weights = self.network.model.weights
         context = self.network.context
         xla = settings.compile == "xla"
         self.limit = settings.max_new_tokens_limit or min(context - 1, 256 if xla else context - 1)
@@ -58,7 +59,7 @@ class Servable(tf.Module):
         except InputError as error:
             self.tokenizer_problem = str(error)
         self.buckets = self._buckets() if xla else []
-        self._decode = self._batched(tf.function(self._rows, jit_compile=True) if xla else self._rows)
+        self._decode = self._batched(tf.function(self._rows, autograph=False, jit_compile=True) if xla else self._rows)
 
     def signatures(self) -> dict[str, Any]:
         """The functions that are exported, by name."""
@@ -108,7 +109,8 @@ class Servable(tf.Module):
 
         types = (tf.string, tf.int64, *(spec.dtype for spec in _knob_specs()[:5]))
         specs = [tf.TensorSpec([None, self.network.context - 1], tf.int32), tf.TensorSpec([None], tf.int32)]
-        traced = tf.function(batch).get_concrete_function(*specs, *(tf.TensorSpec([None], kind) for kind in types))
+        specs += [tf.TensorSpec([None], kind) for kind in types]
+        traced = tf.function(batch, autograph=False).get_concrete_function(*specs)
         # A name of its own: within one process, those that share it share the queue and its function.
         name = f"tfclm-{uuid.uuid4().hex}"
         largest = self.settings.max_batch_size
@@ -242,7 +244,7 @@ class Servable(tf.Module):
             answer = self._answer(prompt, Knobs(*self._default_knobs()), tf.constant([""]))
             return {"generated_text": answer["generated_text"]}
 
-        return tf.function(serving_default, input_signature=[tf.TensorSpec(None, tf.string, "prompt")])
+        return tf.function(serving_default, autograph=False, input_signature=[tf.TensorSpec(None, tf.string, "prompt")])
 
     def _generate(self) -> Any:
         new, heat, k, p, penalty, fresh = self._default_knobs()
@@ -261,7 +263,7 @@ class Servable(tf.Module):
             return self._answer(prompt, knobs, stop)
 
         specs = [tf.TensorSpec(None, tf.string, "prompt"), *_knob_specs(), tf.TensorSpec(None, tf.string, "stop")]
-        return tf.function(generate, input_signature=specs)
+        return tf.function(generate, autograph=False, input_signature=specs)
 
     def _generate_tokens(self) -> Any:
         new, heat, k, p, penalty, fresh = self._default_knobs()
@@ -298,7 +300,7 @@ class Servable(tf.Module):
             return {"output_ids": output[:, : tf.reduce_max(count)], "completion_tokens": count}
 
         ids = [tf.TensorSpec(None, tf.int32, "input_ids"), tf.TensorSpec(None, tf.int32, "attention_mask")]
-        return tf.function(generate_tokens, input_signature=[*ids, *_knob_specs()])
+        return tf.function(generate_tokens, autograph=False, input_signature=[*ids, *_knob_specs()])
 
     def _score(self) -> Any:
         tokenizer = self._tokenizer
@@ -320,7 +322,7 @@ class Servable(tf.Module):
                 "token_logprobs": logprobs,
             }
 
-        return tf.function(score, input_signature=[tf.TensorSpec(None, tf.string, "text")])
+        return tf.function(score, autograph=False, input_signature=[tf.TensorSpec(None, tf.string, "text")])
 
 
 def _knob_specs() -> list[Any]:
