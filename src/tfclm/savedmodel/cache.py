@@ -26,6 +26,7 @@ class Past(tf.experimental.ExtensionType):
     """
 
     index: int
+    compiled: bool
     buffer: tf.Tensor
     slots: tf.Tensor
 
@@ -65,12 +66,15 @@ def allocate(present: Tensor, capacity: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def as_past(buffers: Sequence[Tensor], slots: Tensor) -> Iterator[tuple[tuple[tuple[Past, ...], ...], list[Tensor]]]:
+def as_past(
+    buffers: Sequence[Tensor], slots: Tensor, *, xla: bool = False
+) -> Iterator[tuple[tuple[tuple[Past, ...], ...], list[Tensor]]]:
     """The past for one call of a model, ((keys, values) a layer, ...), and a list.
 
-    The list has the buffers as they are after the call, once the context is left.
+    The list has the buffers as they are after the call, once the context is left; the given ones are gone by then.
+    `xla`: the call is to be compiled.
     """
-    pasts = [Past(index, buffer, slots) for index, buffer in enumerate(buffers)]
+    pasts = [Past(index, xla, buffer, slots) for index, buffer in enumerate(buffers)]
     after: list[Tensor] = []
     _written.append({})
     try:
@@ -102,11 +106,16 @@ def _concat(values: Any, axis: int, name: str = "concat") -> Tensor:
     )
     first = (tf.range(batch)[:, None] * heads + tf.range(heads)) * capacity
     places = tf.stack([first + past.slots[:, None], first + capacity - 1], -1)
-    flat = tf.tensor_scatter_nd_update(
-        tf.reshape(past.buffer, [batch * heads * capacity, size]),
-        tf.reshape(places, [-1, 1]),
-        tf.reshape(tf.repeat(present, 2, 2), [-1, size]),
-    )
+    flat = tf.reshape(past.buffer, [batch * heads * capacity, size])
+    places = tf.reshape(places, [-1])
+    values = tf.reshape(tf.repeat(present, 2, 2), [-1, size])
+    if past.compiled:
+        flat = tf.tensor_scatter_nd_update(
+            flat, places[:, None], values
+        )  # XLA, which lacks the other, does it in place
+    else:
+        # A scatter would copy the buffer. Of what it was before, nobody looks at more than the shape.
+        flat = tf.raw_ops.InplaceUpdate(x=flat, i=places, v=values)
     whole = tf.reshape(flat, [batch, heads, capacity, size])
     _written[-1][past.index] = whole
     return whole

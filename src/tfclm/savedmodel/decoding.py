@@ -99,7 +99,7 @@ def decode(
     def step(state: _State) -> tuple[_State]:
         # A row that is done goes on idly while others run; it must not leave the context.
         positions = tf.minimum(lengths + state.step, network.context) - 1
-        logits, buffers = network.step(state.token, positions, state.buffers, weights)
+        logits, buffers = network.step(state.token, positions, state.buffers, weights, xla=xla)
         return (pick(state._replace(buffers=buffers), logits),)
 
     logits, buffers = network.prefill(ids, lengths, capacity, weights)

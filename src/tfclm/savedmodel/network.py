@@ -72,13 +72,16 @@ class Network:
         return weights.head(last), [cache.allocate(present, capacity) for pair in pairs for present in pair]
 
     def step(
-        self, tokens: Tensor, positions: Tensor, buffers: Sequence[Tensor], weights: Weights
+        self, tokens: Tensor, positions: Tensor, buffers: Sequence[Tensor], weights: Weights, *, xla: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits float32 [B, V] behind one more token [B] a row, at `positions` [B], and the buffers after it."""
+        """Logits float32 [B, V] behind one more token [B] a row, at `positions` [B], and the buffers after it.
+
+        The given buffers are used up. `xla`: the step is to be compiled.
+        """
         slots = tf.range(tf.shape(buffers[0])[2])[None]
         # The present position stands in the last slot too, where it is looked at; its own is for later.
         seen = (slots < positions[:, None]) | (slots == slots[:, -1:])
-        with cache.as_past(buffers, positions) as (past, after):
+        with cache.as_past(buffers, positions, xla=xla) as (past, after):
             out = self._call(
                 tokens[:, None],
                 weights,
