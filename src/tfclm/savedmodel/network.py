@@ -115,7 +115,7 @@ class Network:
             second, _ = self.step(tf.gather(ids, lengths, batch_dims=1), lengths, buffers, weights)
             return first, second
 
-        first, second = tf.function(cached, autograph=False)(tf.constant(ids), tf.constant(lengths))
+        first, second = tf.function(cached)(tf.constant(ids), tf.constant(lengths))
         for row, length in enumerate(lengths):
             own = self.model(tf.constant(ids[row : row + 1, : length + 1]), training=False).logits[0]
             for ours, theirs in ((first[row], own[length - 1]), (second[row], own[length])):
