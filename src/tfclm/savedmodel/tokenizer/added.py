@@ -8,11 +8,10 @@ import tensorflow as tf
 
 from tfclm.errors import InputError
 from tfclm.savedmodel.tokenizer.classes import Table, Tensor, word
-from tfclm.savedmodel.tokenizer.splitting import encode
+from tfclm.savedmodel.tokenizer.text import PLAIN, Text, encode
 
-__all__ = ["PLAIN", "AddedTokens"]
+__all__ = ["AddedTokens"]
 
-PLAIN = -1  # the kind of text that is no added token
 MARK = 0xFF  # around what is found; UTF-8 does not have this byte
 # White_Space, of which RE2's \s is the ASCII part.
 SPACES = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"
@@ -46,25 +45,24 @@ class AddedTokens(tf.Module):
             self._word = Table(word())
             self._alone = tf.constant(alone, tf.int32)
 
-    def find(self, points: Tensor, starts: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
-        """Make each added token within the plain pieces a piece: the new `starts` and `kinds`, all [N]."""
-        pieces = encode(points, starts)
+    def __call__(self, text: Text) -> Text:
+        """Make each added token within the plain pieces a piece."""
+        pieces = text.pieces()
         there = tf.reduce_any(tf.strings.regex_full_match(pieces, rf"\C*{self._pattern}\C*"))
-        found: tuple[Tensor, Tensor] = tf.cond(
-            there, lambda: self._find(points, starts, kinds, pieces), lambda: (starts, kinds)
-        )
+        found: Text = tf.cond(there, lambda: self._find(text, pieces), lambda: text)
         return found
 
-    def _find(self, points: Tensor, starts: Tensor, kinds: Tensor, pieces: Tensor) -> tuple[Tensor, Tensor]:
+    def _find(self, text: Text, pieces: Tensor) -> Text:
+        points, starts, kinds = text
         mark = bytes([MARK])
         marked = tf.raw_ops.StaticRegexReplace(
             input=pieces, pattern=self._pattern, rewrite=mark + rb"\0" + mark, replace_global=True
         )
         marked = tf.where(tf.boolean_mask(kinds, starts) == PLAIN, marked, pieces)
-        text = tf.cast(tf.io.decode_raw(tf.strings.reduce_join(marked), tf.uint8), tf.int32)
-        marks = text == MARK
+        raw = tf.cast(tf.io.decode_raw(tf.strings.reduce_join(marked), tf.uint8), tf.int32)
+        marks = raw == MARK
         # A code point begins at a byte that continues none.
-        lead = ~marks & (tf.bitwise.bitwise_and(text, 0xC0) != 0x80)
+        lead = ~marks & (tf.bitwise.bitwise_and(raw, 0xC0) != 0x80)
         within = tf.boolean_mask(tf.cumsum(tf.cast(marks, tf.int32)) % 2 == 1, lead)
         cut = starts | tf.boolean_mask(tf.concat([[False], marks[:-1]], 0), lead)
 
@@ -85,7 +83,7 @@ class AddedTokens(tf.Module):
         cuts = special | tf.concat([[False], special[:-1]], 0) | tf.gather(starts, first)
         kind = tf.gather(kind, tf.cumsum(tf.cast(cut, tf.int32)) - 1)
         where = tf.boolean_mask(first, cuts)[:, None]
-        return tf.scatter_nd(where, tf.ones_like(where[:, 0]), tf.shape(starts, tf.int64)) > 0, kind
+        return Text(points, tf.scatter_nd(where, tf.ones_like(where[:, 0]), tf.shape(starts, tf.int64)) > 0, kind)
 
 
 def _check(token: dict[str, Any], tokens: list[dict[str, Any]]) -> None:

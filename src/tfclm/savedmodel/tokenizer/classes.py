@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-__all__ = ["POINTS", "Array", "Table", "Tensor", "matched", "numeric", "word"]
+__all__ = ["POINTS", "Array", "Table", "Tensor", "everything", "matched", "numeric", "respelled", "split_apart", "word"]
 
 Tensor = Any  # tf.Tensor, whose module is not typed
 Array = np.ndarray[Any, Any]
@@ -41,12 +41,39 @@ def matched(pattern: str) -> Array:
 @functools.cache
 def numeric() -> Array:
     """What the pre-tokenizer Digits takes for a digit, bool [POINTS]."""
-    # An x before each: whatever starts a piece of its own there is a digit.
+    return split_apart(pre_tokenizers.Digits(individual_digits=True))[0]
+
+
+def split_apart(pre_tokenizer: Any) -> tuple[Array, Array]:
+    """What a pre-tokenizer makes a piece of its own, and what it leaves out, each bool [POINTS]."""
+    # An x before each: whatever starts a piece of its own there stands apart.
     text = "x" + "x".join(everything())
-    pieces = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(text)
-    members = np.zeros(POINTS, bool)
-    members[[ord(text[start]) for _, (start, _) in pieces if start % 2]] = True
-    return members
+    alone, kept = np.zeros(POINTS, bool), np.zeros(len(text), bool)
+    for _, (start, end) in pre_tokenizer.pre_tokenize_str(text):
+        kept[start:end] = True
+        if start % 2:
+            alone[ord(text[start])] = True
+    removed = np.zeros(POINTS, bool)
+    removed[[ord(text[place]) for place in np.flatnonzero(~kept)]] = True
+    return alone, removed
+
+
+@functools.cache
+def respelled(kind: str, *settings: bool) -> tuple[Array, tuple[str, ...]]:
+    """What a normalizer that looks at each code point alone makes of it: which of the texts, or -1 for itself.
+
+    int32 [POINTS], and the texts; `kind` and `settings` make the normalizer.
+    """
+    normalize = getattr(normalizers, kind)(*settings).normalize_str
+    rows = np.full(POINTS, -1, np.int32)
+    texts: dict[str, int] = {}
+    for start in range(0, len(everything()), PAGE):
+        page = everything()[start : start + PAGE]
+        if normalize(page) != page:
+            for point in page:
+                if (new := normalize(point)) != point:
+                    rows[ord(point)] = texts.setdefault(new, len(texts))
+    return rows, tuple(texts)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""Unicode's normal form C in the graph; the tables come from the fast tokenizer's own normalizers."""
+"""Unicode's normal forms in the graph; the tables come from the fast tokenizer's own normalizers."""
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 
 import numpy as np
@@ -10,83 +11,80 @@ from tokenizers import normalizers
 
 from tfclm.errors import InputError
 from tfclm.savedmodel.tokenizer.classes import POINTS, Array, Table, Tensor, everything
-from tfclm.savedmodel.tokenizer.merging import ragged_gather
+from tfclm.savedmodel.tokenizer.text import KEEP, PLAIN, Text
 
-__all__ = ["Composer"]
+__all__ = ["Composer", "Decomposer"]
 
 NONE = -1
 CLASSES = 64  # more than there are combining classes
 
 
-class Composer(tf.Module):
-    """Text to NFC: decomposed, marks put into order, composed. Most text is in that form, and is only looked at."""
+class Decomposer(tf.Module):
+    """Text to `form`, NFD or NFKD: taken apart, marks put into order. Most text is so already, and only looked at."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: str) -> None:
         super().__init__()
-        characters = everything()
-        # A line feed composes with nothing, so each character is normalized alone.
-        decomposed = normalizers.NFD().normalize_str("\n".join(characters)).replace("\n\n\n", "\n\0\n").split("\n")
-        composed = normalizers.NFC().normalize_str("\n".join(characters)).replace("\n\n\n", "\n\0\n").split("\n")
-        rows = np.full(POINTS, NONE, np.int32)
+        rows = np.full(POINTS, KEEP, np.int32)
         parts: list[str] = []
-        pairs: dict[int, int] = {}
-        changed = np.zeros(POINTS, bool)
+        for character, apart in _forms(form).items():
+            if apart != character:
+                rows[ord(character)] = len(parts)
+                parts.append(apart)
         classes = _combining_classes()
-        for character, apart, again in zip(characters, decomposed, composed, strict=True):
-            if character == "\n" or apart == character:
-                continue
-            rows[ord(character)] = len(parts)
-            parts.append(apart)
-            if again != character:
-                changed[ord(character)] = True
-            else:
-                first, second = normalizers.NFC().normalize_str(apart[:-1]), apart[-1]
-                pairs[_key(first, second)] = ord(character)
-        seconds = np.zeros(POINTS, bool)
-        seconds[[key & 0x1FFFFF for key in pairs]] = True
-        if any(seconds[key >> 21] and classes[key >> 21] == 0 for key in pairs):
-            raise InputError("the tokenizer's normalizer NFC has compositions that the graph has no order for")
-        self._suspect = Table(changed | (classes > 0) | seconds)
+        self._suspect = Table((rows != KEEP) | (classes > 0))
         self._classes = Table(classes)
         self._rows = Table(rows)
         self._parts = tf.constant([ord(c) for part in parts for c in part], tf.int32)
         self._splits = tf.constant(np.cumsum([0, *map(len, parts)]), tf.int64)
+
+    def __call__(self, text: Text) -> Text:
+        """Each plain piece decomposed."""
+        suspect = tf.reduce_any((self._suspect(text.points) > 0) & text.plain)
+        decomposed: Text = tf.cond(suspect, lambda: self.decompose(text)[0], lambda: text)
+        return decomposed
+
+    def decompose(self, text: Text) -> tuple[Text, Tensor]:
+        """The same, whatever the text, and the combining class of each code point."""
+        text = text.respell(tf.where(text.plain, self._rows(text.points), KEEP), self._parts, self._splits)
+        classes = tf.where(text.plain, self._classes(text.points), 0)
+        run = tf.cast(tf.cumsum(tf.cast((classes == 0) | text.starts, tf.int32)), tf.int64)
+        size = tf.size(text.points, tf.int64)
+        order = tf.argsort((run * CLASSES + tf.cast(classes, tf.int64)) * size + tf.range(size))
+        return text._replace(points=tf.gather(text.points, order)), tf.gather(classes, order)
+
+
+class Composer(tf.Module):
+    """Text to `form`, NFC or NFKC: decomposed, and composed. Most text is so already, and is only looked at."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self._decomposer = Decomposer(form.replace("C", "D"))
+        pairs: dict[int, int] = {}
+        composed = _forms("NFC")
+        for character, apart in _forms("NFD").items():
+            if apart != character and composed[character] == character:
+                first, second = normalizers.NFC().normalize_str(apart[:-1]), apart[-1]
+                pairs[_key(first, second)] = ord(character)
+        changed = np.zeros(POINTS, bool)
+        changed[[ord(character) for character, again in _forms(form).items() if again != character]] = True
+        classes = _combining_classes()
+        seconds = np.zeros(POINTS, bool)
+        seconds[[key & 0x1FFFFF for key in pairs]] = True
+        if any(seconds[key >> 21] and classes[key >> 21] == 0 for key in pairs):
+            raise InputError(f"the tokenizer's normalizer {form} has compositions that the graph has no order for")
+        self._suspect = Table(changed | (classes > 0) | seconds)
         keys, values = tf.constant(list(pairs), tf.int64), tf.constant(list(pairs.values()), tf.int32)
         self._pairs = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, values), NONE)
 
-    def __call__(self, points: Tensor, starts: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Code points [N] -> composed [M], each piece (they begin at `starts`) for itself and those in `whole` not.
-
-        The other two results are the new `starts` and, for each code point, the index of one that it came from: [M].
-        """
-        suspect = tf.reduce_any((self._suspect(points) > 0) & ~whole)
-        composed: tuple[Tensor, Tensor, Tensor] = tf.cond(
-            suspect,
-            lambda: self._compose(*self._decompose(points, starts, whole)),
-            lambda: (points, starts, tf.range(tf.size(points))),
-        )
+    def __call__(self, text: Text) -> Text:
+        """Each plain piece composed."""
+        suspect = tf.reduce_any((self._suspect(text.points) > 0) & text.plain)
+        composed: Text = tf.cond(suspect, lambda: self._compose(*self._decomposer.decompose(text)), lambda: text)
         return composed
 
-    def _decompose(self, points: Tensor, starts: Tensor, whole: Tensor) -> tuple[Tensor, ...]:
-        """Decomposed and in canonical order: points, starts, sources, combining classes; `whole` as it was."""
-        here = tf.range(tf.size(points))
-        rows = tf.where(whole, NONE, self._rows(points))
-        rows = tf.where(rows == NONE, tf.size(self._splits) - 1 + here, rows)
-        splits = tf.concat([self._splits, self._splits[-1] + 1 + tf.cast(here, tf.int64)], 0)
-        points, splits = ragged_gather(tf.concat([self._parts, points], 0), splits, rows)
-        begin, size = splits[:-1][:, None], tf.size(points, tf.int64)[None]
-        source = tf.cumsum(tf.scatter_nd(begin, tf.ones_like(here), size)) - 1
-        starts = tf.scatter_nd(begin, tf.cast(starts, tf.int32), size) > 0
-        classes = tf.where(tf.gather(whole, source), 0, self._classes(points))
-        run = tf.cast(tf.cumsum(tf.cast((classes == 0) | starts, tf.int32)), tf.int64)
-        order = tf.argsort((run * CLASSES + tf.cast(classes, tf.int64)) * size + tf.range(size[0]))
-        return tf.gather(points, order), starts, source, tf.gather(classes, order), whole
-
-    def _compose(
-        self, points: Tensor, starts: Tensor, source: Tensor, classes: Tensor, whole: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _compose(self, text: Text, classes: Tensor) -> Text:
         def compose(
-            points: Tensor, starts: Tensor, source: Tensor, classes: Tensor, closed: Tensor, _more: Tensor
+            points: Tensor, starts: Tensor, kinds: Tensor, classes: Tensor, closed: Tensor, _more: Tensor
         ) -> tuple[Tensor, ...]:
             here = tf.range(tf.size(points))
             # A head is a starter, or a mark that begins a piece; `base` is the head that a code point belongs to, or,
@@ -103,7 +101,7 @@ class Composer(tf.Module):
             )
             key = tf.cast(tf.gather(points, base), tf.int64) * (1 << 21) + tf.cast(points, tf.int64)
             result = self._pairs.lookup(key)
-            fits = seen & (result != NONE) & ~tf.gather(whole, source)
+            fits = seen & (result != NONE) & (kinds == PLAIN)
             # One mark of a run at a time; those that it has overtaken had their turn.
             first = tf.math.segment_min(tf.where(fits & ~head, here, tf.size(points)), run)
             first = tf.gather(first, run)
@@ -112,23 +110,32 @@ class Composer(tf.Module):
             where = tf.where(taken)[:, 0]
             points = tf.tensor_scatter_nd_update(points, tf.gather(base, where)[:, None], tf.gather(result, where))
             kept = tf.where(~taken)[:, 0]
-            left = tuple(tf.gather(array, kept) for array in (points, starts, source, classes, closed))
+            left = tuple(tf.gather(array, kept) for array in (points, starts, kinds, classes, closed))
             return *left, tf.size(where) > 0
 
         one = tf.TensorShape([None])
-        points, starts, source, *_ = tf.while_loop(
+        composed = tf.while_loop(
             lambda *state: state[-1],
             compose,
-            (points, starts, source, classes, tf.zeros_like(starts), True),
+            (*text, classes, tf.zeros_like(text.starts), True),
             shape_invariants=(one, one, one, one, one, tf.TensorShape([])),
         )
-        return points, starts, source
+        return Text(*composed[:3])
+
+
+def _forms(form: str) -> dict[str, str]:
+    """Every character and what a normalizer makes of it alone."""
+    # A line feed composes with nothing, so each character is normalized alone.
+    normalized = getattr(normalizers, form)().normalize_str("\n".join(everything())).split("\n")
+    normalized.remove("")  # the line feed itself is two empty lines
+    return dict(zip(everything(), normalized, strict=True)) | {"\n": "\n"}
 
 
 def _key(first: str, second: str) -> int:
     return ord(first) << 21 | ord(second)
 
 
+@functools.cache
 def _combining_classes() -> Array:
     """Canonical combining classes, numbered in their order from 1 on, 0 for starters: int32 [POINTS].
 

@@ -9,20 +9,21 @@ import numpy as np
 import tensorflow as tf
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.tokenizer.added import PLAIN, AddedTokens
+from tfclm.savedmodel.tokenizer.added import AddedTokens
 from tfclm.savedmodel.tokenizer.classes import Tensor
-from tfclm.savedmodel.tokenizer.composing import Composer
-from tfclm.savedmodel.tokenizer.merging import Merger, ragged_gather
-from tfclm.savedmodel.tokenizer.splitting import encode, splitters
+from tfclm.savedmodel.tokenizer.merging import Merger
+from tfclm.savedmodel.tokenizer.normalizing import flatten, normalizing
+from tfclm.savedmodel.tokenizer.splitting import splitting
+from tfclm.savedmodel.tokenizer.text import END, PLAIN, Text, decode, ragged_gather
+from tfclm.savedmodel.tokenizer.unigram import Unigram
+from tfclm.savedmodel.tokenizer.wordpiece import WordPiece
+from tfclm.savedmodel.tokenizer.words import Model, Words
 
 __all__ = ["GraphTokenizer"]
 
-END = 0  # the kind of the NUL that is put after each text
-REPLACEMENT = 0xFFFD
-
 
 class GraphTokenizer(tf.Module):
-    """A fast byte-level BPE tokenizer as core TensorFlow ops.
+    """A fast tokenizer as core TensorFlow ops: byte-level and SentencePiece's BPE, WordPiece, Unigram.
 
     `tokenizer` is a `transformers.PreTrainedTokenizerFast`; its configuration is read once, here. The ids are exactly
     those of `tokenizer(text)`, special tokens of its post-processor included, and without truncation. Raises
@@ -33,13 +34,20 @@ class GraphTokenizer(tf.Module):
         super().__init__()
         backend = tokenizer.backend_tokenizer
         config = json.loads(backend.to_str())
-        self._merger = Merger(config["model"], backend.model.tokenize)
-        self._compose = _composer(config["normalizer"])
-        self._space, self._splitters = splitters(config["pre_tokenizer"])
+        spelled, split = splitting(config["pre_tokenizer"])
+        first = [stage.get("prepend_scheme") == "first" for stage in flatten(config["pre_tokenizer"], "pretokenizers")]
+        if any(first[1:]) or (any(first) and config["normalizer"] is not None):
+            raise InputError(
+                "the tokenizer's pre_tokenizer Metaspace with prepend_scheme first is unsupported behind other steps"
+            )
+        model = _model(config["model"], spelled)
+        self._words = Words(model, backend.get_vocab(with_added_tokens=False), backend.model.tokenize)
+        self._split = [*split, *([model.cut] if isinstance(model, Merger) and model.cut else [])]
+        self._normalize = normalizing(config["normalizer"])
         added = config["added_tokens"]
-        if self._compose is not None:  # what is looked for in normalized text is normalized itself
-            nfc = backend.normalizer.normalize_str
-            added = [t | {"content": nfc(t["content"])} if t["normalized"] else t for t in added]
+        if self._normalize:  # what is looked for in normalized text is normalized itself
+            normalize = backend.normalizer.normalize_str
+            added = [t | {"content": normalize(t["content"])} if t["normalized"] else t for t in added]
         self._raw, self._normalized = (
             _group([(kind, token) for kind, token in enumerate(added, END + 1) if token["normalized"] == normalized])
             for normalized in (False, True)
@@ -60,26 +68,17 @@ class GraphTokenizer(tf.Module):
         with tf.device("CPU:0"):
             # A NUL ends each text, and an empty text the batch: no array is empty from here on.
             texts = tf.strings.join([tf.concat([texts, [""]], 0), "\0"])
-            rows, points = tf.raw_ops.UnicodeDecode(
-                input=texts, input_encoding="UTF-8", errors="replace", replacement_char=REPLACEMENT
-            )
+            rows, points = decode(texts)
             last = rows[1:] - 1
             shape = tf.shape(points, tf.int64)
             kinds = tf.scatter_nd(last[:, None], tf.ones_like(last, tf.int32), shape) + PLAIN
             edges = tf.concat([rows[:-1], last], 0)
             starts = tf.scatter_nd(edges[:, None], tf.ones_like(edges, tf.int32), shape) > 0
-            if self._raw:
-                starts, kinds = self._raw.find(points, starts, kinds)
-            if self._compose:
-                points, starts, source = self._compose(points, starts, kinds != PLAIN)
-                kinds = tf.gather(kinds, source)
-            if self._normalized:
-                starts, kinds = self._normalized.find(points, starts, kinds)
-            if self._space:
-                points, starts, kinds = _put_spaces(points, starts, kinds)
-            for split in self._splitters:
-                starts = split(points, starts, kinds != PLAIN)
-            ids, splits = self._ids(encode(points, starts), tf.boolean_mask(kinds, starts))
+            text = Text(points, starts, kinds)
+            found = [step for step in (self._raw, *self._normalize, self._normalized, *self._split) if step is not None]
+            for step in found:
+                text = step(text)
+            ids, splits = self._ids(text.pieces(), tf.boolean_mask(text.kinds, text.starts))
             ids = tf.RaggedTensor.from_row_splits(ids[: splits[-2]], splits[:-1], validate=False)
             size = tf.size(self._before)
             before = tf.broadcast_to(self._before, [ids.nrows(tf.int32), size])
@@ -89,7 +88,7 @@ class GraphTokenizer(tf.Module):
     def _ids(self, words: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [T] of the words [W] of all texts, and where each text's begin, int64 [texts + 1]."""
         distinct, word = tf.unique(words)
-        ids, splits = self._merger(distinct)
+        ids, splits = self._words(distinct)
         row = tf.where(kinds == PLAIN, word, tf.size(distinct) + kinds)
         ids, splits = ragged_gather(
             tf.concat([ids, self._fixed], 0), tf.concat([splits, splits[-1] + self._fixed_ends], 0), row
@@ -97,32 +96,19 @@ class GraphTokenizer(tf.Module):
         return ids, tf.concat([[0], tf.boolean_mask(splits[1:], kinds == END)], 0)
 
 
-def _composer(config: dict[str, Any] | None) -> Composer | None:
-    """What the normalizer of a tokenizer.json does: nothing, or NFC."""
-    while config is not None and config["type"] == "Sequence" and len(config["normalizers"]) == 1:
-        config = config["normalizers"][0]
-    if config is None or (config["type"] == "Sequence" and not config["normalizers"]):
-        return None
-    if config["type"] == "NFC":
-        return Composer()
-    raise InputError(f"the tokenizer's normalizer {config['type']} is unsupported in the graph: only NFC is")
+def _model(config: dict[str, Any], spelled: bool) -> Model:
+    """The model of a tokenizer.json, whose words are spelled in the byte-level alphabet or not."""
+    if config["type"] == "BPE":
+        return Merger(config, spelled)
+    if config["type"] in ("WordPiece", "Unigram") and not spelled:
+        return WordPiece(config) if config["type"] == "WordPiece" else Unigram(config)
+    raise InputError(
+        f"the tokenizer's model {config['type']}{' after ByteLevel' * spelled} is unsupported in the graph"
+    )
 
 
 def _group(tokens: list[tuple[int, dict[str, Any]]]) -> AddedTokens | None:
     return AddedTokens([token for _, token in tokens], [kind for kind, _ in tokens]) if tokens else None
-
-
-def _put_spaces(points: Tensor, starts: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A space before each plain piece that does not begin with one."""
-    wanting = tf.cast(starts & (kinds == PLAIN) & (points != ord(" ")), tf.int64)
-    place = (tf.range(tf.size(points, tf.int64)) + tf.cumsum(wanting))[:, None]
-    shape = tf.shape(points, tf.int64) + tf.reduce_sum(wanting)
-    begin = tf.boolean_mask(place - wanting[:, None], starts)
-    return (
-        tf.tensor_scatter_nd_update(tf.fill(shape, ord(" ")), place, points),
-        tf.scatter_nd(begin, tf.ones_like(begin[:, 0], tf.int32), shape) > 0,
-        tf.tensor_scatter_nd_update(tf.fill(shape, PLAIN), place, kinds),
-    )
 
 
 def _surroundings(config: dict[str, Any] | None) -> tuple[list[int], list[int]]:

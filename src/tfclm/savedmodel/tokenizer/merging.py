@@ -1,4 +1,4 @@
-"""Byte-level BPE in the graph: words in, token ids out, all words at once.
+"""Byte-pair encoding in the graph: words in, token ids out, all words at once.
 
 The fast tokenizer merges, in each word, the pair of the best rank, the leftmost first, until none is left. Here every
 round merges the best pair of every word, wherever it occurs. Long words are cut into blocks so wide that what happens
@@ -8,7 +8,6 @@ merges in another order, in time that grows with the length and not with its squ
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,79 +15,40 @@ import tensorflow as tf
 
 from tfclm.errors import InputError
 from tfclm.savedmodel.tokenizer.classes import Array, Tensor
+from tfclm.savedmodel.tokenizer.normalizing import Step
+from tfclm.savedmodel.tokenizer.symbols import END_ID, ByteSymbols, CharacterSymbols
+from tfclm.savedmodel.tokenizer.words import table
 
-__all__ = ["Merger", "ragged_gather", "to_bytes"]
+__all__ = ["Merger"]
 
 NEVER = np.iinfo(np.int32).max  # the rank of two symbols that are no pair
-END = 0xFF  # follows each word; UTF-8 does not have this byte
-END_ID, DROPPED = -1, -2
-
-
-def _alphabet() -> dict[str, int]:
-    """The byte-level alphabet: printable Latin-1 stands for itself, the other bytes are U+0100 and on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-BYTES = _alphabet()
-
-
-def to_bytes(token: str) -> bytes | None:
-    """What an entry of the vocabulary stands for; None if it is not spelled in the byte-level alphabet."""
-    try:
-        return bytes(BYTES[character] for character in token)
-    except KeyError:
-        return None
-
-
-def ragged_gather(values: Tensor, splits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows `rows` [R] of ragged values (`splits` int64, one more than rows): values, splits [R + 1]."""
-    gathered = tf.raw_ops.RaggedGather(
-        params_nested_splits=[splits], params_dense_values=values, indices=rows, OUTPUT_RAGGED_RANK=1
-    )
-    return gathered.output_dense_values, gathered.output_nested_splits[0]
 
 
 class Merger(tf.Module):
-    """The model of a tokenizer.json, type BPE; `tokenize` is the fast tokenizer's own method for a word.
+    """The model of a tokenizer.json, type BPE. Its first symbols are bytes, if `spelled`, or else characters.
 
     Raises `InputError` for settings that the graph has nothing for.
     """
 
-    def __init__(self, model: dict[str, Any], tokenize: Callable[[str], list[Any]]) -> None:
+    def __init__(self, model: dict[str, Any], spelled: bool) -> None:
         super().__init__()
-        _check(model)
-        vocabulary: dict[str, int] = model["vocab"]
-        self._byte_ids = tf.constant(_byte_ids(model))
-        self._words = _table(*_whole_words(vocabulary, tokenize), missing=-1)
+        for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(setting):
+                raise InputError(f"the tokenizer's model BPE with {setting} {model[setting]!r} is unsupported")
+        self._symbols = ByteSymbols(model) if spelled else CharacterSymbols(model)
+        self.spelling = self._symbols.spelling
+        self.cut: Step | None = self._symbols.cut
         pairs, merged, reach = _merges(model)
         keys = np.array([left << 32 | right for left, right in pairs], np.int64)
-        self._ranks = _table(keys, np.array(list(pairs.values()), np.int32), missing=NEVER)
+        self._ranks = table(keys, np.array(list(pairs.values()), np.int32), missing=NEVER)
         self._merged = tf.constant(merged)
         self._width = 2 * reach  # of a block: see `limits`
         late = _late(pairs, merged)
         self._late = tf.constant(late) if late.any() else None
 
     def __call__(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids int32 [T] of the words (strings [W] of valid UTF-8), and where each word's begin: int64 [W + 1]."""
-        # Most words of a text are one token: no merging.
-        whole = self._words.lookup(words)
-        known = whole >= 0
-        ids, splits = self._merge(tf.boolean_mask(words, ~known))
-        single = tf.boolean_mask(whole, known)
-        broken, total = tf.size(splits) - 1, splits[-1]
-        splits = tf.concat([splits, total + 1 + tf.range(tf.size(single, tf.int64))], 0)
-        known = tf.cast(known, tf.int32)
-        rows = tf.where(known > 0, broken + tf.cumsum(known), tf.cumsum(1 - known)) - 1
-        return ragged_gather(tf.concat([ids, single], 0), splits, rows)
-
-    def _merge(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and splits of words that are not in the table; of no word, one empty row."""
-        end = tf.constant(bytes([END]))
-        text = tf.strings.reduce_join(words, separator=bytes([END])) + end
-        symbols = tf.gather(self._byte_ids, tf.cast(tf.io.decode_raw(text, tf.uint8), tf.int32))
-        symbols = tf.boolean_mask(symbols, symbols != DROPPED)
+        """Ids int32 [T] of words (strings [W]), and where each word's begin: int64 [W + 1]; of no word, one more."""
+        symbols = self._symbols(words)
         ends = tf.cast(symbols == END_ID, tf.int32)
         word = tf.cumsum(ends, exclusive=True)
         last = tf.cast(tf.where(ends > 0)[:, 0], tf.int32)
@@ -103,7 +63,7 @@ class Merger(tf.Module):
             """The best key of each block and its neighbours in the same word.
 
             A pair may be merged if nothing better is near. To take one of its symbols away, a neighbour must first
-            become another token, which spans `reach` bytes at most and begins with a merge that is better still: so
+            become another token, which spans `reach` symbols at most and begins with a merge that is better still: so
             there is nothing to look for farther than twice `reach`.
             """
             least = tf.math.segment_min(keys, block)
@@ -152,47 +112,8 @@ class Merger(tf.Module):
         return tf.cast(rank, tf.int64) * (1 << 32) + tf.cast(tf.where(late, place, 0), tf.int64)
 
 
-def _check(model: dict[str, Any]) -> None:
-    if model["type"] != "BPE":
-        raise InputError(f"the tokenizer's model {model['type']} is unsupported in the graph: byte-level BPE is")
-    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(setting):
-            raise InputError(f"the tokenizer's model BPE with {setting} {model[setting]!r} is unsupported")
-
-
-def _byte_ids(model: dict[str, Any]) -> Array:
-    """The id of each byte, int32 [256]. As in the fast tokenizer, bytes that the vocabulary lacks are left out."""
-    ids = np.full(256, DROPPED, np.int32)
-    for character, byte in BYTES.items():
-        ids[byte] = model["vocab"].get(character, DROPPED)
-    used = np.r_[0:0xC0, 0xC2:0xF5]
-    if (ids[used] == DROPPED).any() and (model.get("unk_token") is not None or model.get("byte_fallback")):
-        raise InputError("the tokenizer's vocabulary lacks some bytes: with unk_token or byte_fallback, unsupported")
-    ids[END] = END_ID
-    return ids
-
-
-def _whole_words(vocabulary: dict[str, int], tokenize: Callable[[str], list[Any]]) -> tuple[list[bytes], Array]:
-    """The words that are one token, and its id."""
-    words, ids = [], []
-    for token, number in vocabulary.items():
-        text = to_bytes(token)
-        if text and _is_text(text) and [found.id for found in tokenize(token)] == [number]:
-            words.append(text)
-            ids.append(number)
-    return words, np.array(ids, np.int32)
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _merges(model: dict[str, Any]) -> tuple[dict[tuple[int, int], int], Array, int]:
-    """(left id, right id) -> rank; the id that each rank makes, int32 [ranks + 1]; the bytes of the longest."""
+    """(left id, right id) -> rank; the id that each rank makes, int32 [ranks + 1]; the symbols of the longest."""
     vocabulary = model["vocab"]
     pairs: dict[tuple[int, int], int] = {}
     merged, reach = [], 1
@@ -216,12 +137,3 @@ def _late(pairs: dict[tuple[int, int], int], merged: Array) -> Array:
     late: Array = best[merged] < np.arange(len(merged))
     late[-1] = False
     return late
-
-
-def _table(keys: Any, values: Array, missing: int) -> Any:
-    # A table may not be empty: this key is neither a word nor a pair.
-    if not len(keys):
-        keys, values = ([b""] if isinstance(keys, list) else np.array([-1], np.int64)), np.array([missing], np.int32)
-    return tf.lookup.StaticHashTable(
-        tf.lookup.KeyValueTensorInitializer(tf.constant(keys), tf.constant(values)), missing
-    )

@@ -9,15 +9,18 @@ which is what `\\s+(?!\\S)` looks ahead for.
 from __future__ import annotations
 
 import re
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tokenizers import pre_tokenizers
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.tokenizer.classes import POINTS, Array, Table, Tensor, matched, numeric
+from tfclm.savedmodel.tokenizer.classes import POINTS, Array, Table, matched, numeric, split_apart
+from tfclm.savedmodel.tokenizer.normalizing import Step, flatten
+from tfclm.savedmodel.tokenizer.text import END, Text, encode
 
-__all__ = ["Splitter", "splitters"]
+__all__ = ["splitting"]
 
 # The byte-level pre-tokenizer's own, which tokenizer.json does not spell out.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -31,65 +34,95 @@ ATOM = re.compile(
 )
 
 
-class Splitter(Protocol):
-    """Splits pieces into smaller ones."""
+def splitting(config: dict[str, Any] | None) -> tuple[bool, list[Step]]:
+    """Whether words are spelled in the byte-level alphabet, and what splits text into them, in order.
 
-    def __call__(self, points: Tensor, starts: Tensor, whole: Tensor) -> Tensor:
-        """Where pieces start, bool [N], of code points [N]; given where they did, and what may not be split, [N]."""
-
-
-def splitters(config: dict[str, Any] | None) -> tuple[bool, list[Splitter]]:
-    """Whether a space goes before each text, and what splits it, from the pre_tokenizer of a tokenizer.json.
-
-    Raises `InputError` naming what the graph has nothing for.
+    `config` is the pre_tokenizer of a tokenizer.json. Raises `InputError` naming what the graph has nothing for.
     """
-    stages = _flatten(config)
-    if [stage["type"] for stage in stages].count("ByteLevel") != 1 or stages[-1]["type"] != "ByteLevel":
-        kinds = ", ".join(stage["type"] for stage in stages) or "none"
-        raise InputError(f"the tokenizer's pre_tokenizer ({kinds}) is not byte-level: only that can go into the graph")
-    prefix = bool(stages[-1]["add_prefix_space"])
-    if prefix and len(stages) > 1:
+    stages = flatten(config, "pretokenizers")
+    kinds = [stage["type"] for stage in stages]
+    spelled = "ByteLevel" in kinds
+    if spelled and kinds.index("ByteLevel") != len(stages) - 1:
+        raise InputError(f"the tokenizer's pre_tokenizer ({', '.join(kinds)}) is unsupported: ByteLevel goes on")
+    if len(stages) > 1 and stages[-1].get("add_prefix_space") and spelled:
         raise InputError(
             "the tokenizer's pre_tokenizer ByteLevel with add_prefix_space after another one is unsupported"
         )
-    split: list[Splitter] = []
-    for stage in stages:
-        if stage["type"] == "Digits":
-            split.append(DigitSplitter(bool(stage["individual_digits"])))
-        elif stage["type"] == "ByteLevel":
-            if stage.get("use_regex", True):
-                split.append(RegexSplitter(GPT2))
-        elif stage["type"] == "Split":
-            if "Regex" not in stage["pattern"] or stage["behavior"] != "Isolated" or stage["invert"]:
-                raise InputError(
-                    f"the tokenizer's pre_tokenizer Split with pattern {stage['pattern']}, behavior {stage['behavior']}"
-                    f", invert {stage['invert']} is unsupported: only isolated matches of a regex are"
-                )
-            split.append(RegexSplitter(stage["pattern"]["Regex"]))
-        else:
-            raise InputError(f"the tokenizer's pre_tokenizer {stage['type']} is unsupported")
-    return prefix, split
+    return spelled, [step for stage in stages for step in _steps(stage)]
 
 
-def _flatten(config: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if config is None:
-        return []
-    if config["type"] == "Sequence":
-        return [stage for inner in config["pretokenizers"] for stage in _flatten(inner)]
-    return [config]
+def _steps(config: dict[str, Any]) -> list[Step]:
+    kind = config["type"]
+    if kind == "ByteLevel":
+        prefix = [_put_spaces] if config["add_prefix_space"] else []
+        return [*prefix, *([RegexSplitter(GPT2)] if config.get("use_regex", True) else [])]
+    if kind == "Digits" and not config["individual_digits"]:
+        return [_split_digits(Table(numeric()))]
+    if kind in ("BertPreTokenizer", "WhitespaceSplit", "Digits"):
+        settings = {"individual_digits": True} if kind == "Digits" else {}
+        return [Separator(getattr(pre_tokenizers, kind)(**settings))]
+    if kind == "Metaspace":
+        return [Metaspace(config["replacement"], config["prepend_scheme"], config["split"])]
+    if kind == "Split":
+        if "Regex" not in config["pattern"] or config["behavior"] != "Isolated" or config["invert"]:
+            raise InputError(
+                f"the tokenizer's pre_tokenizer Split with pattern {config['pattern']}, behavior {config['behavior']}"
+                f", invert {config['invert']} is unsupported: only isolated matches of a regex are"
+            )
+        return [RegexSplitter(config["pattern"]["Regex"])]
+    raise InputError(f"the tokenizer's pre_tokenizer {kind} is unsupported in the graph")
 
 
-class DigitSplitter:
-    """Each digit, or each run of them, is a piece."""
+def _put_spaces(text: Text) -> Text:
+    """A space before each plain piece that does not begin with one."""
+    return text.prepend(text.starts & text.plain & (text.points != ord(" ")), ord(" "))
 
-    def __init__(self, individual: bool) -> None:
-        self._individual = individual
-        self._table = Table(numeric())
 
-    def __call__(self, points: Tensor, starts: Tensor, whole: Tensor) -> Tensor:
-        digit = (self._table(points) > 0) & ~whole
+def _split_digits(digits: Table) -> Step:
+    """Each run of digits is a piece."""
+
+    def split(text: Text) -> Text:
+        digit = (digits(text.points) > 0) & text.plain
         before = tf.concat([digit[:1], digit[:-1]], 0)
-        return starts | ((digit | before) if self._individual else tf.math.logical_xor(digit, before))
+        return text._replace(starts=text.starts | tf.math.logical_xor(digit, before))
+
+    return split
+
+
+class Separator:
+    """A pre-tokenizer that looks at each code point alone: some are pieces of their own, some lie between pieces."""
+
+    def __init__(self, pre_tokenizer: Any) -> None:
+        alone, removed = split_apart(pre_tokenizer)
+        self._table = Table(np.where(removed, 2, alone))
+        self._removes = bool(removed.any())
+
+    def __call__(self, text: Text) -> Text:
+        apart = tf.where(text.plain, self._table(text.points), 0)
+        edge = apart > 0
+        text = text._replace(starts=text.starts | edge | tf.concat([edge[:1], edge[:-1]], 0))
+        return text.keep(apart != 2) if self._removes else text
+
+
+class Metaspace:
+    """Spaces as `replacement`, which is put before pieces too and begins words, as in SentencePiece.
+
+    `scheme` says where it is put if it is not there: "always" before pieces, "first" where a text begins, "never".
+    """
+
+    def __init__(self, replacement: str, scheme: str, split: bool) -> None:
+        self._point, self._scheme, self._split = ord(replacement), scheme, split
+
+    def __call__(self, text: Text) -> Text:
+        text = text._replace(points=tf.where(text.plain & (text.points == ord(" ")), self._point, text.points))
+        if self._scheme != "never":
+            wanting = text.starts & text.plain & (text.points != self._point)
+            if self._scheme == "first":
+                wanting &= tf.concat([[True], text.kinds[:-1] == END], 0)
+            text = text.prepend(wanting, self._point)
+        if self._split:
+            text = text._replace(starts=text.starts | (text.plain & (text.points == self._point)))
+        return text
 
 
 class RegexSplitter:
@@ -101,27 +134,22 @@ class RegexSplitter:
         self._spaces, self._space = alphabet.spaces, alphabet.space
         self._symbols = Table(alphabet.symbols)
 
-    def __call__(self, points: Tensor, starts: Tensor, whole: Tensor) -> Tensor:
-        symbols = tf.where(whole, WHOLE, self._symbols(points))
+    def __call__(self, text: Text) -> Text:
+        starts = text.starts
+        symbols = tf.where(text.plain, self._symbols(text.points), WHOLE)
         if self._spaces:
             space = symbols >= self._space
             follows = tf.concat([~(space | starts)[1:], [False]], 0)
             symbols += self._spaces * tf.cast(space & follows, tf.int32)
-        text = tf.strings.reduce_join(
+        joined = tf.strings.reduce_join(
             tf.raw_ops.StaticRegexReplace(
                 input=encode(symbols, starts), pattern=self._pattern, rewrite="\x01\\0\x01", replace_global=True
             ),
             separator="\x01",
         )
-        marked = tf.io.decode_raw(text, tf.uint8)
+        marked = tf.io.decode_raw(joined, tf.uint8)
         symbol = marked != MARK
-        return tf.boolean_mask(tf.concat([[True], ~symbol[:-1]], 0), symbol)
-
-
-def encode(points: Tensor, starts: Tensor) -> Tensor:
-    """The pieces of code points [N] that start at `starts`, bool [N], as UTF-8 strings."""
-    splits = tf.concat([tf.where(starts)[:, 0], tf.size(points, tf.int64)[None]], 0)
-    return tf.raw_ops.UnicodeEncode(input_values=points, input_splits=splits, output_encoding="UTF-8")
+        return text._replace(starts=tf.boolean_mask(tf.concat([[True], ~symbol[:-1]], 0), symbol))
 
 
 class _Alphabet:
