@@ -1,125 +1,271 @@
-"""Publishing: the check before training, and a push to a real git remote."""
+"""The Hub: the check before training, making a repository equal to a folder, and pushing through a bad network."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import tiny_config
-from hub_server import hub, make_repository
-
-GIT_LFS = pytest.mark.skipif(shutil.which("git-lfs") is None, reason="git-lfs is not installed")
+from hub_server import FAULTS, READER, WRITER, Faults, Hub, hub
 
 
-def environment(endpoint: str, token: str | None, home: Path) -> dict[str, str]:
-    """A user's, with a Hub at `endpoint`, and nothing of the machine's own settings of git and the Hub."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "GIT_"))}
-    made = kept | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HOME": str(home), "HF_HOME": str(home / "hf")}
+@pytest.fixture(name="hub")
+def hub_fixture() -> Iterator[Hub]:
+    """A stand-in for the Hub, empty."""
+    with hub() as running:
+        yield running
+
+
+def environment(endpoint: str, home: Path, token: str | None = WRITER) -> dict[str, str]:
+    """A user's, with a Hub at `endpoint`, and nothing of the machine's own settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    made = kept | {"HF_ENDPOINT": endpoint, "HOME": str(home), "HF_HOME": str(home / "hf"), "TQDM_DISABLE": "1"}
     return made | ({"HF_TOKEN": token} if token else {})
 
 
-def preflight(repo_id: str, environment: dict[str, str]) -> tuple[str, str]:
-    """The name that `preflight` gives, and the message of the InputError that it raises."""
-    code = (
-        "import sys\nfrom tfclm.errors import InputError\nfrom tfclm.hub import preflight\n"
-        "try:\n    print(preflight(sys.argv[1]))\n"
-        "except InputError as error:\n    print(error, file=sys.stderr)\n"
+PRELUDE = """
+import json, sys, threading, time
+from pathlib import Path
+from tfclm.errors import InputError
+from tfclm.hub.pushing import Pusher, State
+from tfclm.hub.repository import Repository, Unreachable, files_of, preflight
+folder = Path(sys.argv[1])
+def answer(value): print(json.dumps(value))
+"""
+
+
+def asked(code: str, endpoint: str, folder: Path, token: str | None = WRITER) -> tuple[Any, str]:
+    """What a process of its own answers that runs the code with the real client, and its stderr."""
+    home = folder.parent / "home"
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code, str(folder)],
+        env=environment(endpoint, home, token),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    done = subprocess.run([sys.executable, "-c", code, repo_id], env=environment, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout.strip(), done.stderr.strip()
+    assert done.returncode == 0, done.stderr
+    assert WRITER not in done.stdout + done.stderr
+    return json.loads(done.stdout), done.stderr
 
 
-@GIT_LFS
-def test_preflight_names_what_is_missing(tmp_path: Path):
+def filled(folder: Path, **files: bytes) -> Path:
+    """A folder as a run leaves one: small text, a folder in it, a large file that is no text."""
+    content = {"config.json": b"{}", "logs/events": b"\0" * 40, "model.safetensors": b"\0" + os.urandom(3000)} | files
+    for name, data in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    """What is in a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+PREFLIGHT = """
+results = []
+for name, options in CASES:
+    try:
+        results.append(preflight(name, **options).repo_id)
+    except (InputError, Unreachable) as error:
+        results.append(f"{type(error).__name__}: {error}")
+answer(results)
+"""
+
+
+def test_preflight_names_what_is_wrong(hub: Hub, tmp_path: Path):
     """A run that trains for hours before it learns that it may not push, or one line that does not say why."""
-    with hub(tmp_path) as endpoint:
-        assert preflight("tiny", environment(endpoint, "hf_writer", tmp_path)) == ("me/tiny", "")
-        assert (tmp_path / "me" / "tiny" / "HEAD").is_file()
-        for repo_id, token, words in [
-            ("me/tiny", None, "hf auth login"),
-            ("me/tiny", "hf_wrong", "the token is not valid"),
-            ("me/other", "hf_reader", "may not write to me/other"),
-            ("a/b/c", "hf_writer", "a/b/c"),
-        ]:
-            name, message = preflight(repo_id, environment(endpoint, token, tmp_path))
-            assert name == ""
-            assert words in message, message
-            assert len(message.splitlines()) == 1
-            assert not (token and token in message), "a token must not be printed"
-        without_lfs = environment(endpoint, "hf_writer", tmp_path) | {"PATH": str(tmp_path / "bin")}
-        (tmp_path / "bin").mkdir()
-        (tmp_path / "bin" / "git").symlink_to(str(shutil.which("git")))
-        assert "needs git-lfs" in preflight("me/tiny", without_lfs)[1]
+    hub.make("models/me/public", {})
+    hub.make("models/museum/old", {})
+    cases: list[tuple[str, dict[str, Any], list[str]]] = [
+        ("tiny", {}, ["me/tiny"]),
+        ("me/tiny", {}, ["me/tiny"]),
+        ("lab/tiny", {"private": True, "branch": "run-1"}, ["lab/tiny"]),
+        ("lab/tiny", {"branch": "run-1"}, ["lab/tiny"]),
+        ("me/public", {"create_pr": True, "token": READER}, ["me/public"]),
+        ("a/b/c", {}, ["InputError", "--push-to-hub a/b/c"]),
+        ("me/tiny", {"token": "hf_" + "x" * 34}, ["InputError", "the token is not valid"]),
+        ("me/tiny", {"token": READER}, ["InputError", "may only read"]),
+        ("museum/tiny", {}, ["InputError", "the token of me may not write to museum/tiny"]),
+        ("museum/old", {}, ["InputError", "the token of me may not write to museum/old"]),
+        ("me/public", {"private": True}, ["InputError", "public", "--private"]),
+    ]
+    code = f"CASES = {[(name, options) for name, options, _ in cases]!r}\n" + PREFLIGHT
+    results, _ = asked(code, hub.endpoint, tmp_path / "none")
+    for (name, options, words), result in zip(cases, results, strict=True):
+        assert all(word in result for word in words), (name, options, result)
+        assert "\n" not in result
+        assert "hf_" not in result
+    assert hub.model("lab/tiny").private
+    assert not hub.model("me/tiny").private
+    assert hub.model("lab/tiny").refs.keys() == {"main", "run-1"}
+    assert "museum/tiny" not in {each.name for each in hub.repositories.values()}
+    assert hub.large == {}, "asking whether it may write must leave nothing behind"
+
+
+def test_preflight_without_token_or_hub(tmp_path: Path):
+    """A traceback, or minutes of waiting, where there is no token or no way to the Hub."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        gone = environment(f"http://127.0.0.1:{unused.getsockname()[1]}", "hf_writer", tmp_path)
-        assert "cannot be reached" in preflight("me/tiny", gone)[1]
+        gone = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        (result,), _ = asked("CASES = [('me/x', {})]\n" + PREFLIGHT, gone, tmp_path / "none", token=None)
+        assert result.startswith("InputError: --push-to-hub me/x needs a token")
+        code = "CASES = [('me/x', {'patience': 0.5})]\n" + PREFLIGHT
+        (result,), _ = asked(code, gone, tmp_path / "none")
+        assert result.startswith("Unreachable: --push-to-hub me/x: the Hub at http://127.0.0.1")
+        assert "cannot be reached" in result
 
 
-def arguments(folder: Path, documents: list[str]) -> list[object]:
-    """A short run's, on the model in `folder`."""
-    text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": document[:800]}) + "\n" for document in documents[:10]))
-    given = ["--model", folder / "model", "--train-file", text, "--output-dir", folder / "run"]
-    return [*given, "--block-size", 32, "--epochs", 2, "--learning-rate", 1e-2, "--push-to-hub", "me/tiny"]
+MIRROR = """
+results = []
+repository = preflight("me/tiny", timeout=1.0, **OPTIONS)
+for _ in range(2):
+    results.append(repository.mirror(files_of(folder), "a title", "a text"))
+answer(results)
+"""
 
 
-@pytest.mark.slow
-@GIT_LFS
-def test_fit_pushes_what_can_be_loaded(tmp_path: Path, tokenizer, documents: list[str]):
-    """A push that leaves out the tokenizer or the last epoch, or a folder that keeps the clone."""
-    from tfclm.checkpoint import create, load, save
-
-    save(create(tiny_config("gpt2")), tokenizer, tmp_path / "model")
-    given = arguments(tmp_path, documents)
-    with hub(tmp_path) as endpoint:
-        done = subprocess.run(
-            [sys.executable, "-m", "tfclm.fit", *map(str, given)],
-            env=environment(endpoint, "hf_writer", tmp_path),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        # A clone over HTTP, as a user's: the large files come by git-lfs.
-        copied = environment(endpoint, None, tmp_path)
-        subprocess.run(["git", "lfs", "install"], env=copied, check=True, capture_output=True)
-        subprocess.run(["git", "clone", "-q", f"{endpoint}/me/tiny", tmp_path / "clone"], env=copied, check=True)
-    assert "hf_writer" not in done.stderr + (tmp_path / "run" / "fit.yaml").read_text()
-    assert not (tmp_path / "run" / "resume").exists()
-    assert (tmp_path / "clone" / "README.md").is_file()
-    pushed, pushed_tokenizer = load(tmp_path / "clone")
-    kept, _ = load(tmp_path / "run")
-    # The second epoch is the best here, so what was pushed last is what was kept.
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["train"]["best_epoch"] == 2
-    for one, other in zip(pushed.weights, kept.weights, strict=True):
-        assert (one.numpy() == other.numpy()).all()
-    assert pushed_tokenizer("some text") == tokenizer("some text")
+def test_repository_is_made_equal_to_the_folder(hub: Hub, tmp_path: Path):
+    """Stale weights that stay beside new ones, a file that .gitignore keeps back, or a commit that changes nothing."""
+    folder = filled(tmp_path / "run")
+    stale = {"pytorch_model.bin": b"\0old", "config.json": b"old", "same.txt": b"same", ".gitignore": b"config.json"}
+    hub.make("models/me/tiny", stale)
+    (folder / "same.txt").write_text("same")
+    results, _ = asked("OPTIONS = {}" + MIRROR, hub.endpoint, folder)
+    assert results == [True, False]
+    assert hub.model("me/tiny").files() == held(folder)
+    # The first commit removes .gitignore, the second brings what that kept back.
+    assert hub.model("me/tiny").titles() == ["content", "a title", "a title"]
+    uploads = [request for request in hub.requests if request.startswith("PUT")]
+    assert len(uploads) == 2, "of the two large files each goes once"
 
 
-@pytest.mark.slow
-@GIT_LFS
-def test_failed_push_keeps_token_and_run(tmp_path: Path, tokenizer, documents: list[str]):
-    """git's message about a push that is refused holds the token; and a run that a push ends must not be lost."""
-    from tfclm.checkpoint import create, save
+def test_branch_and_pull_request_leave_main_alone(hub: Hub, tmp_path: Path):
+    """Weights on main that were meant for review, or a pull request for each push."""
+    folder = filled(tmp_path / "run")
+    asked("OPTIONS = {'branch': 'run-1'}" + MIRROR, hub.endpoint, folder)
+    repository = hub.model("me/tiny")
+    assert repository.files("run-1") == held(folder)
+    hub.faults = Faults(["lost"], "/commit/main")  # opened, and the answer lost
+    code = "OPTIONS = {'create_pr': True}" + MIRROR.replace("range(2)", "range(1)")
+    failed = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code, str(folder)],
+        env=environment(hub.endpoint, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert failed.returncode != 0
+    (folder / "config.json").write_text("newer")
+    asked("OPTIONS = {'create_pr': True}" + MIRROR, hub.endpoint, folder)
+    assert [title for title, _ in repository.requests] == ["Upload by tfclm"]
+    assert repository.files("refs/pr/1") == held(folder)
+    assert repository.files() == {}
 
-    save(create(tiny_config("gpt2")), tokenizer, tmp_path / "model")
-    command = [sys.executable, "-m", "tfclm.fit", *map(str, arguments(tmp_path, documents))]
-    repository = tmp_path / "me" / "tiny"
-    make_repository(repository)
-    with hub(tmp_path) as endpoint:
-        user = environment(endpoint, "hf_writer", tmp_path)
-        subprocess.run(["git", "-C", repository, "config", "http.receivepack", "false"], check=True)
-        refused = subprocess.run(command, env=user, capture_output=True, text=True)
-        assert refused.returncode == 1, refused.stderr
-        assert "hf_writer" not in refused.stdout + refused.stderr
-        subprocess.run(["git", "-C", repository, "config", "http.receivepack", "true"], check=True)
-        again = subprocess.run(command, env=user, capture_output=True, text=True)
-        assert again.returncode == 0, again.stderr
-    assert (tmp_path / "run" / "results.json").is_file()
+
+PUSH = """
+FIRST_WAIT = 1.0
+repository = preflight("me/tiny", timeout=1.0)
+said = []
+pusher = Pusher(repository, "a request", said.append, first_wait=FIRST_WAIT)
+def put(name, **more):
+    (folder / "config.json").write_text(name)
+    pusher.put(State(files_of(folder), name, **more))
+began = time.monotonic()
+"""
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3))])
+def test_push_goes_through_a_bad_network(hub: Hub, tmp_path: Path, seed: int):
+    """A fault that ends the push, leaves half of it, or makes the commit twice; each kind, in an order by the seed."""
+    folder = filled(tmp_path / "run")
+    code = PUSH.replace("FIRST_WAIT = 1.0", "FIRST_WAIT = 0.05")
+    hub.make("models/me/tiny", {"stale.bin": b"\0"})
+    hub.faults = Faults.drawn(seed, "^(POST /api/models|POST /lfs|PUT|GET /api/models/me/tiny/tree)", hang=1.5)
+    (error, said), _ = asked(f"{code}\nput('final')\nanswer([str(pusher.close(60)), said])", hub.endpoint, folder)
+    assert error == "None", said
+    assert set(hub.faults.met) == set(FAULTS), said
+    assert hub.model("me/tiny").files() == held(folder)
+    assert hub.model("me/tiny").titles() == ["content", "final"]
+    assert any("trying again" in line for line in said)
+
+
+def test_states_are_coalesced_and_the_newest_wins(hub: Hub, tmp_path: Path):
+    """A queue that grows behind a slow Hub, a training that waits for it, or a last state that is left out."""
+    folder = filled(tmp_path / "run")
+    hub.make("models/me/tiny", {})
+    hub.faults = Faults(["hang"], "/commit/", hang=0.9)
+    code = f"""{PUSH}
+put("first")
+time.sleep(0.4)
+for name in "bcdef":
+    put(name)
+handed_over = time.monotonic() - began
+error = pusher.close(60)
+answer([str(error), handed_over])
+"""
+    (error, seconds), _ = asked(code, hub.endpoint, folder)
+    assert error == "None"
+    assert seconds < 0.8, "handing over must not wait for the Hub"
+    assert hub.model("me/tiny").titles() in (["f"], ["first", "f"])
+    assert hub.model("me/tiny").files() == held(folder)
+
+
+def test_waits_as_long_as_the_hub_asks(hub: Hub, tmp_path: Path):
+    """Hammering a Hub that said when to come back (HTTP 429 with Retry-After)."""
+    folder = filled(tmp_path / "run")
+    hub.make("models/me/tiny", {})
+    hub.faults = Faults(["429", "429"], "/commit/")
+    code = PUSH.replace("FIRST_WAIT = 1.0", "FIRST_WAIT = 0.05")
+    code += "put('a')\nerror = pusher.close(60)\nanswer([str(error), time.monotonic() - began])"
+    (error, seconds), _ = asked(code, hub.endpoint, folder)
+    assert error == "None"
+    assert seconds > 1.9, "a second each time, where the own back-off is short"
+    assert hub.model("me/tiny").titles() == ["a"]
+
+
+def test_a_hub_that_never_answers_is_given_up(hub: Hub, tmp_path: Path):
+    """A push that waits for ever on a connection where nothing comes: requests that write have no time limit."""
+    folder = filled(tmp_path / "run")
+    hub.make("models/me/tiny", {})
+    hub.faults = Faults(["hang"], "/commit/", hang=60.0)
+    code = f"{PUSH}\nput('a')\nerror = pusher.close(60)\nanswer([str(error), time.monotonic() - began])"
+    (error, seconds), _ = asked(code, hub.endpoint, folder)
+    assert error == "None"
+    assert seconds < 20
+    assert hub.model("me/tiny").titles() == ["a"]
+
+
+def test_gives_up_when_its_time_is_over_or_there_is_no_use(hub: Hub, tmp_path: Path):
+    """A process that never ends because the Hub does not come back, or that goes on against a plain no."""
+    folder = filled(tmp_path / "run")
+    hub.make("models/me/tiny", {})
+    hub.faults = Faults(["500"] * 100, "/commit/")
+    code = f"{PUSH}\nput('a')\nerror = pusher.close(2)\nanswer([str(error), time.monotonic() - began, said])"
+    (error, seconds, said), _ = asked(code, hub.endpoint, folder)
+    assert "500" in error
+    assert seconds < 20
+    assert len(said) == 1, "one line a state, not one an attempt"
+    hub.faults = Faults()
+    code = code.replace('preflight("me/tiny", timeout=1.0)', f'Repository("me/tiny", token="{READER}")')
+    (error, seconds, said), _ = asked(code, hub.endpoint, folder)
+    assert "403" in error
+    assert seconds < 3
+    assert "You don't have the rights to write here" in said[0]
+    assert hub.model("me/tiny").titles() == []
+
+
+def test_a_run_that_goes_on_does_not_push_what_is_there(hub: Hub, tmp_path: Path):
+    """After a kill: the commits of the first process once more, and the Hub back at an older state meanwhile."""
+    folder = filled(tmp_path / "run")
+    for run, steps in (("abc", 100), ("abc", 200), ("abc", 100), ("abc", 200), ("abc", 300), ("xyz", 100)):
+        put = f"put('{run} {steps}', run='{run}', steps={steps}, description='run {run}, step {steps}')"
+        result, _ = asked(f"{PUSH}\n{put}\nanswer(str(pusher.close(60)))", hub.endpoint, folder)
+        assert result == "None"
+    assert hub.model("me/tiny").titles() == ["abc 100", "abc 200", "abc 300", "xyz 100"]

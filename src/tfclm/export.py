@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ class ExportSettings(ServableSettings, SourceSettings):
     split: str = setting("test", "split of --dataset that the perplexity is measured on, instead of fit's record")
     file: tuple[str, ...] = setting((), "local files to measure the perplexity on, or globs of them")
     list: bool = setting(False, "print the versions that are there, and do nothing else")
+    from_hub: str | None = setting(
+        None, "Hub repository whose exported model, as push --push-saved-model left it, becomes the next version here"
+    )
     rollback: bool = setting(False, "remove the newest version, so that a server goes back to the one before")
 
 
@@ -51,6 +55,8 @@ def run(settings: ExportSettings) -> int:
         gone, served = rollback(settings.serving_dir)
         print(f"version {gone} removed, {served} is the newest")
         return 0
+    if settings.from_hub is not None:
+        return bring(settings)
     if settings.model is None:
         raise InputError("--model is missing: give the folder or Hub id of a checkpoint")
     limits = preflight(settings)
@@ -59,7 +65,6 @@ def run(settings: ExportSettings) -> int:
     from tfclm.savedmodel import export_saved_model
     from tfclm.savedmodel.canary import CanaryFailed
     from tfclm.savedmodel.gate import GateFailed, decide, served_record
-    from tfclm.savedmodel.publish import keep
 
     model, tokenizer = load(settings.model, revision=settings.revision)
     if settings.weights == "float32" and settings.dataset is None and not settings.file:
@@ -80,15 +85,48 @@ def run(settings: ExportSettings) -> int:
     except (GateFailed, CanaryFailed) as error:
         print(f"tfclm.export: {error}", file=sys.stderr)
         return 1
-    print(exported.path)
+    return published(settings, exported.version)
+
+
+def published(settings: ExportSettings, version: int) -> int:
+    """Names the new version, and removes old ones if that is asked for; the exit code."""
+    from tfclm.savedmodel.publish import keep
+
+    where = str(settings.serving_dir)
+    print(f"{where.rstrip('/')}/{version}")
     if settings.keep_versions is not None:
         try:
-            keep(settings.serving_dir, settings.keep_versions, spare=exported.version)
+            keep(where, settings.keep_versions, spare=version)
         except InputError as error:
-            left = f"version {exported.version} is published, and older ones are left"
+            left = f"version {version} is published, and older ones are left"
             print(f"tfclm.export: {left}: {error}", file=sys.stderr)
             return 1
     return 0
+
+
+def bring(settings: ExportSettings) -> int:
+    """Publishes the exported model that a Hub repository holds, if its recorded perplexity passes the gate."""
+    from tfclm.hub import fetch_servable
+    from tfclm.savedmodel.gate import Measured, decide, read_record, served_record
+    from tfclm.savedmodel.publish import publish, staged
+
+    if settings.model is not None:
+        raise InputError("--from-hub brings a model that is exported already: leave out --model")
+    where = str(settings.serving_dir)
+    limits = preflight(settings)
+    (version,) = fetch_servable(str(settings.from_hub), revision=settings.revision).iterdir()
+    record = read_record(str(version))
+    measured = None
+    if record.get("perplexity") is not None:
+        measured = Measured(record["perplexity"], record.get("tokens") or 0, record.get("protocol") or {})
+    verdict = decide(limits, measured, served_record(where, limits))
+    if not verdict["passed"]:
+        print(f"tfclm.export: not published: {verdict['reason']}", file=sys.stderr)
+        return 1
+    with staged(where) as folder:
+        shutil.copytree(version, folder, dirs_exist_ok=True)
+        number = publish(folder, where, settings.version)
+    return published(settings, number)
 
 
 def preflight(settings: ExportSettings) -> Gate:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tfclm.corpus.settings import SourceSettings
 from tfclm.errors import InputError
-from tfclm.settings import command, record, setting
+from tfclm.hub.settings import HubSettings
+from tfclm.settings import command, parse, record, setting
 from tfclm.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from tfclm.export import ExportSettings
+    from tfclm.hub import Repository
 
 SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
-class FitSettings(TrainingSettings, SourceSettings):
+class FitSettings(HubSettings, TrainingSettings, SourceSettings):
     """Settings of `fit`."""
 
     train_split: str = setting("train", "split to train on, also an expression such as train_asks[:5000]")
@@ -53,7 +55,19 @@ class FitSettings(TrainingSettings, SourceSettings):
         "with --export-to, publish only if the perplexity is at most this part above the served version's",
         recorded=False,
     )
-    push_to_hub: str | None = setting(None, "Hub repository that the model is pushed to after every epoch, me/eli5")
+    push_to_hub: str | None = setting(None, "Hub repository that the model is pushed to, me/eli5")
+    push_strategy: Literal["epoch", "steps", "no"] = setting(
+        "epoch", "push after every epoch, every --push-steps steps, or at the end alone"
+    )
+    push_steps: int = setting(500, "optimizer steps between two pushes of --push-strategy steps")
+    push_checkpoint: bool = setting(False, "push, after every epoch, the state that --resume-from goes on from")
+    push_saved_model: bool = setting(False, "push what --export-to has made as well, zipped", recorded=False)
+    push_later: bool = setting(
+        False, "train without the Hub if it cannot be reached; python -m tfclm.push delivers later", recorded=False
+    )
+    resume_from: str | None = setting(
+        None, "Hub repository with a state that --push-checkpoint has left; goes on in --output-dir", recorded=False
+    )
 
     def resolved(self) -> FitSettings:
         """With the values that depend on others filled in.
@@ -73,6 +87,13 @@ class FitSettings(TrainingSettings, SourceSettings):
             raise InputError(f"--vocab-size {self.vocab_size}: give 257 or more, one entry a byte and the EOS")
         if settings.export_to is None and (settings.max_perplexity, settings.max_regression) != (None, None):
             raise InputError("--max-perplexity and --max-regression decide what is exported: give --export-to as well")
+        if settings.push_saved_model and (settings.push_to_hub is None or settings.export_to is None):
+            raise InputError("--push-saved-model pushes what --export-to makes: give --export-to and --push-to-hub")
+        if settings.push_checkpoint and settings.push_strategy != "epoch":
+            raise InputError("--push-checkpoint pushes a state after every epoch: give --push-strategy epoch")
+        if settings.push_steps < 1:
+            raise InputError(f"--push-steps {settings.push_steps}: give 1 or more")
+        settings.check_hub()
         settings.check()
         return settings
 
@@ -90,9 +111,33 @@ QUICKSTART: dict[str, Any] = {
 }
 
 
-def preset(given: Collection[str]) -> dict[str, Any]:
-    """The values that stand in for flags which are not given: the quickstart's, if neither model nor text is."""
-    return {} if {"model", "dataset", "train_file"} & set(given) else QUICKSTART
+def preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that stand in for flags which are not given: the quickstart's, if neither model nor text is.
+
+    A run that goes on from a state of the Hub has the settings that lie beside it.
+    """
+    if given.get("resume_from") is not None:
+        return resumed(given["resume_from"], given.get("output_dir"), given.get("branch"))
+    return {} if {"model", "dataset", "train_file"} & given.keys() else QUICKSTART
+
+
+def resumed(repo_id: str, output_dir: str | None, branch: str | None) -> dict[str, Any]:
+    """Brings a run's state from the Hub, unless the folder goes on with it already; the run's settings.
+
+    Raises:
+        InputError: no folder is given, or one that holds something else, or the Hub has no state there.
+    """
+    from tfclm.hub import fetch_run
+
+    if output_dir is None:
+        raise InputError("--resume-from needs --output-dir, the folder that the run goes on in")
+    folder = Path(output_dir)
+    if not (folder / "fit.yaml").is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"--output-dir {folder} is there already and holds no run: give another folder")
+        fetch_run(repo_id, folder, revision=branch)
+    values = vars(parse(FitSettings, ["--config", str(folder / "fit.yaml")], prog="fit", description=""))
+    return {name: value for name, value in values.items() if name not in ("output_dir", "resume_from")}
 
 
 def run(settings: FitSettings) -> int:
@@ -100,17 +145,19 @@ def run(settings: FitSettings) -> int:
     settings = settings.resolved()
     check_export(settings)
 
-    from tfclm import checkpoint, corpus, hub
+    from tfclm import checkpoint, corpus
     from tfclm.training import finetune
     from tfclm.training.folder import RunFolder
+    from tfclm.training.report import progress_card, read_base
     from tfclm.training.resume import Interrupted
 
     folder = RunFolder(Path(str(settings.output_dir)), record(settings), settings.overwrite)
     if folder.results is not None:
         note = f"{folder.path} is complete; --overwrite starts afresh"
-        return show(folder.results, settings, note) or export(settings)
+        code, version = export(settings) if not show(folder.results, settings, note) else (1, None)
+        return push(settings, reach_hub(settings), version) or code if is_unpushed(settings) else code
     with folder:
-        repo_id = hub.preflight(settings.push_to_hub) if settings.push_to_hub else None
+        target = reach_hub(settings)
         strategy = set_up(settings)
         model: Any = None
         tokenizer: Any = None
@@ -148,8 +195,16 @@ def run(settings: FitSettings) -> int:
             "train_dropped_tokens": train.dropped_tokens,
         }
         check_export(settings, protocol)
+        corpus_tokens = len(train.blocks) * settings.block_size
+        base = read_base(settings.model, settings.revision)
+        repo_id = target[0].repo_id if target else None
+
+        def card(epochs: Sequence[Mapping[str, Any]]) -> str:
+            named = {**folder.settings, "push_to_hub": repo_id}
+            return progress_card(epochs, protocol, {"corpus_tokens": corpus_tokens}, named, base)
+
         folder.begin()
-        push = [hub.push_callback(repo_id, tokenizer, folder.path / "resume" / "hub")] if repo_id else []
+        pushing = push_callback(settings, target, tokenizer, card)
         try:
             done = finetune(
                 model,
@@ -158,32 +213,109 @@ def run(settings: FitSettings) -> int:
                 validation.blocks,
                 settings,
                 output_dir=folder.path,
-                callbacks=push,
+                callbacks=pushing,
                 strategy=strategy,
             )
         except Interrupted as reason:
             same = "the same command without --overwrite" if settings.overwrite else "the same command"
             say(f"{reason}; {same} goes on from there")
             return 1
+        for callback in pushing:
+            callback.close()
         files = checkpoint.save(model, tokenizer, folder.path)
-        results = folder.finish(done, protocol, len(validation.blocks) * (settings.block_size - 1), files)
+        if target is not None:
+            from tfclm.hub.delivery import mark
+
+            mark(folder.path, target[0])  # before the run is complete, so that a kill in between leaves it unpushed
+        tokens = len(validation.blocks) * (settings.block_size - 1)
+        results = folder.finish(done, protocol, tokens, files, corpus_tokens, base, repo_id)
         # The run is complete, whatever becomes of its sample.
         results = folder.record({**results, "sample": closing_sample(settings, validation.blocks[0]["input_ids"])})
-    code = show(results, settings) or export(settings)
-    if push and push[0].repo.commands_failed:
-        upload = shlex.join(["hf", "upload", str(repo_id), str(folder.path)])
-        say(f"a push to {repo_id} failed, so the Hub may hold older weights: {upload}")
-        return 1
-    return code
+        code = show(results, settings)
+        version = None
+        if not code:
+            code, version = export(settings)
+        return push(settings, target, version) or code
 
 
-def export(settings: FitSettings) -> int:
-    """Publishes the finished model where `--export-to` says, if the gate and the canary let it; the exit code."""
+def export(settings: FitSettings) -> tuple[int, Path | None]:
+    """Publishes the finished model where `--export-to` says, if the gate and the canary let it.
+
+    Returns:
+        The exit code, and the folder of the version if it is to be pushed.
+    """
     if settings.export_to is None:
-        return 0
+        return 0, None
     from tfclm.export import run
+    from tfclm.hub.fetching import newest_version
 
-    return run(export_settings(settings))
+    code = run(export_settings(settings))
+    return code, newest_version(Path(settings.export_to)) if settings.push_saved_model and not code else None
+
+
+def reach_hub(settings: FitSettings) -> tuple[Repository, bool] | None:
+    """The repository that is pushed to, and whether it can be now; None if none is.
+
+    Raises:
+        InputError: it cannot be pushed to, or, without `--push-later`, not be reached.
+    """
+    if settings.push_to_hub is None:
+        return None
+    from tfclm.hub.repository import Repository, Unreachable, preflight
+
+    where: dict[str, Any] = {name: getattr(settings, name) for name in ("private", "branch", "create_pr")}
+    try:
+        return preflight(settings.push_to_hub, timeout=settings.push_timeout, **where), True
+    except Unreachable as reason:
+        if not settings.push_later:
+            raise InputError(f"{reason}; go online, or give --push-later to push when it can be reached") from reason
+        if "/" not in settings.push_to_hub:
+            raise InputError(f"{reason}, so its owner is not known: give --push-to-hub as owner/name") from reason
+        say(f"{reason}; the run goes on, and is to be pushed later")
+        return Repository(settings.push_to_hub, **where), False
+
+
+def push_callback(
+    settings: FitSettings, target: tuple[Repository, bool] | None, tokenizer: Any, card: Any
+) -> list[Any]:
+    """The callback that pushes while the training goes on, if the Hub can be reached."""
+    if target is None or not target[1]:
+        return []
+    from tfclm.hub import PushToHubCallback
+
+    return [
+        PushToHubCallback(
+            str(settings.output_dir),
+            settings.push_strategy,
+            settings.push_steps,
+            tokenizer,
+            checkpoint=settings.push_checkpoint,
+            repository=target[0],
+            at_end=False,
+            card=card,
+        )
+    ]
+
+
+def is_unpushed(settings: FitSettings) -> bool:
+    """Whether the complete run still has to be pushed."""
+    from tfclm.hub.delivery import marked
+
+    return settings.push_to_hub is not None and marked(Path(str(settings.output_dir))) is not None
+
+
+def push(settings: FitSettings, target: tuple[Repository, bool] | None, version: Path | None) -> int:
+    """Pushes the finished folder, and the exported version if there is one to push; the exit code."""
+    if target is None:
+        return 0
+    from tfclm.hub.delivery import deliver, finishing_command
+
+    repository, reached = target
+    folder = Path(str(settings.output_dir))
+    if not reached:
+        say(f"not pushed yet; when the Hub can be reached:\n  {finishing_command(folder, repository, version)}")
+        return 0
+    return 0 if deliver(folder, repository, patience=settings.push_patience, servable=version, say=say) else 1
 
 
 def check_export(settings: FitSettings, protocol: Mapping[str, Any] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -9,12 +10,15 @@ import signal
 import sys
 import time
 
+from tfclm.errors import InputError
 from tfclm.server.settings import ServeSettings
 from tfclm.settings import command
 
 
 def run(settings: ServeSettings) -> None:
     """Serves until SIGTERM or SIGINT."""
+    if settings.hub is not None:
+        settings = _from_hub(settings, settings.hub)
     _log_to_stderr(settings.access_log)
     if not settings.xla_cpu_compilation_enabled:
         _disable_xla()
@@ -32,6 +36,14 @@ def run(settings: ServeSettings) -> None:
     finally:
         server.stop()
     log.info("stopped")
+
+
+def _from_hub(settings: ServeSettings, repo_id: str) -> ServeSettings:
+    from tfclm.hub import fetch_servable
+
+    if settings.model_base_path or settings.model_config_file:
+        raise InputError("--hub names the model: leave out --model_base_path and --model_config_file")
+    return dataclasses.replace(settings, model_base_path=str(fetch_servable(repo_id)))
 
 
 def _disable_xla() -> None:

@@ -11,7 +11,7 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 from tfclm.errors import InputError
@@ -33,13 +33,13 @@ def parse(
     *,
     prog: str,
     description: str,
-    preset: Callable[[Collection[str]], Mapping[str, Any]] = lambda given: {},
+    preset: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
 ) -> T:
     """Reads a settings dataclass from command-line arguments, over the values of the file named by `--config`.
 
     Every field is a flag, `--learning-rate` and `--learning_rate` alike; a bool has a `--no-` twin; a tuple takes
-    several values, also of a flag given again; None is written `none`. `preset` gets the names of the fields that are
-    given, and may give others.
+    several values, also of a flag given again; None is written `none`. `preset` gets the values that are given, and
+    may give others.
 
     Raises:
         InputError: an unknown flag or key, or a value that its field does not take.
@@ -88,7 +88,7 @@ def command(
     *,
     verb: str,
     description: str,
-    preset: Callable[[Collection[str]], Mapping[str, Any]] = lambda given: {},
+    preset: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
     tensorflow: bool = True,
 ) -> NoReturn:
     """Runs a command as `python -m tfclm.VERB` does and exits: 0 done, 2 for what the user gave, 1 for the rest."""
@@ -99,7 +99,7 @@ def command(
             _import_tensorflow()
         sys.exit(run(values) or 0)
     except InputError as error:
-        print(f"tfclm.{verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"tfclm.{verb}: interrupted", file=sys.stderr)
@@ -109,18 +109,15 @@ def command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception:
-        # git puts the Hub's token into its messages, by way of the remote's address.
-        trace = traceback.format_exc()
-        for token in filter(None, (os.environ.get("HF_TOKEN"), _stored_token())):
-            trace = trace.replace(token, "***")
-        print(trace, file=sys.stderr, end="")
+        print(_scrubbed(traceback.format_exc()), file=sys.stderr, end="")
         sys.exit(1)
 
 
-def _stored_token() -> str | None:
-    from huggingface_hub import get_token
+def _scrubbed(text: str) -> str:
+    """Without the Hub's token, which a message may quote: a proxy's, or about a flag that it was given to."""
+    from tfclm.hub.repository import scrubbed
 
-    return get_token()
+    return scrubbed(text)
 
 
 def _import_tensorflow() -> None:

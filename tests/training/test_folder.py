@@ -12,7 +12,10 @@ from tfclm.errors import InputError
 from tfclm.training.folder import RunFolder
 from tfclm.training.run import TrainingRecord
 
-SETTINGS = {"model": "m", "epochs": 3, "output_dir": "o"}
+SETTINGS = {
+    **{"model": "m", "epochs": 3, "output_dir": "o"},
+    **dict.fromkeys(("push_to_hub", "dataset", "dataset_config", "dataset_revision")),
+}
 PROTOCOL = {
     "source": "a.txt",
     "split": "train",
@@ -20,6 +23,9 @@ PROTOCOL = {
     "block_size": 8,
     "separator": "eos",
     "dropped_tokens": 0,
+    "text_column": "text",
+    "train_rows": 9,
+    "validation_rows": 1,
 }
 
 
@@ -37,7 +43,7 @@ def complete(path: Path, *files: str, overwrite: bool = False, **changes) -> dic
         for name in files:
             (path / name).parent.mkdir(exist_ok=True)
             (path / name).write_text(name)
-        return folder.finish(done(**changes), PROTOCOL, 100, files)
+        return folder.finish(done(**changes), PROTOCOL, 100, files, 720, {})
 
 
 def interrupted(path: Path) -> None:

@@ -74,7 +74,9 @@ def create(config: PretrainedConfig) -> TFPreTrainedModel:
     return model
 
 
-def save(model: TFPreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> list[str]:
+def save(
+    model: TFPreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | os.PathLike[str]
+) -> list[str]:
     """Write a checkpoint that transformers opens with TensorFlow and with PyTorch; the sorted names of its files.
 
     `config.json`, `generation_config.json`, the tokenizer's files and `model.safetensors`: float32, PyTorch's names and
@@ -91,8 +93,9 @@ def save(model: TFPreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: s
     except OSError as error:
         raise InputError(f"cannot write to the folder {folder}: {error.strerror}") from error
     try:
-        with _quiet():
-            tokenizer.save_pretrained(staging)
+        if tokenizer is not None:
+            with _quiet():
+                tokenizer.save_pretrained(staging)
         (staging / "config.json").write_text(_config_json(model), encoding="utf-8")
         if model.generation_config is not None:
             # Not its own save_pretrained, which refuses settings that loading accepts (top_k without do_sample).

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from tfclm.errors import InputError
 from tfclm.settings import to_yaml
-from tfclm.training.report import draw_curve, model_card
-from tfclm.training.run import TrainingRecord
+from tfclm.training.report import draw_curve, model_card, versions
+
+if TYPE_CHECKING:
+    from tfclm.training.run import TrainingRecord
 
 # Settings that may differ between a run and its continuation: they change how, not what.
-FREE = ("num_proc", "output_dir", "save_steps")
+FREE = (
+    *("num_proc", "output_dir", "save_steps"),
+    *("push_strategy", "push_steps", "push_checkpoint", "push_timeout", "push_patience"),
+)
 # What a run writes beside the files of the checkpoint, fit.yaml and resume/.
-RUN_FILES = ("README.md", "logs", "loss.png", "results.json")
-PACKAGES = ("tfclm", "tensorflow", "tf-keras", "transformers", "tokenizers", "datasets", "huggingface-hub")
+RUN_FILES = ("README.md", "logs", "loss.png", "results.json", "unpushed.json")
 
 
 class RunFolder:
@@ -103,7 +105,14 @@ class RunFolder:
             self.path.rmdir()  # nothing was begun: leave the place as it was found
 
     def finish(
-        self, done: TrainingRecord, protocol: dict[str, Any], tokens: int, files: Sequence[str]
+        self,
+        done: TrainingRecord,
+        protocol: dict[str, Any],
+        tokens: int,
+        files: Sequence[str],
+        corpus_tokens: int,
+        base: Mapping[str, Any],
+        repo_id: str | None = None,
     ) -> dict[str, Any]:
         """Writes curve, card and results beside the model; `results.json` comes last and marks the run complete.
 
@@ -112,6 +121,9 @@ class RunFolder:
             protocol: how the perplexity was measured.
             tokens: number of tokens that it was measured on.
             files: names of the checkpoint's files; those of a former run that are not among them are removed.
+            corpus_tokens: number of tokens in the training blocks.
+            base: what the card says of the model that the run began with.
+            repo_id: full name of the Hub repository that the folder is pushed to.
 
         Returns:
             What `results.json` holds: a number that is not finite is None there.
@@ -119,7 +131,6 @@ class RunFolder:
         from tfclm.training.callbacks import exp
 
         self._remove_former(files)
-        versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
         results = {
             "perplexity": exp(done.best_loss),
             "loss": done.best_loss,
@@ -130,6 +141,7 @@ class RunFolder:
                 "loss": done.epochs[-1]["loss"] if done.epochs else None,
                 "steps": done.steps,
                 "tokens": done.tokens,
+                "corpus_tokens": corpus_tokens,
                 "seconds": round(done.seconds, 3),
                 "best_step": done.best_step,
                 "best_epoch": done.best_epoch,
@@ -138,10 +150,10 @@ class RunFolder:
             },
             "sample": None,
             "files": list(files),
-            "versions": versions,
+            "versions": versions(),
         }
         draw_curve(done, self.path / "loss.png")
-        write(self.path / "README.md", model_card(results, self.settings))
+        write(self.path / "README.md", model_card(results, {**self.settings, "push_to_hub": repo_id}, base))
         results = self.record(results)
         shutil.rmtree(self._resume)
         return results

@@ -2,86 +2,278 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tfclm.errors import InputError, first_line
 from tfclm.settings import to_yaml
-from tfclm.training.run import TrainingRecord
+
+if TYPE_CHECKING:
+    from tfclm.training.run import TrainingRecord
+
+PACKAGES = ("tfclm", "tensorflow", "tf-keras", "transformers", "tokenizers", "datasets", "huggingface-hub")
+# What a card's metadata takes from the base model's card.
+INHERITED = ("license", "license_name", "license_link", "language")
 
 
 def draw_curve(done: TrainingRecord, path: Path) -> None:
-    """Draws training and validation loss over optimizer steps as a PNG."""
+    """Draws training and validation loss, and perplexity, over optimizer steps as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps = [epoch["step"] for epoch in done.epochs]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, *steps], [done.initial_loss, *(epoch["val_loss"] for epoch in done.epochs)], "o-", label="validation")
-    axes.plot(steps, [epoch["loss"] for epoch in done.epochs], "o--", label="training (mean of the epoch)")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title="Loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    losses = [done.initial_loss, *(epoch["val_loss"] for epoch in done.epochs)]
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    above.plot([0, *steps], losses, "o-", label="validation")
+    above.plot(steps, [epoch["loss"] for epoch in done.epochs], "o--", label="training (mean of the epoch)")
+    above.set(ylabel="loss (nats a token)", title="Loss")
+    above.legend()
+    below.plot([0, *steps], [math.exp(loss) if loss < 700 else math.inf for loss in losses], "o-")
+    below.set(xlabel="optimizer step", ylabel="perplexity", title="Validation perplexity")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def model_card(results: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The folder's README.md: metadata that the Hub reads, data, curve, settings, versions."""
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a run depends on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def read_base(model: str, revision: str | None) -> dict[str, Any]:
+    """What a run's card takes from that of the model it begins with: `base_model` (a Hub id), licence and language.
+
+    A base without a card, or one that cannot be read, gives no licence; the run's own card says so.
+    """
+    from huggingface_hub import ModelCard, hf_hub_download
+
+    if model == "scratch":
+        return {}
+    folder = Path(model).expanduser()
+    base: dict[str, Any] = {} if folder.is_dir() else {"base_model": model}
+    try:
+        path = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(model, "README.md", revision=revision))
+        data: Any = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except Exception as error:  # no card, no network, no YAML: none of them keeps a model from being trained
+        return base | {"unread": first_line(error)}
+    # A folder that was fine-tuned itself names the model that it came from.
+    names = (*INHERITED, "base_model") if folder.is_dir() else INHERITED
+    return base | {name: data.get(name) for name in names if data.get(name) is not None}
+
+
+def model_card(results: Mapping[str, Any], settings: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """The README.md of a complete run: metadata that the Hub reads, data, results, use, settings, versions.
+
+    Args:
+        results: what `results.json` holds.
+        settings: the run's, as plain values.
+        base: what `read_base` gave.
+    """
+    from huggingface_hub import EvalResult
+
     protocol, train = results["protocol"], results["train"]
-    base = None if settings["model"] == "scratch" else settings["model"]
-    metadata: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["tensorflow", "tfclm"],
+    measured = None
+    if math.isfinite(results["perplexity"] or math.inf):
+        hub_data, held_out = _hub_dataset(settings), protocol["validation"]
+        measured = EvalResult(
+            task_type="text-generation",
+            dataset_type=hub_data or "text",
+            dataset_name=hub_data or str(protocol["source"]),
+            dataset_config=settings["dataset_config"],
+            dataset_revision=settings["dataset_revision"],
+            dataset_split=held_out.split(" ")[1] if held_out.startswith("split ") else None,
+            dataset_args={"validation": held_out},
+            metric_type="perplexity",
+            metric_name="validation perplexity",
+            metric_value=round(results["perplexity"], 4),
+            metric_args={name: protocol[name] for name in ("block_size", "separator", "dropped_tokens")},
+        )
+    return f"""{_metadata(settings, base, measured)}
+
+{_origin(settings, base, protocol)}
+
+Validation perplexity **{_number(results["perplexity"])}** ({_number(results["initial_perplexity"])} before training) \
+over {results["tokens"]} tokens: exp of the mean negative log-likelihood a token, in blocks of \
+{protocol["block_size"]} tokens, each scored on its own; \
+{"EOS" if protocol["separator"] == "eos" else "nothing"} between documents; {protocol["dropped_tokens"]} tokens at the \
+end filled no block.
+
+{_table(train["epochs"], results["initial_perplexity"])}
+
+The weights are {_weights(train)}. ![loss and perplexity](loss.png)
+
+{_data(protocol, train)}
+{_use(settings, base)}
+{_record(settings, results["versions"])}"""
+
+
+def progress_card(
+    epochs: Sequence[Mapping[str, Any]],
+    protocol: Mapping[str, Any],
+    train: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    base: Mapping[str, Any],
+) -> str:
+    """The README.md of a state that a run pushes while it goes on; it claims no perplexity of these weights."""
+    return f"""{_metadata(settings, base, None)}
+
+{_origin(settings, base, protocol)}
+
+**The training is not complete**: these are the weights that it had reached when this was pushed, not the best ones.
+
+{_table(epochs, None)}
+
+{_data(protocol, train)}
+{_use(settings, base)}
+{_record(settings, versions())}"""
+
+
+def plain_card(name: str, epochs: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> str:
+    """The README.md of a model that no run of `fit` made.
+
+    Args:
+        name: the heading.
+        epochs: epoch, step, and Keras' loss and val_loss, natural logarithms.
+        given: the metadata that transformers' callback takes: language, license, tags, finetuned_from, tasks, dataset.
+
+    Raises:
+        InputError: metadata of another name.
+    """
+    from huggingface_hub import ModelCardData
+
+    names = {
+        "language": "language",
+        "license": "license",
+        "finetuned_from": "base_model",
+        "dataset": "datasets",
+        "tasks": "pipeline_tag",
+        "model_name": "model_name",
     }
-    if base and not Path(base).exists():
-        metadata["base_model"] = base
-    name = Path(settings["output_dir"]).name
-    curve = "\n".join(
-        f"| {epoch['epoch']} | {epoch['step']} | {epoch['loss']:.4f} | {epoch['val_loss']:.4f} | "
-        f"{epoch['val_perplexity']:.2f} |"
-        for epoch in train["epochs"]
+    unknown = given.keys() - names.keys() - {"tags"}
+    if unknown:
+        raise InputError(f"a model card has no {', '.join(sorted(unknown))}: there are {', '.join(names)}, tags")
+    tags = given.get("tags") or []
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["tensorflow", "tfclm", *([tags] if isinstance(tags, str) else tags)],
+        **{"pipeline_tag": "text-generation"} | {names[key]: value for key, value in given.items() if key in names},
     )
-    before = f"| 0 | 0 | | {_log(results['initial_perplexity'])} | {results['initial_perplexity']:.2f} |"
-    return f"""---
-{to_yaml(metadata)}---
-
-# {name}
-
-{"A small GPT-2 trained from scratch" if base is None else f"Fine-tuned from {base}"} on {protocol["source"]}, \
-split {protocol["split"]}; validation: {protocol["validation"]}.
-
-Validation perplexity **{results["perplexity"]:.2f}** ({results["initial_perplexity"]:.2f} before training) over \
-{results["tokens"]} tokens: exp of the mean negative log-likelihood a token, in blocks of {protocol["block_size"]} \
-tokens, each scored on its own; {"EOS" if protocol["separator"] == "eos" else "nothing"} between documents; \
-{protocol["dropped_tokens"]} tokens at the end filled no block.
-
-| epoch | step | training loss | validation loss | validation perplexity |
-|---|---|---|---|---|
-{before}
-{curve}
-
-The weights are {_weights(train)}. ![loss](loss.png)
-
-## Settings
-
-```yaml
-{to_yaml(settings)}```
-
-## Versions
-
-{", ".join(f"{name} {version}" for name, version in results["versions"].items())}
-"""
+    table = f"\n{_table(epochs, None)}\n" if epochs else ""
+    return f"---\n{data.to_yaml()}\n---\n\n# {given.get('model_name') or name}\n{table}"
 
 
-def _weights(train: dict[str, Any]) -> str:
+def _metadata(settings: Mapping[str, Any], base: Mapping[str, Any], measured: Any) -> str:
+    from huggingface_hub import ModelCardData
+
+    hub_data = _hub_dataset(settings)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["tensorflow", "tfclm"],
+        datasets=[hub_data] if hub_data else None,
+        model_name=_name(settings) if measured else None,
+        eval_results=[measured] if measured else None,
+        **{key: value for key, value in base.items() if key != "unread"},
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n# {_name(settings)}"
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    return str(settings["push_to_hub"] or Path(settings["output_dir"]).resolve().name).split("/")[-1]
+
+
+def _hub_dataset(settings: Mapping[str, Any]) -> str | None:
+    """The Hub id of the dataset, if it has one."""
+    dataset = settings["dataset"]
+    return None if dataset in (None, "python-docs") or Path(dataset).exists() else str(dataset)
+
+
+def _origin(settings: Mapping[str, Any], base: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    made = "A small GPT-2 trained from scratch" if settings["model"] == "scratch" else f"Fine-tuned from {_base(base)}"
+    return f"{made} on {protocol['source']}, split {protocol['split']}."
+
+
+def _base(base: Mapping[str, Any]) -> str:
+    return str(base.get("base_model") or "a local model")
+
+
+def _table(epochs: Sequence[Mapping[str, Any]], before: float | None) -> str:
+    rows = ["| epoch | step | training loss | validation loss | validation perplexity |", "|---|---|---|---|---|"]
+    if before is not None:
+        rows.append(f"| 0 | 0 | | {_number(math.log(before), 4)} | {_number(before)} |")
+    for epoch in epochs:
+        loss, own = epoch.get("val_loss"), epoch.get("loss")
+        perplexity = None if loss is None else math.exp(loss) if loss < 700 else math.inf
+        shown = (_number(own, 4), _number(loss, 4), _number(perplexity))
+        rows.append(f"| {epoch['epoch']} | {epoch['step']} | {' | '.join(shown)} |")
+    return "\n".join(rows)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _weights(train: Mapping[str, Any]) -> str:
     step, epoch = train["best_step"], train["best_epoch"]
     where = f"those after epoch {epoch} (step {step})" if epoch else f"those after step {step}, inside an epoch"
     ended = f"; training ended early: {train['diverged']}" if train["diverged"] else ""
     return (where if step else "those that training began with") + ended
 
 
-def _log(perplexity: float) -> str:
-    import math
+def _data(protocol: Mapping[str, Any], train: Mapping[str, Any]) -> str:
+    config = f", configuration {protocol['dataset_config']}" if protocol.get("dataset_config") else ""
+    revision = f", revision {protocol['revision']}" if protocol.get("revision") else ""
+    return f"""## Data
 
-    return f"{math.log(perplexity):.4f}" if math.isfinite(perplexity) else "inf"
+* Source: {protocol["source"]}{config}{revision}, split {protocol["split"]}, column {protocol["text_column"]}.
+* Training: {protocol["train_rows"]} documents, {train["corpus_tokens"]} tokens in blocks.
+* Validation: {protocol["validation"]}; {protocol["validation_rows"]} documents.
+"""
+
+
+def _use(settings: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    where = settings["push_to_hub"] or settings["output_dir"]
+    if settings["model"] == "scratch":
+        licence = "It was trained from scratch; which licence it may have follows from the texts it was trained on."
+    elif base.get("license"):
+        licence = f"The licence is that of {_base(base)}: {base.get('license_name') or base['license']}."
+    else:
+        licence = (
+            f"The card of {_base(base)} names no licence, or could not be read: ask there before you use the model."
+        )
+    return f"""## Intended use
+
+To continue text of the kind that it was trained on. It states what is likely, not what is true, and repeats what is \
+wrong or unfair in its texts; it has not been tuned to follow instructions or to refuse any. {licence}
+
+## How to load it
+
+```python
+from transformers import pipeline
+
+# Without PyTorch installed, transformers 4.54 trips over its own default of torch_dtype; hence the None.
+generator = pipeline("text-generation", model="{where}", torch_dtype=None)
+print(generator("Once", max_new_tokens=50)[0]["generated_text"])
+```
+
+For TensorFlow Serving, `python -m tfclm.export --model {where} --serving-dir serving_models/{_name(settings)}` makes \
+a version that a stock server hosts. If this repository has a `saved_model.zip`, that is one, ready to serve: \
+`python -m tfclm.serve --hub {where}`, or unpacked into the server's model folder.
+"""
+
+
+def _record(settings: Mapping[str, Any], used: Mapping[str, str]) -> str:
+    return f"""## Settings
+
+```yaml
+{to_yaml(settings)}```
+
+## Versions
+
+{", ".join(f"{name} {version}" for name, version in used.items())}
+"""

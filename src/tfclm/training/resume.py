@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ class Progress:
     best_step: int | None = None  # after how many optimizer steps the weights were best
     best_loss: float = float("inf")
     seconds: float = 0.0
+    run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # tells this run from a repetition
     loss_sums: tuple[float, float] = (0.0, 0.0)  # of the present epoch: negative log-likelihood, tokens
 
 

@@ -125,6 +125,7 @@ def finetune(
             raise InputError(
                 f"text or settings have changed since the run in {output} began; --overwrite starts afresh"
             )
+        model.step_state.progress = progress
         keeper = RunKeeper(snapshots, progress, settings, total_steps, stop)
         keeper.set_model(model)
 

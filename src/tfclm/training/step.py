@@ -11,6 +11,7 @@ import tensorflow as tf
 import tf_keras
 
 from tfclm.perplexity import TokenLoss, token_losses
+from tfclm.training.resume import Progress
 
 
 @dataclass
@@ -21,6 +22,7 @@ class StepState:
     pass_rows: int | None  # rows of one forward pass on one replica; None: all at once
     max_grad_norm: float
     start: tuple[int, int] = (0, 0)  # epoch and step that fit begins with
+    progress: Progress | None = None  # for callbacks: the record of the run, which outlives its process
 
 
 class FinetuningStep:

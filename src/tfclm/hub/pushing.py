@@ -1,0 +1,144 @@
+"""Pushing in the background: one push at a time, the newest state next, and none given up while there is time."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tfclm.hub.repository import FIRST_WAIT, Repository, next_wait, said, wait_for
+
+
+@dataclass(frozen=True)
+class State:
+    """Files to push, by their path in the repository, and the commit's message."""
+
+    files: Mapping[str, Path]
+    title: str
+    description: str = ""
+    run: str | None = None  # of which run it is, and after how many optimizer steps
+    steps: int = 0
+    staged: Path | None = None  # a folder that is removed once the state is pushed or overtaken
+
+    def discard(self) -> None:
+        """Frees what the state takes on the disk."""
+        if self.staged is not None:
+            shutil.rmtree(self.staged, ignore_errors=True)
+
+
+class Pusher:
+    """Pushes states to a repository in a thread of its own.
+
+    While one is pushed, or waits for the Hub to come back, the newest of those that follow waits; the ones between them
+    are left out. `close` ends it: the state that waits is pushed, if that takes no longer than `patience` seconds of
+    trying.
+
+    Args:
+        repository: where to.
+        request_title: the title of the pull request, if one is written.
+        say: gets a line for people.
+        first_wait: seconds before a push that failed is tried again; twice as long each time after.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        request_title: str,
+        say: Callable[[str], None] = lambda line: complain(line),
+        first_wait: float = FIRST_WAIT,
+    ) -> None:
+        self.repository, self._request_title, self._say, self._first_wait = repository, request_title, say, first_wait
+        self.error: BaseException | None = None  # of the newest state, if its push failed
+        self._reached: int | None = None  # steps of the run's newest state on the Hub when this process began
+        self._news = threading.Condition()
+        self._waiting: State | None = None
+        self._deadline: float | None = None  # set when no more states come
+        # A daemon: a process that is told to end does not wait for the Hub.
+        self._thread = threading.Thread(target=self._run, name="push", daemon=True)
+        self._thread.start()
+
+    def put(self, state: State) -> None:
+        """Hands over a state; returns at once."""
+        with self._news:
+            if self._waiting is not None:
+                self._waiting.discard()
+            self._waiting = state
+            self._news.notify()
+
+    def close(self, patience: float, *, drop: bool = False) -> BaseException | None:
+        """Waits for the push that goes on and for the state that waits; why the newest one failed, if it did.
+
+        Args:
+            patience: seconds for which a push that fails is tried again.
+            drop: leave out the state that waits.
+        """
+        with self._news:
+            if drop and self._waiting is not None:
+                self._waiting.discard()
+                self._waiting = None
+            self._deadline = time.monotonic() + patience
+            self._news.notify()
+        self._thread.join()
+        return self.error
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._waiting is not None or self._deadline is not None)
+                state, self._waiting = self._waiting, None
+            if state is None:
+                return
+            try:
+                self.error = self._push(state)
+            finally:
+                state.discard()
+
+    def _push(self, state: State) -> BaseException | None:
+        """Pushes until it is done, overtaken, refused for good, or out of time."""
+        waited = 0.0
+        while True:
+            try:
+                if state.run is not None and self._reached is None:
+                    # A run that goes on may have pushed this state, and later ones, before it was killed.
+                    self._reached = self.repository.steps_of(state.run, self._request_title)
+                if state.run is None or state.steps > (self._reached or 0):
+                    self.repository.mirror(
+                        state.files, state.title, state.description, request_title=self._request_title
+                    )
+                return None
+            except Exception as error:  # of many types: the client's, the transport's, the operating system's
+                asked = wait_for(error)
+                reason = said(error, self.repository.token)
+                if asked is None:
+                    self._say(f"{state.title}: not pushed to {self.repository.repo_id}: {reason}")
+                    return error
+                if not waited:
+                    self._say(f"{state.title}: pushing to {self.repository.repo_id} failed, trying again: {reason}")
+                waited = next_wait(waited, self._first_wait)
+                pause = max(waited, asked)
+                with self._news:
+                    again = time.monotonic() + pause
+                    # A newer state or the end cuts our own back-off short, never the wait that the Hub asked for.
+                    self._news.wait_for(self._is_called, timeout=pause)
+                    overtaken = self._waiting is not None
+                    out_of_time = self._deadline is not None and again > self._deadline
+                if overtaken:
+                    time.sleep(min(asked, max(again - time.monotonic(), 0.0)))
+                    return error
+                if out_of_time:
+                    return error
+                time.sleep(max(again - time.monotonic(), 0.0))
+
+    def _is_called(self) -> bool:
+        return self._waiting is not None or self._deadline is not None
+
+
+def complain(line: str) -> None:
+    """A line on stderr, above the bar of a training."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(line, file=sys.stderr)

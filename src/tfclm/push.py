@@ -1,0 +1,90 @@
+"""`python -m tfclm.push`: puts a model, its tokenizer and its card on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfclm.errors import InputError
+from tfclm.hub.settings import HubSettings
+from tfclm.settings import command, setting
+
+
+@dataclass(frozen=True)
+class PushSettings(HubSettings):
+    """Settings of `push`."""
+
+    model: str | None = setting(None, "folder that fit has left, or of another checkpoint")
+    repo_id: str | None = setting(None, "Hub repository, me/eli5; what a run that could not push was given")
+    push_saved_model: str | None = setting(
+        None, "exported model that is pushed too, zipped: a version's folder, or the servable's for its newest"
+    )
+
+
+def run(settings: PushSettings) -> int:
+    """Makes the repository equal to the folder."""
+    from tfclm.hub.delivery import deliver, marked
+    from tfclm.hub.fetching import newest_version
+    from tfclm.hub.repository import Unreachable, preflight
+    from tfclm.training.folder import Lock, write
+    from tfclm.training.report import plain_card
+
+    settings.check_hub()
+    if settings.model is None:
+        raise InputError("--model is missing: give the folder of a checkpoint, such as runs/eli5")
+    folder = Path(settings.model).expanduser()
+    check_complete(folder)
+    servable = newest_version(Path(settings.push_saved_model)) if settings.push_saved_model else None
+    where: dict[str, Any] = {"private": settings.private, "branch": settings.branch, "create_pr": settings.create_pr}
+    repo_id, left = settings.repo_id, marked(folder)
+    if repo_id is None:
+        if left is None:
+            raise InputError("--repo-id is missing: give the Hub repository, such as me/eli5")
+        repo_id = left.pop("repo_id")
+        # A flag goes before what the run was given.
+        where = left | {name: value for name, value in where.items() if value}
+    lock = Lock(folder)
+    try:
+        try:
+            repository = preflight(repo_id, timeout=settings.push_timeout, flag="--repo-id", **where)
+        except Unreachable as error:
+            raise InputError(f"{error}; give the same command again when it can be reached") from error
+        if not (folder / "README.md").is_file():
+            say(f"{folder} has no README.md: a card is written there")
+            write(folder / "README.md", plain_card(folder.resolve().name, [], {}))
+        pushed = deliver(folder, repository, patience=settings.push_patience, servable=servable, say=say)
+    finally:
+        lock.release()
+    return 0 if pushed else 1
+
+
+def check_complete(folder: Path) -> None:
+    """Raises InputError for a folder that `load` could not open once it is pushed, or of a run that is not complete."""
+    from tfclm.checkpoint.files import choose_weights
+
+    if not folder.is_dir():
+        raise InputError(f"--model {folder}: there is no such folder")
+    names = {path.name for path in folder.iterdir()}
+    if "resume" in names and "results.json" not in names:
+        raise InputError(f"--model {folder} holds a run that is not complete: let it go on, or give another folder")
+    if "config.json" not in names:
+        raise InputError(f"--model {folder} has no config.json: give a checkpoint's folder")
+    choose_weights(str(folder), names)
+    if not {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"} & names:
+        raise InputError(f"--model {folder} has no tokenizer: save it beside the model")
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The command."""
+    command(PushSettings, run, verb="push", description=__doc__ or "", tensorflow=False)
+
+
+if __name__ == "__main__":
+    main()
