@@ -32,6 +32,7 @@ benchmarks: $(INSTALLED)-dev  ## the figures of the README
 	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.serving
 
 clean:  ## remove what make has made
 	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info

@@ -65,6 +65,7 @@ def test_neither_rank_nor_shape_is_checked(rest):
         ('{"instances":["\\x"]}', "JSON Parse error: Invalid escape character in string. at offset: 15"),
         ('{"instances" 1}', "JSON Parse error: Missing a colon after a name of object member. at offset: 13"),
         ('{"instances":1e999}', "JSON Parse error: Number too big to be stored in double. at offset: 13"),
+        ('{"inputs":%s}' % ("1" * 400), "JSON Parse error: Number too big to be stored in double. at offset: 10"),
         ("{1:2}", "JSON Parse error: Missing a name for object member. at offset: 1"),
         ("{}", "Missing 'inputs' or 'instances' key"),
         (

@@ -42,6 +42,8 @@ def _parse_fast(text: str) -> Any:
     escapes = len(_SURROGATE.findall(text))
     if escapes and escapes != 2 * len(_SURROGATE_PAIR.findall(text)):
         raise ValueError("a surrogate that may be alone")
+    if _LONG_NUMBER.search(text):
+        raise ValueError("an integer that may be too large for 64 bits, and is a float then")
     blank = _SPACE.match(text)
     return _DECODER.raw_decode(text, blank.end() if blank else 0)[0]
 
@@ -62,6 +64,7 @@ def _finite(text: str) -> float:
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+_LONG_NUMBER = re.compile(r"\d{19}")
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from tfclm.server.jsontensor import write_error
 from tfclm.server.rest import Reply, RestApi
@@ -19,6 +20,8 @@ from tfclm.server.status import Code
 
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("tfclm.server.access")
+
+_http = logging.getLogger("tfclm.server.http")
 
 MAX_INFLATED_BYTES = 100 * 2**20
 
@@ -81,6 +84,7 @@ class Listener:
         self._web = _Connections(
             self._handle,
             access_log=None,
+            logger=_http,
             auto_decompress=False,
             keepalive_timeout=self._limits.read_seconds,
             lingering_time=1,
@@ -101,15 +105,11 @@ class Listener:
             return _Busy()
         protocol = self._web()
         # A connection on which no request head arrives is let go. Of a later request keep-alive's timeout takes care.
-        self._loop.call_later(self._limits.read_seconds, self._close_if_silent, protocol)
+        self._web.silent[protocol] = self._loop.call_later(self._limits.read_seconds, protocol.force_close)
         return protocol
 
-    def _close_if_silent(self, protocol: Any) -> None:
-        if protocol not in self._web.spoken and protocol.transport is not None:
-            protocol.force_close()
-
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._web.spoken.add(request.protocol)
+        self._web.has_spoken(request.protocol)
         start = time.perf_counter()
         received = 0
         close = False
@@ -212,15 +212,36 @@ class Listener:
 
 
 class _Connections(web.Server):
-    """The open connections, and those of them on which a request has come."""
+    """The open connections, and what will close those of them on which no request has come."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.spoken: set[Any] = set()
+        self.silent: dict[Any, asyncio.TimerHandle] = {}
+
+    def has_spoken(self, handler: Any) -> None:
+        """A request has come: the connection may stay. A timer left alone would keep it in memory until it ends."""
+        if timer := self.silent.pop(handler, None):
+            timer.cancel()
 
     def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
-        self.spoken.discard(handler)
+        self.has_spoken(handler)
         super().connection_lost(handler, exc)
+
+
+class _Terse(logging.Filter):
+    """A client's mistake, or its going away, is one line; the stack behind it says nothing of the server."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, (HttpProcessingError, ConnectionError)):
+            reason = " ".join(str(getattr(error, "message", error)).split())
+            record.msg, record.args = "a request could not be read: %s", (reason[:200],)
+            record.exc_info = None
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+        return True
+
+
+_http.addFilter(_Terse())
 
 
 class _Busy(asyncio.Protocol):

@@ -1,0 +1,175 @@
+"""The embedded server under load: many callers beside one, many clients for minutes, more requests than it takes.
+
+    python -m pip install 'tfclm[benchmarks]'
+    python -m benchmarks.serving
+
+`python -m tfclm.serve` in a process of its own, with DistilGPT2's shape (random weights, greedy, prompts of some 16
+tokens), asked over REST by `tfclm.Client`. Throughput is a ratio within this run; the rest is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.decoding import export, make_checkpoint
+from tfclm import Client, ServerError
+
+PROMPT = "The import statement combines two operations; it searches for the named module, then"
+NEW = 64
+
+
+class Server:
+    """The command, and what the kernel says of it."""
+
+    def __init__(self, serving: Path, *flags: str) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "tfclm.serve",
+            f"--model_base_path={serving}",
+            "--port=0",
+            "--rest_api_port=-1",
+        ]
+        self._process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            found = re.search(r"listening on .* REST (\d+)", line)
+            if found:
+                self.url = f"http://127.0.0.1:{found[1]}"
+                # Somebody has to read on, or the server would wait for it.
+                threading.Thread(target=self._process.stderr.read, daemon=True).start()
+                return
+        raise RuntimeError("the server did not start")
+
+    def memory(self) -> float:
+        """MiB that are resident."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+    def stop(self) -> None:
+        """By SIGTERM; a server that does not end well is an error."""
+        self._process.terminate()
+        if self._process.wait(60):
+            raise RuntimeError(f"the server ended with {self._process.returncode}")
+
+
+@contextmanager
+def served(serving: Path, *flags: str) -> Any:
+    """A server that is stopped at the end."""
+    server = Server(serving, *flags)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def together(count: int, call: Callable[[int], Any]) -> None:
+    """Runs `call(number)` in threads of their own and waits for all."""
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def throughput(url: str, rounds: int) -> None:
+    """Eight callers beside one, a request each, in turn."""
+    with Client(url) as client:
+
+        def ask(number: int) -> None:
+            client.generate(PROMPT, max_new_tokens=NEW, temperature=0.0, seed=number)
+
+        times: dict[int, list[float]] = {1: [], 8: []}
+        for number in range(rounds + 1):
+            for callers, taken in times.items():
+                start = time.perf_counter()
+                together(callers, ask)
+                if number:
+                    taken.append(time.perf_counter() - start)
+    one, eight = (statistics.median(taken) for taken in times.values())
+    ratio = 8 * one / eight
+    print(f"8 clients / one, tokens a second {ratio:.2f}   target 3: {'met' if ratio >= 3 else 'NOT met'}", flush=True)
+
+
+def soak(server: Server, clients: int, seconds: float) -> None:
+    """Many clients, for minutes: their errors, and the server's memory once warm and at the end."""
+    answers: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    memory: list[float] = []
+
+    def ask(number: int) -> None:
+        with Client(server.url, retries=0) as client:
+            while time.monotonic() < end:
+                try:
+                    tokens = client.generate(PROMPT, max_new_tokens=16, temperature=1.0, seed=number).completion_tokens
+                    answers["answers"] += 1
+                    answers["tokens"] += tokens
+                except Exception as error:
+                    answers[f"{type(error).__name__}: {error}"] += 1
+
+    def watch(_: int) -> None:
+        while time.monotonic() < end:
+            memory.append(server.memory())
+            time.sleep(0.5)
+
+    together(clients + 1, lambda number: watch(0) if number == clients else ask(number))
+    answered, tokens = answers.pop("answers"), answers.pop("tokens")
+    print(
+        f"{clients} clients for {seconds:.0f} s: {answered} answers, {tokens} tokens, errors: {dict(answers) or 'none'}"
+    )
+    quarter = len(memory) // 4
+    first, last = max(memory[:quarter]), max(memory[-quarter:])
+    print(f"memory: {first:.0f} MiB at the most in the first quarter, {last:.0f} in the last")
+
+
+def overload(server: Server, clients: int) -> None:
+    """More requests at once than may wait."""
+    answers: Counter[str] = Counter()
+    before = server.memory()
+
+    def ask(number: int) -> None:
+        with Client(server.url, retries=0) as client:
+            try:
+                client.generate(PROMPT, max_new_tokens=16, seed=number)
+                answers["answered"] += 1
+            except ServerError as error:
+                answers["503" if "HTTP 503" in str(error) else str(error)] += 1
+
+    together(clients, ask)
+    with Client(server.url) as client:
+        client.generate(PROMPT, max_new_tokens=4)
+    print(f"{clients} requests at once: {dict(answers)}; memory {before:.0f} MiB before, {server.memory():.0f} after")
+
+
+def main() -> None:
+    """Runs all parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        folder, serving = Path(work) / "checkpoint", Path(work) / "serving"
+        make_checkpoint(folder)
+        export(folder, serving)
+        with served(serving) as server:
+            throughput(server.url, arguments.rounds)
+            soak(server, arguments.clients, arguments.seconds)
+        with served(serving, "--max_queued_requests=32") as server:
+            overload(server, 400)
+
+
+if __name__ == "__main__":
+    main()
