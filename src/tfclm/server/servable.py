@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import config_pb2
+from tensorflow.python.client import pywrap_tf_session
 from tensorflow_serving.apis import (
     classification_pb2,
     inference_pb2,
@@ -55,8 +55,6 @@ class Servable:
         """
         self.name, self.version, self.path = name, version, path
         self._options, self._metrics = options, metrics
-        self._callables: dict[tuple[tuple[str, ...], tuple[str, ...], int], Any] = {}
-        self._lock = threading.Lock()
         if not any((path / file).exists() for file in ("saved_model.pb", "saved_model.pbtxt")):
             raise StatusError(
                 Code.NOT_FOUND, f"Could not find SavedModel .pb or .pbtxt at supplied export directory path: {path}"
@@ -85,7 +83,6 @@ class Servable:
 
     def close(self) -> None:
         """Gives the memory back. No call may be under way."""
-        self._callables.clear()
         self._session.close()
         self.signatures = {}
         del self._session
@@ -199,28 +196,32 @@ class Servable:
         }
 
     def _run(self, feeds: Mapping[str, Any], fetches: Sequence[str], timeout_ms: int, api: str | None) -> list[Any]:
-        key = (tuple(feeds), tuple(fetches), timeout_ms)
-        with self._lock:
-            call = self._callables.get(key)
-            if call is None:
-                options = config_pb2.CallableOptions(feed=key[0], fetch=key[1])
-                options.run_options.timeout_in_ms = timeout_ms
-                # `Session.run` would check feeds against the static shapes of the graph, which the C++ server does
-                # not, and would add Python's traceback of the graph to its errors. This is what runs beneath it.
-                try:
-                    call = self._callables[key] = self._session._make_callable_from_options(options)
-                except tf.errors.OpError as error:
-                    raise from_tensorflow(error) from error
+        try:
+            given = {self._tensor(name): value for name, value in feeds.items()}
+            wanted = [self._tensor(name) for name in fetches]
+        except (KeyError, ValueError) as error:
+            raise invalid(" ".join(str(error).split())) from error
+        options = config_pb2.RunOptions(timeout_in_ms=timeout_ms)
+        buffer = pywrap_tf_session.TF_NewBufferFromString(options.SerializeToString())
         start = time.perf_counter()
         try:
-            values = [_array(value) for value in call(*feeds.values())]
+            # `Session.run` would check feeds against the static shapes of the graph, which the C++ server does not, and
+            # would add Python's traceback of the graph to its errors. This is what runs beneath it. What it prepares
+            # for a set of feeds and fetches serves the next call too, whatever its timeout: hence no callables.
+            results = self._session._call_tf_sessionrun(buffer, given, wanted, [], None)
+            values = [_array(value) for value in results]
         except tf.errors.OpError as error:
             raise from_tensorflow(error) from error
+        finally:
+            pywrap_tf_session.TF_DeleteBuffer(buffer)
         if api is not None:
             self._metrics.runtime_latency.observe(
                 (time.perf_counter() - start) * 1e6, model_name=self.name, API=api, runtime="TF1"
             )
         return values
+
+    def _tensor(self, name: str) -> Any:
+        return self._session.graph.get_tensor_by_name(name)._as_tf_output()
 
     def _run_examples(
         self, signatures: Sequence[Any], examples: input_pb2.Input, timeout_ms: int, api: str | None
