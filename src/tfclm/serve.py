@@ -11,14 +11,17 @@ import sys
 import time
 
 from tfclm.errors import InputError
-from tfclm.server.settings import ServeSettings
-from tfclm.settings import command
+from tfclm.server.settings import ServeSettings, check
+from tfclm.settings import command, import_tensorflow
 
 
 def run(settings: ServeSettings) -> None:
     """Serves until SIGTERM or SIGINT."""
     if settings.hub is not None:
         settings = _from_hub(settings, settings.hub)
+    # Mistakes are told before TensorFlow's seconds.
+    check(settings)
+    import_tensorflow()
     _log_to_stderr(settings.access_log)
     if not settings.xla_cpu_compilation_enabled:
         _disable_xla()
@@ -91,7 +94,7 @@ def _as_switch(argument: str) -> str:
 def main() -> None:
     """The command."""
     sys.argv[1:] = map(_as_switch, sys.argv[1:])
-    command(ServeSettings, run, verb="serve", description=__doc__ or "")
+    command(ServeSettings, run, verb="serve", description=__doc__ or "", tensorflow=False)
 
 
 if __name__ == "__main__":

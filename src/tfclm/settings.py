@@ -96,7 +96,7 @@ def command(
     try:
         values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
         if tensorflow:
-            _import_tensorflow()
+            import_tensorflow()
         sys.exit(run(values) or 0)
     except InputError as error:
         print(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"), file=sys.stderr)
@@ -120,7 +120,7 @@ def _scrubbed(text: str) -> str:
     return scrubbed(text)
 
 
-def _import_tensorflow() -> None:
+def import_tensorflow() -> None:
     """Imports TensorFlow without the lines in which it announces itself, which would bury ours."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)

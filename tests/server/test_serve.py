@@ -117,6 +117,7 @@ def test_transformers_is_not_imported(models):
         (["--model_base_path=.", "--port=0", "--rest_api_port=0"], "nothing would listen"),
         (["--model_base_path=.", "--rest_api_port=70000"], "--rest_api_port 70000: give 1 to 65535"),
         (["--model_base_path=.", "--ssl_config_file=/nowhere"], "--ssl_config_file /nowhere: No such file"),
+        (["--model_base_path=.", "--playground", "--rest_api_port=0"], "--playground: --rest_api_port is 0"),
         (["--enable_bathing"], "unrecognized arguments: --enable_bathing"),
     ],
 )

@@ -247,6 +247,11 @@ class Manager:
             return labels[spec.version_label]
         return int(spec.version.value) if choice == "version" else None
 
+    def names(self) -> list[str]:
+        """The models that are to be served, in the order of their config."""
+        with self._changed:
+            return [model.name for model in self._config.model_config_list.config]
+
     def status(self, spec: model_pb2.ModelSpec) -> get_model_status_pb2.GetModelStatusResponse:
         """The state of a version, or of all of a model, the newest first. A label is ignored.
 

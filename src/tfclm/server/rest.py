@@ -18,6 +18,7 @@ from tensorflow_serving.apis import (
 )
 
 from tfclm.server import jsontensor
+from tfclm.server.playground import Playground
 from tfclm.server.service import METADATA_FIELD, Service
 from tfclm.server.status import HTTP_STATUS, Code, StatusError, invalid
 
@@ -56,12 +57,22 @@ class Path:
 class RestApi:
     """TensorFlow Serving's REST API over a service.
 
-    `timeout_ms` limits a run of a model. `metrics_path` is where Prometheus asks; None for nowhere.
+    `timeout_ms` limits a run of a model. `metrics_path` is where Prometheus asks; None for nowhere. `playground` is
+    the page at `/`; None for no page.
     """
 
-    def __init__(self, service: Service, *, timeout_ms: int, cors: bool, metrics_path: str | None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        *,
+        timeout_ms: int,
+        cors: bool,
+        metrics_path: str | None,
+        playground: Playground | None = None,
+    ) -> None:
         self._service, self._timeout_ms, self._metrics_path = service, timeout_ms, metrics_path
         self._cors = _CORS if cors else {}
+        self._playground = playground
 
     def is_inference(self, method: str, path: str) -> bool:
         """Whether a request may run a model, so that it needs a thread and a place in the queue."""
@@ -71,6 +82,8 @@ class RestApi:
         """Answers a request. `path` is as it was sent, with its query."""
         if self._metrics_path is not None and path.partition("?")[0] == self._metrics_path:
             return self._metrics(path)
+        if self._playground is not None and method == "GET" and path.partition("?")[0] == "/":
+            return Reply(200, self._playground.page(), dict(self._playground.headers))
         if not _API.fullmatch(path):
             page = b"<!DOCTYPE html><title>404 Not Found</title><h1>Not Found</h1>\n"
             return Reply(404, page, {"Content-Type": "text/html"}, code=Code.NOT_FOUND)

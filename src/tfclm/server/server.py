@@ -6,18 +6,18 @@ import logging
 import os
 import threading
 import time
-from pathlib import Path
 
 from tfclm.errors import InputError
 from tfclm.server import configs
 from tfclm.server.listener import Limits, Listener
 from tfclm.server.manager import Manager
 from tfclm.server.metrics import Metrics
+from tfclm.server.playground import Playground
 from tfclm.server.rest import RestApi
 from tfclm.server.rpc import RpcOptions, RpcServer
 from tfclm.server.servable import LoadOptions, Servable
 from tfclm.server.service import Service
-from tfclm.server.settings import ServeSettings
+from tfclm.server.settings import ServeSettings, check
 from tfclm.server.status import Code, StatusError
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Server:
     def __init__(self, settings: ServeSettings) -> None:
         """Reads the config files and checks the settings; raises InputError for what is wrong with them."""
         self._settings = settings
-        _check(settings)
+        check(settings)
         if settings.model_config_file is not None:
             self._config = configs.read_models(settings.model_config_file)
         else:
@@ -74,6 +74,7 @@ class Server:
                 timeout_ms=settings.rest_api_timeout_in_ms,
                 cors=settings.rest_api_enable_cors_support,
                 metrics_path=configs.read_metrics_path(settings.monitoring_config_file),
+                playground=Playground(self.manager.names) if settings.playground else None,
             )
             limits = Limits(
                 threads=settings.rest_api_num_threads or threads,
@@ -108,6 +109,8 @@ class Server:
                 address = f"{self._settings.host}:{self._settings.rest_api_port}"
                 raise InputError(f"--rest_api_port: cannot listen on {address}: {error.strerror}") from error
             self._listening.append(self._rest)
+            if self._settings.playground:
+                _log.info("playground: http://%s:%s/", self._settings.host, self.rest_port)
         if self._settings.model_config_file is not None and self._settings.model_config_file_poll_wait_seconds > 0:
             self._follower = threading.Thread(target=self._follow_config, name="tfclm-config", daemon=True)
             self._follower.start()
@@ -145,24 +148,3 @@ class Server:
                 self.manager.reload(configs.read_models(path))
             except (InputError, StatusError) as error:
                 _log.error("the models stay as they are: %s", error)
-
-
-def _check(settings: ServeSettings) -> None:
-    if not settings.port and not settings.grpc_socket_path and not settings.rest_api_port:
-        raise InputError("--port and --rest_api_port are both 0: nothing would listen")
-    for flag in ("port", "rest_api_port"):
-        if not -1 <= getattr(settings, flag) < 2**16:
-            raise InputError(f"--{flag} {getattr(settings, flag)}: give 1 to 65535, 0 for none or -1 for a free one")
-    if settings.port > 0 and settings.port == settings.rest_api_port:
-        raise InputError(f"--rest_api_port {settings.port}: give another port than --port")
-    for flag in ("rest_api_num_threads", "grpc_max_threads", "max_queued_requests", "rest_api_timeout_in_ms"):
-        if getattr(settings, flag) < 0:
-            raise InputError(f"--{flag} {getattr(settings, flag)}: give 0 or more")
-    for flag in ("max_request_bytes", "request_read_seconds"):
-        if getattr(settings, flag) <= 0:
-            raise InputError(f"--{flag} {getattr(settings, flag)}: give more than 0")
-    if settings.model_config_file is None:
-        if settings.model_base_path is None:
-            raise InputError("--model_base_path is missing: give the folder that holds the versions of the model")
-        if not Path(settings.model_base_path).is_dir():
-            raise InputError(f"--model_base_path {settings.model_base_path}: there is no such folder")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from tfclm.errors import InputError
 from tfclm.settings import setting
 
 
@@ -25,6 +27,7 @@ class ServeSettings:
     rest_api_timeout_in_ms: int = setting(30_000, "longest run of a REST request")
     rest_api_num_threads: int = setting(0, "REST requests that run at a time; 0 for 4 a CPU")
     rest_api_enable_cors_support: bool = setting(False, "send CORS headers, so that web pages may ask")
+    playground: bool = setting(False, "serve a page at / that generates and scores, for a browser")
     grpc_max_threads: int = setting(0, "gRPC calls that run at a time; 0 for 4 a CPU")
     file_system_poll_wait_seconds: int = setting(1, "seconds between two looks for new versions; 0 looks once")
     max_num_load_retries: int = setting(5, "further attempts to load a version that failed")
@@ -47,3 +50,27 @@ class ServeSettings:
     request_read_seconds: float = setting(30.0, "time that a client has to send a request")
     shutdown_grace_seconds: float = setting(30.0, "time that running requests have after SIGTERM")
     access_log: bool = setting(True, "log each request to stderr")
+
+
+def check(settings: ServeSettings) -> None:
+    """Raises InputError for what is wrong by itself, whatever the files hold that are named."""
+    if not settings.port and not settings.grpc_socket_path and not settings.rest_api_port:
+        raise InputError("--port and --rest_api_port are both 0: nothing would listen")
+    for flag in ("port", "rest_api_port"):
+        if not -1 <= getattr(settings, flag) < 2**16:
+            raise InputError(f"--{flag} {getattr(settings, flag)}: give 1 to 65535, 0 for none or -1 for a free one")
+    if settings.port > 0 and settings.port == settings.rest_api_port:
+        raise InputError(f"--rest_api_port {settings.port}: give another port than --port")
+    if settings.playground and not settings.rest_api_port:
+        raise InputError("--playground: --rest_api_port is 0, so there is nothing that could serve it")
+    for flag in ("rest_api_num_threads", "grpc_max_threads", "max_queued_requests", "rest_api_timeout_in_ms"):
+        if getattr(settings, flag) < 0:
+            raise InputError(f"--{flag} {getattr(settings, flag)}: give 0 or more")
+    for flag in ("max_request_bytes", "request_read_seconds"):
+        if getattr(settings, flag) <= 0:
+            raise InputError(f"--{flag} {getattr(settings, flag)}: give more than 0")
+    if settings.model_config_file is None:
+        if settings.model_base_path is None:
+            raise InputError("--model_base_path is missing: give the folder that holds the versions of the model")
+        if not Path(settings.model_base_path).is_dir():
+            raise InputError(f"--model_base_path {settings.model_base_path}: there is no such folder")
