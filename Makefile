@@ -25,7 +25,7 @@ lowest:  ## the journey from text to model on the lowest versions that pyproject
 	.venv-lowest/bin/python $(PYTEST) tests/test_fit.py tests/test_checkpoint.py tests/savedmodel/test_detokenizer.py
 
 readme: $(INSTALLED)-dev  ## print the tables of settings for the README
-	@for verb in fit generate evaluate export push; do $(BIN)/python -m tfclm.settings $$verb; done
+	@for verb in fit generate evaluate export push query; do $(BIN)/python -m tfclm.settings $$verb; done
 
 benchmarks: $(INSTALLED)-dev  ## the figures of the README
 	$(BIN)/python -m benchmarks.data

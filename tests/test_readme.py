@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -24,7 +25,10 @@ def fenced(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", README, flags=re.DOTALL)
 
 
-COMMANDS = [line for block in fenced("console") for line in block.splitlines() if "-m tfclm." in line]
+COMMANDS = list(
+    dict.fromkeys(line for block in fenced("console") for line in block.splitlines() if "-m tfclm." in line)
+)
+JOURNEY = next(block.splitlines() for block in fenced("console") if "tfclm.query" in block)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -61,7 +65,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith(".venv") and ".serve" not in line])
+@pytest.mark.parametrize(
+    "line", [line for line in COMMANDS if line.startswith(".venv") and ".serve" not in line and ".query" not in line]
+)
 def test_commands_on_the_quickstart_run(workplace: Path, line: str):
     """A command that fails for whoever types it next."""
     words = shlex.split(line)
@@ -70,10 +76,51 @@ def test_commands_on_the_quickstart_run(workplace: Path, line: str):
     assert done.stdout.startswith(("The import statement", "perplexity ", "serving_models/quickstart/"))
 
 
+@pytest.fixture(scope="module")
+def address(workplace: Path) -> Iterator[str]:
+    """Where the journey's server listens: on a free port, as 8501 may be taken. `make fit` is what CI runs first."""
+    fit, export, serve, _ = JOURNEY
+    assert fit == "make fit"
+    subprocess.run([sys.executable, *shlex.split(export)[1:]], cwd=workplace, check=True, timeout=300)
+    words = [sys.executable, *shlex.split(serve)[1:], "--port=0", "--rest_api_port=-1"]
+    with subprocess.Popen(words, cwd=workplace, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            yield next(
+                f"http://127.0.0.1:{line.split('REST ')[1].split(chr(34))[0]}"
+                for line in process.stderr
+                if "listening" in line
+            )
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("code", fenced("python"), ids=["pipeline", "savedmodel", "library"])
-def test_code_runs(workplace: Path, code: str):
+def test_from_text_to_an_answer(workplace: Path, address: str):
+    """Four commands that do not fit together; or another answer than the model's own, in this process."""
+    import tensorflow as tf
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    words = [sys.executable, *shlex.split(JOURNEY[3])[1:], "--url", address]
+    done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    newest = max((workplace / "serving_models" / "quickstart").glob("[0-9]*"), key=lambda path: int(path.name))
+    graph = saved_model_pb2.SavedModel.FromString((newest / "saved_model.pb").read_bytes()).meta_graphs[0]
+    inputs = {name: tf.make_ndarray(value) for name, value in graph.signature_def["generate"].defaults.items()}
+    inputs |= {"prompt": ["The import statement"], "temperature": [0.7]}
+    inputs = {name: tf.reshape(tf.constant(value), [1]) for name, value in inputs.items()}
+    inputs["seed"] = tf.constant([7], tf.int64)
+    expected = tf.saved_model.load(str(newest)).signatures["generate"](**inputs)["generated_text"]
+    assert done.stdout == f"{expected.numpy()[0].decode()}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", fenced("python"), ids=["pipeline", "savedmodel", "client", "library"])
+def test_code_runs(workplace: Path, address: str, code: str):
     """A name that was changed. What the commands above have exported is there."""
+    code = code.replace("http://localhost:8501", address)
     done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -17,7 +17,7 @@ import tfclm
 from tfclm.errors import InputError
 from tfclm.settings import parse, record, setting, table, to_yaml
 
-COMMANDS = ["evaluate", "export", "fit", "generate", "push"]
+COMMANDS = ["evaluate", "export", "fit", "generate", "push", "query"]
 
 
 @dataclass(frozen=True)
