@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+
 import grpc
 import pytest
 import tensorflow as tf
@@ -254,3 +258,55 @@ def test_reload_config(models, start_server):
         predict.model_spec.version_label = "stable"
         prediction = prediction_service_pb2_grpc.PredictionServiceStub(channel)
         assert prediction.Predict(predict, timeout=TIMEOUT).model_spec.version.value == 2
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """An authority, and keys and certificates by it: `server` for 127.0.0.1, and `client`."""
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True, timeout=60)
+
+    new = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout"]
+    openssl(*new, "ca.key", "-x509", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2")
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1")
+    for name in ("server", "client"):
+        openssl(*new, f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        signed = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-out", f"{name}.pem", "-days", "2"]
+        openssl("x509", "-req", "-in", f"{name}.csr", *signed, "-extfile", "names")
+    return {path.name: path.read_text() for path in folder.glob("*.[pk]e[my]")}
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl to make certificates")
+@pytest.mark.parametrize("verified", [False, True], ids=["server", "both"])
+def test_tls(models, start_server, certificates, tmp_path, verified):
+    """A server that answers without TLS, or that answers anybody where it is to know its clients."""
+    config = {"server_key": certificates["server.key"], "server_cert": certificates["server.pem"]}
+    lines = [f"{name}: {json.dumps(text)}" for name, text in config.items()]
+    if verified:
+        lines += [f"custom_ca: {json.dumps(certificates['ca.pem'])}", "client_verify: true"]
+    (tmp_path / "ssl.config").write_text("\n".join(lines))
+    base, flags = str(models / "m"), {"ssl_config_file": str(tmp_path / "ssl.config"), "rest_api_port": 0}
+    server = start_server(model_base_path=base, model_name="m", **flags)
+
+    def answers(credentials) -> bool:
+        address = f"127.0.0.1:{server.grpc_port}"
+        channel = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
+        with channel:
+            stub = model_service_pb2_grpc.ModelServiceStub(channel)
+            request = get_model_status_pb2.GetModelStatusRequest()
+            request.model_spec.name = "m"
+            try:
+                return stub.GetModelStatus(request, timeout=10).model_version_status[0].version > 0
+            except grpc.RpcError as error:
+                return error.code() is not grpc.StatusCode.UNAVAILABLE
+
+    trusting = certificates["ca.pem"].encode()
+    known = grpc.ssl_channel_credentials(
+        trusting, certificates["client.key"].encode(), certificates["client.pem"].encode()
+    )
+    assert not answers(None)
+    assert not answers(grpc.ssl_channel_credentials())
+    assert answers(grpc.ssl_channel_credentials(trusting)) is not verified
+    assert answers(known)

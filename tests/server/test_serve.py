@@ -6,12 +6,14 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -229,3 +231,27 @@ def test_keep_alive(rest):
         response.read()
         assert response.status == status
     connection.close()
+
+
+def test_thousand_connections(models, start_server, client):
+    """Connections without a limit, each of which takes memory; or a server that is no more use once they are gone."""
+    most = 1000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Both ends of each are in this process.
+    needed = 2 * most + 500
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(needed, hard)), hard))
+    try:
+        server = start_server(model_base_path=str(models / "m"), port=0)
+        with ExitStack() as stack:
+
+            def connect():
+                return stack.enter_context(socket.create_connection(("127.0.0.1", server.rest_port), timeout=10))
+
+            for _ in range(most):
+                connect()
+            assert connect().recv(100).startswith(b"HTTP/1.1 503 ")
+        deadline = time.monotonic() + 10
+        while client(server).get("/v1/models/model").status != 200:
+            assert time.monotonic() < deadline
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -89,7 +89,8 @@ class Listener:
             keepalive_timeout=self._limits.read_seconds,
             lingering_time=1,
         )
-        self._socket = await self._loop.create_server(self._connection, self._host, self._port)
+        backlog = self._limits.connections
+        self._socket = await self._loop.create_server(self._connection, self._host, self._port, backlog=backlog)
         return int(self._socket.sockets[0].getsockname()[1])
 
     async def _close(self, grace_seconds: float) -> None:
@@ -101,9 +102,10 @@ class Listener:
         await self._web.shutdown(1)
 
     def _connection(self) -> asyncio.Protocol:
-        if len(self._web.connections) >= self._limits.connections:
+        if self._web.count >= self._limits.connections:
             return _Busy()
         protocol = self._web()
+        self._web.count += 1
         # A connection on which no request head arrives is let go. Of a later request keep-alive's timeout takes care.
         self._web.silent[protocol] = self._loop.call_later(self._limits.read_seconds, protocol.force_close)
         return protocol
@@ -216,6 +218,7 @@ class _Connections(web.Server):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.count = 0  # with those that are about to be made, of which `connections` does not know
         self.silent: dict[Any, asyncio.TimerHandle] = {}
 
     def has_spoken(self, handler: Any) -> None:
@@ -224,6 +227,7 @@ class _Connections(web.Server):
             timer.cancel()
 
     def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
+        self.count -= 1
         self.has_spoken(handler)
         super().connection_lost(handler, exc)
 
