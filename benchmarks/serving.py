@@ -55,8 +55,8 @@ class Server:
 
     def memory(self) -> float:
         """MiB that are resident."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
 
     def stop(self) -> None:
         """By SIGTERM; a server that does not end well is an error."""

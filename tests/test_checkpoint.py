@@ -307,7 +307,8 @@ def test_the_file_has_pytorchs_names_and_shapes(
     checkpoint.save(model, tokenizer, tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="np") as archive:
         assert archive.metadata() == {"format": "pt"}
-        written = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118 (no mapping)
+        keys = archive.keys()
+        written = {name: archive.get_slice(name) for name in keys}
         assert {name: tensor.get_shape() for name, tensor in written.items()} == shapes
         assert {tensor.get_dtype() for tensor in written.values()} == {"F32"}
 

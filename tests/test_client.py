@@ -40,10 +40,17 @@ KNOBS: dict[str, Any] = {
 EXPORTED: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Iterator[Any]:
-    """A server with two versions of a tiny model under the name `tiny`; `.path` is version 1, `.urls` its addresses."""
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What a server serves: version 1 of its model, and its addresses by their protocol."""
 
+    path: Path
+    urls: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Iterator[Served]:
+    """A server with two versions of a tiny model under the name `tiny`."""
     from transformers import AutoTokenizer
 
     from tfclm.checkpoint import create
@@ -69,12 +76,8 @@ def served(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Ite
     flags["allow_version_labels_for_unavailable_models"] = True
     server = Server(ServeSettings(model_config_file=str(config), **flags))
     server.start()
-    server.path = folder / "tiny" / "1"  # type: ignore[attr-defined]
-    server.urls = {  # type: ignore[attr-defined]
-        "rest": f"http://127.0.0.1:{server.rest_port}",
-        "grpc": f"grpc://127.0.0.1:{server.grpc_port}",
-    }
-    yield server
+    urls = {"rest": f"http://127.0.0.1:{server.rest_port}", "grpc": f"grpc://127.0.0.1:{server.grpc_port}"}
+    yield Served(folder / "tiny" / "1", urls)
     server.stop()
 
 
@@ -463,7 +466,7 @@ def test_grpc_asks_again_where_unavailable(code: str):
 
 def query(served, *flags: str, stdin: bytes = b"", grpc: bool = False) -> Any:
     """The command in a process of its own, where TensorFlow cannot be imported."""
-    port = ["--grpc", "--url", f"127.0.0.1:{served.grpc_port}"] if grpc else ["--url", served.urls["rest"]]
+    port = ["--grpc", "--url", served.urls["grpc"].removeprefix("grpc://")] if grpc else ["--url", served.urls["rest"]]
     program = "import sys; sys.modules['tensorflow'] = None; from tfclm.query import main; main()"
     command = [sys.executable, "-c", program, "--model-name", "tiny", *port, *flags]
     return subprocess.run(command, input=stdin, capture_output=True, timeout=60)

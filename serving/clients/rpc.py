@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 

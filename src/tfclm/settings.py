@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import logging
 import os
 import sys
@@ -131,7 +132,7 @@ def import_tensorflow() -> None:
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
-            import tensorflow  # noqa: F401
+            importlib.import_module("tensorflow")
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
@@ -206,11 +207,10 @@ def _from_yaml(settings: type, path: str) -> list[str]:
     class Loader(yaml.SafeLoader):
         """Reads a value as it is written, as a flag's is: `no` is a choice of some, 0123456 a commit; null is None."""
 
-        yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.load(file, Loader)
@@ -245,6 +245,4 @@ def _from_yaml(settings: type, path: str) -> list[str]:
 
 if __name__ == "__main__":
     # `python -m tfclm.settings fit` prints the command's table of the README.
-    import importlib
-
     print(table(getattr(importlib.import_module(f"tfclm.{sys.argv[1]}"), f"{sys.argv[1].capitalize()}Settings")))

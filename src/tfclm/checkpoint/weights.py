@@ -152,7 +152,8 @@ class _Tensors:
 
         archive: Any = safe_open(file, framework="tf")
         self.pytorch = (archive.metadata() or {}).get("format") != "tf"
-        for key in archive.keys():  # noqa: SIM118 (an archive is no mapping)
+        keys: list[str] = archive.keys()
+        for key in keys:
             name = key if self.pytorch else _pytorch_name(f"model/{key}")
             name = re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", name))  # of old BERT files
             self._read[name] = file, functools.partial(archive.get_tensor, key)

@@ -76,7 +76,7 @@ def said(error: BaseException, *tokens: str | None) -> str:
     """What went wrong with a request, in one line without tokens."""
     response = getattr(error, "response", None)
     status = f" (the Hub answered {response.status_code})" if response is not None else ""
-    reason = getattr(error, "server_message", None) or first_line(error)  # type: ignore[arg-type]
+    reason = getattr(error, "server_message", None) or first_line(error)
     return scrubbed(" ".join(f"{reason}{status}".split()), *tokens)
 
 
@@ -323,7 +323,7 @@ def _limit_requests(seconds: float) -> None:
     class Session(requests.Session):
         """Gives up a connection on which nothing comes or goes."""
 
-        def request(self, *arguments: Any, **options: Any) -> requests.Response:  # type: ignore[override]
+        def request(self, *arguments: Any, **options: Any) -> requests.Response:
             return super().request(*arguments, **{"timeout": seconds} | options)
 
     configure_http_backend(Session)

@@ -10,7 +10,7 @@ one. So one loop serves every architecture, each row may have a length of its ow
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, List, Union  # noqa: UP035
+from typing import Any, Union
 
 import tensorflow as tf
 
@@ -87,17 +87,18 @@ def as_past(
         _written.pop()
 
 
-@tf.experimental.dispatch_for_api(tf.shape, {"input": Past})  # type: ignore[untyped-decorator]
+@tf.experimental.dispatch_for_api(tf.shape, {"input": Past})
 def _shape(input: Past, out_type: tf.DType = tf.int32, name: str | None = None) -> Tensor:
     return tf.shape(input.buffer, out_type) - tf.constant([0, 0, 1, 0], out_type)
 
 
-@tf.experimental.dispatch_for_api(tf.unstack, {"value": List[Past]})  # type: ignore[untyped-decorator]  # noqa: UP006
+@tf.experimental.dispatch_for_api(tf.unstack, {"value": list[Past]})
 def _unstack(value: Any, num: int | None = None, axis: int = 0, name: str = "unstack") -> list[Past]:
     return list(value)
 
 
-@tf.experimental.dispatch_for_api(tf.concat, {"values": List[Union[Past, tf.Tensor]]})  # type: ignore[untyped-decorator]  # noqa: UP006, UP007
+# The dispatch does not know the other way to write a union.
+@tf.experimental.dispatch_for_api(tf.concat, {"values": list[Union[Past, tf.Tensor]]})  # noqa: UP007
 def _concat(values: Any, axis: int, name: str = "concat") -> Tensor:
     past, present = values
     batch, heads, capacity, size = (
