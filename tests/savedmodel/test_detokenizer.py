@@ -108,7 +108,7 @@ def test_other_decoders_are_refused(tokenizer: GPT2TokenizerFast) -> None:
             tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
 
 
-@pytest.mark.parametrize("kind", ["bert-uncased", "llama", "mistral", "unigram"])
+@pytest.mark.parametrize("kind", ["bert-uncased", "llama", "mistral", "unigram", "xglm", "camembert"])
 def test_other_kinds(kind: str, documents: list[str]) -> None:
     """A space at the beginning kept, one between words lost, or a token that is another one where a text begins."""
     made, _ = both(kind)

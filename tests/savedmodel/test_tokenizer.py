@@ -187,7 +187,13 @@ OTHERS = [
     "wordy",
     "sing",
 ]
-SNIPPETS = CONTRACTIONS + SPACES + OTHERS
+# What is a cluster, or would be one but for what follows: marks, joiners, what goes before, syllables, flags.
+CLUSTERS = [
+    *["e\u0301", "A\u0300\u0323", "\u00a8\u0301", "™\u0301", "™\ufe0f", "©\u200d", "©\u200d©", "😀\u200d™\u0301"],
+    *["\u0600a", "\u06dd½", "\U000110bdA", "\r\n", "\r\r\n\n", "\0\u0301", "\x01\u0301", "ｶﾞ", "ﾊﾟ", "①\u20dd"],
+    *["क्षि", "क\u094dक़\u0300", "각\u11a8", "\u1100\u1161\u0301", "🇩🇪🇫", "a\u00ad\u0301", "\u0344\u0301"],
+]
+SNIPPETS = CONTRACTIONS + SPACES + OTHERS + CLUSTERS
 
 
 def random_text(rng: random.Random, added: list[str]) -> bytes:

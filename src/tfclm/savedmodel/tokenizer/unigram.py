@@ -35,8 +35,10 @@ class Unigram(tf.Module):
         scores = np.array([score for _, score in entries], np.float64)
         if not np.isfinite(scores).all() or scores.min() > 0:
             raise InputError("the tokenizer's model Unigram has scores that are unsupported: infinite or all positive")
-        # Unknown tokens in a row become one, which the vocabulary must not have as something else.
-        if any(unknown in entry and unknown != entry for entry, _ in entries):
+        # Unknown tokens in a row become one, which the vocabulary must not have as something else. With an unknown
+        # character among them it never does: as an entry, the same would have been the better way.
+        around = [entry for entry, _ in entries if unknown in entry and unknown != entry]
+        if around and (scores[self._unknown] > 0 or not all(entry.replace(unknown, "") for entry in around)):
             raise InputError(f"the tokenizer's vocabulary has entries around its unk token {unknown!r}: unsupported")
         vocabulary = {entry: number for number, (entry, _) in enumerate(entries)}
         # Two more "ids": an unknown character, and no entry at all.
