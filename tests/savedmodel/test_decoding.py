@@ -19,8 +19,9 @@ from tfclm.savedmodel.sampling import Knobs, uniforms
 CONTEXT = 64
 NEW = 14
 EOS = tuple(range(0, 512, 25))
-LENGTHS = (1, 2, 17, CONTEXT - NEW, CONTEXT - 3)
-PROMPTS = 72
+LENGTHS = (1, 2, 3, 8, 17, 31, CONTEXT - NEW, CONTEXT - 3)
+PROMPTS = 200
+FEW = 72  # of them, where each has knobs of its own
 
 
 class Loop(NamedTuple):
@@ -167,14 +168,14 @@ def test_a_row_depends_on_itself_alone(loop: Loop) -> None:
             "repetition_penalty": rng.choice([0.8, 1.0, 1.3]),
             "seed": rng.randrange(2**40),
         }
-        for _ in loop.prompts
+        for _ in range(FEW)
     ]
-    alone = [run(loop, [prompt], [knob])[0] for prompt, knob in zip(loop.prompts, knobs, strict=True)]
-    for rows in batches(PROMPTS):
+    alone = [run(loop, [prompt], [knob])[0] for prompt, knob in zip(loop.prompts[:FEW], knobs, strict=True)]
+    for rows in batches(FEW):
         together = run(loop, [loop.prompts[row] for row in rows], [knobs[row] for row in rows])
         assert together == [alone[row] for row in rows]
     assert all(len(tokens) <= knob["max_new_tokens"] for tokens, knob in zip(alone, knobs, strict=True))
-    assert len({tuple(tokens) for tokens in alone}) > PROMPTS // 2
+    assert len({tuple(tokens) for tokens in alone}) > FEW // 2
 
 
 def test_steps_are_drawn_apart(loop: Loop) -> None:

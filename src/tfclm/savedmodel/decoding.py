@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
 
-from tfclm.savedmodel.network import Network
+from tfclm.savedmodel.network import Network, Weights
 from tfclm.savedmodel.sampling import Knobs, choose, penalize
 from tfclm.savedmodel.stopping import Stop, StopFinder
 
@@ -96,13 +97,13 @@ def decode(
             stop=found,
         )
 
-    def step(state: _State) -> tuple[_State]:
+    def step(state: _State, weights: Weights) -> tuple[_State]:
         # A row that is done goes on idly while others run; it must not leave the context.
         positions = tf.minimum(lengths + state.step, network.context) - 1
         logits, buffers = network.step(state.token, positions, state.buffers, weights, xla=xla)
         return (pick(state._replace(buffers=buffers), logits),)
 
-    logits, buffers = network.prefill(ids, lengths, capacity, weights)
+    logits, buffers = network.prefill(ids, lengths, capacity, weights, xla=xla)
     no = tf.zeros_like(lengths, tf.bool)
     state = _State(
         step=tf.constant(0),
@@ -116,10 +117,36 @@ def decode(
         buffers=buffers,
     )
     state = pick(state, logits)
-    (state,) = tf.while_loop(lambda state: tf.reduce_any(state.running), step, (state,), parallel_iterations=1)
+
+    def loop(read: Callable[[Tensor], Weights]) -> _State:
+        """All steps, with the weights that `read` gives, given the last tokens."""
+        (last,) = tf.while_loop(
+            lambda state: tf.reduce_any(state.running),
+            lambda state: step(state, read(state.token)),
+            (state,),
+            parallel_iterations=1,
+        )
+        return cast("_State", last)
+
+    if network.dtype == tf.float32:
+        state = loop(lambda token: weights)
+    else:
+        # One row's products wait for memory, so that weights are read in the smaller type at each step. More rows'
+        # products are faster with float32.
+        state = tf.cond(
+            batch == 1, lambda: loop(lambda token: _again(weights, token)), lambda: loop(lambda token: weights)
+        )
     # The capacity of a call may be less than what the limit asks for.
     behind = tf.pad(state.tokens, [[0, 0], [0, limit]], constant_values=pad_id)
     output = tf.gather(behind, lengths[:, None] + tf.range(limit), batch_dims=1)
     output = tf.where(tf.range(limit) < state.count[:, None], output, pad_id)
     found = state.stop.found if finder is not None else no
     return Decoded(output, state.count, state.stopped, tf.where(found, state.stop.length, -1))
+
+
+def _again(weights: Weights, token: Tensor) -> Weights:
+    """The same weights, which XLA cannot cast once, before the loop, since they seem to come from the last token."""
+    flat = tf.nest.flatten(weights)
+    *flat, _ = xla_optimization_barrier(input=[*flat, token])
+    whole = tf.nest.pack_sequence_as(weights, flat)
+    return cast("Weights", whole)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from transformers import TFAutoModelForCausalLM
+from transformers.modeling_tf_utils import TFConv1D
 
+from tfclm import checkpoint
 from tfclm.errors import InputError
 from tfclm.savedmodel import cache
+from tfclm.savedmodel.products import Kernel, product
 
-__all__ = ["Network"]
+__all__ = ["Network", "Weights"]
 
 Tensor = Any
 
@@ -21,18 +25,28 @@ Tensor = Any
 OFFSET_POSITIONS = ("camembert", "roberta", "roberta-prelayernorm", "xlm-roberta")
 
 
+class Weights(NamedTuple):
+    """What is read once a call, in the type that it is kept in; None where the model reads it itself."""
+
+    embedding: Tensor | None  # [V, D]
+    head: Tensor | None  # [V, D], or [D, V] of a dense layer
+    layers: list[Tensor]  # of the stem's layers; kernels of dense ones as [out, in]
+
+
 class Network:
     """A causal LM of transformers, called with prompts padded on the right and a cache that is written in place.
 
-    Each row has a length of its own; what stands behind it is hidden by the causal mask. Raises `InputError` if the
-    model's own uncached logits do not come out.
+    Each row has a length of its own; what stands behind it is hidden by the causal mask. With a `dtype` smaller than
+    float32, embeddings, dense layers and head are kept in it and cast where they are used: `model` is then a copy
+    whose weights are rounded. Raises `InputError` if the model's own uncached logits do not come out.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, dtype: str = "float32") -> None:
+        self.dtype = tf.as_dtype(dtype)
+        self.model = model if dtype == "float32" else _copy(model)
         self.vocab_size: int = model.config.vocab_size
         self.context: int = getattr(model.config, "max_position_embeddings", None) or 2048
-        self._stem = getattr(model, model.base_model_prefix)
+        self._stem = getattr(self.model, model.base_model_prefix)
         accepted = inspect.signature(self._stem.call).parameters
         if "past_key_values" not in accepted or not getattr(model.config, "use_cache", True):
             raise InputError(f"a model of type {model.config.model_type} has no cache and cannot be exported")
@@ -40,8 +54,16 @@ class Network:
         offset = model.config.model_type in OFFSET_POSITIONS
         self._first_position = model.config.pad_token_id + 1 if offset else 0
         # TensorFlow's Mistral does not tell its embeddings.
-        self._embedding = _matrix(getattr(self._stem, "embed_tokens", None) or model.get_input_embeddings())
-        self._head = _head(model, self._embedding)
+        embedding = _matrix(getattr(self._stem, "embed_tokens", None) or self.model.get_input_embeddings())
+        self._kept: dict[int, Any] = {}  # by the id of the float32 variable that each stands for
+        self._embedding = self._keep(embedding)
+        self._head = _head(self.model, embedding)
+        if self._head.matrix is not None:
+            self._head = self._head._replace(matrix=self._keep(self._head.matrix, turned=not self._head.turned))
+        self._slots = list(_slots(self._stem, embedding))
+        self._layers = [
+            self._keep(layer[name], turned=True) if dense else layer[name] for layer, name, dense in self._slots
+        ]
         # Embeddings that are scaled, say, are left to the model.
         self._embeds = True
         if not self._agrees():
@@ -51,25 +73,50 @@ class Network:
                     f"a model of type {model.config.model_type} cannot be exported: its cached logits are not its own"
                 )
 
+    @property
+    def variables(self) -> list[Any]:
+        """All that the graph reads."""
+        # The model looks its embeddings up itself where they are not given to it.
+        unread = {key for key, kept in self._kept.items() if self._embeds or kept is not self._embedding}
+        return [weight for weight in self.model.weights if id(weight) not in unread] + list(self._kept.values())
+
     def weights(self) -> Weights:
-        """Embeddings and output matrix, read once: inside of a loop, each read of a gathered variable copies it."""
+        """Embeddings and matrices, read once: inside of a loop, each read of a gathered variable copies it."""
         return Weights(
             embedding=self._embedding.read_value() if self._embeds else None,
-            head=self._head(),
+            head=None if self._head.matrix is None else self._head.matrix.read_value(),
+            layers=[variable.read_value() for variable in self._layers],
         )
+
+    def logits(self, hidden: Tensor, weights: Weights, *, few: bool, xla: bool = False) -> Tensor:
+        """From hidden states [..., D], of `few` rows or of many, to logits float32 [..., V]."""
+        if weights.head is None:
+            return tf.cast(_as_rows(self._head.layer, hidden), tf.float32)
+        logits = product(tf.reshape(hidden, [-1, hidden.shape[-1]]), weights.head, few=few, compiled=xla)
+        if self._head.bias is not None:
+            logits += self._head.bias
+        result = tf.reshape(logits, tf.concat([tf.shape(hidden)[:-1], [-1]], 0))
+        result.set_shape([*hidden.shape[:-1], self.vocab_size])
+        return tf.cast(result, tf.float32)
 
     def hidden(self, ids: Tensor, weights: Weights) -> Any:
         """The stem's output for ids int32 [B, L]: last_hidden_state [B, L, D] and what a cache starts with."""
         return self._call(ids, weights, use_cache=True, **self._positions(tf.range(tf.shape(ids)[1])[None]))
 
-    def prefill(self, ids: Tensor, lengths: Tensor, capacity: Tensor, weights: Weights) -> tuple[Tensor, list[Tensor]]:
-        """Logits float32 [B, V] behind prompts ids int32 [B, L] of `lengths` [B], and the cache's buffers."""
+    def prefill(
+        self, ids: Tensor, lengths: Tensor, capacity: Tensor, weights: Weights, *, xla: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits float32 [B, V] behind prompts ids int32 [B, L] of `lengths` [B], and the cache's buffers.
+
+        `xla`: the call is to be compiled.
+        """
         out = self.hidden(ids, weights)
         last = tf.gather(out.last_hidden_state, lengths - 1, batch_dims=1)
         pairs = (
             layer[:2] if isinstance(layer, tuple | list) else tf.unstack(layer, 2) for layer in out.past_key_values
         )
-        return weights.head(last), [cache.allocate(present, capacity) for pair in pairs for present in pair]
+        logits = self.logits(last, weights, few=True, xla=xla)
+        return logits, [cache.allocate(present, capacity) for pair in pairs for present in pair]
 
     def step(
         self, tokens: Tensor, positions: Tensor, buffers: Sequence[Tensor], weights: Weights, *, xla: bool = False
@@ -85,21 +132,45 @@ class Network:
             out = self._call(
                 tokens[:, None],
                 weights,
+                few=True,
+                xla=xla,
                 past_key_values=past,
                 attention_mask=tf.cast(seen, tf.int32),
                 use_cache=False,
                 **self._positions(positions[:, None]),
             )
-        return weights.head(out.last_hidden_state[:, 0]), after
+        return self.logits(out.last_hidden_state[:, 0], weights, few=True, xla=xla), after
 
     def _positions(self, positions: Tensor) -> dict[str, Tensor]:
         return {"position_ids": positions + self._first_position} if self._takes_positions else {}
 
-    def _call(self, ids: Tensor, weights: Weights, **options: Any) -> Any:
-        if weights.embedding is not None:
+    def _call(self, ids: Tensor, weights: Weights, *, few: bool = False, xla: bool = False, **options: Any) -> Any:
+        given = [
+            Kernel(few, xla, tensor) if dense else tensor
+            for (_, _, dense), tensor in zip(self._slots, weights.layers, strict=True)
+        ]
+        own = [layer[name] for layer, name, _ in self._slots]
+        try:
+            # Past the layers' own __setattr__, which would keep track of it.
+            for (layer, name, _), tensor in zip(self._slots, given, strict=True):
+                layer[name] = tensor
+            if weights.embedding is None:
+                return self._stem(ids, training=False, **options)
             embeds = tf.cast(tf.gather(weights.embedding, ids), tf.float32)
             return self._stem(None, inputs_embeds=embeds, training=False, **options)
-        return self._stem(ids, training=False, **options)
+        finally:
+            for (layer, name, _), variable in zip(self._slots, own, strict=True):
+                layer[name] = variable
+
+    def _keep(self, variable: Any, *, turned: bool = False) -> Any:
+        """A variable as the graph keeps it, in its type and layout; what is rounded is so in the model too."""
+        if self.dtype == tf.float32 and not turned:
+            return variable
+        if id(variable) not in self._kept:
+            small = tf.cast(variable, self.dtype)
+            variable.assign(tf.cast(small, variable.dtype))
+            self._kept[id(variable)] = tf.Variable(tf.transpose(small) if turned else small, trainable=False)
+        return self._kept[id(variable)]
 
     def _agrees(self) -> bool:
         """Whether cached logits equal the model's own uncached ones, for rows of different lengths."""
@@ -124,50 +195,54 @@ class Network:
         return True
 
 
-class Weights:
-    """What is read once a call: the input embeddings [V, D], if they are given to the stem, and the head."""
-
-    def __init__(self, embedding: Tensor | None, head: Callable[[Tensor], Tensor]) -> None:
-        self.embedding, self.head = embedding, head
-
-
 def _matrix(layer: Any) -> Any:
     """The variable [V, D] of an embedding layer."""
     return layer.embeddings if hasattr(layer, "embeddings") else layer.weight
 
 
-def _head(model: Any, embedding: Any) -> Callable[[], Callable[[Tensor], Tensor]]:
-    """From hidden states [..., D] to logits float32 [..., V]: a function that reads the weights and gives another."""
+class _Head(NamedTuple):
+    matrix: Any  # the variable; None where the layer is called as it is
+    turned: bool  # [V, D], not [D, V]
+    bias: Any
+    layer: Any
+
+
+def _head(model: Any, embedding: Any) -> _Head:
+    """What gives the logits."""
     layer = next((getattr(model, name) for name in ("lm_head", "cls", "mlm") if hasattr(model, name)), None)
-
-    def dense(matrix: Any, bias: Any, transposed: bool) -> Callable[[], Callable[[Tensor], Tensor]]:
-        def read() -> Callable[[Tensor], Tensor]:
-            stored = matrix.read_value()
-
-            def logits(hidden: Tensor) -> Tensor:
-                flat = tf.reshape(hidden, [-1, hidden.shape[-1]])
-                # Cast where it is used: the smaller type is what is read from memory.
-                weight = tf.cast(stored, flat.dtype)
-                # Few rows against a large matrix: this order of the product is the faster one.
-                product = (
-                    tf.transpose(tf.matmul(weight, flat, transpose_b=True)) if transposed else tf.matmul(flat, weight)
-                )
-                shape = tf.concat([tf.shape(hidden)[:-1], [-1]], 0)
-                result = tf.reshape(product if bias is None else product + bias, shape)
-                result.set_shape([*hidden.shape[:-1], model.config.vocab_size])
-                return tf.cast(result, tf.float32)
-
-            return logits
-
-        return read
-
+    bias = layer.bias if layer is not None and getattr(layer, "use_bias", False) else None
     if layer is None:
-        return dense(embedding, None, True)
+        return _Head(embedding, True, None, None)
     if isinstance(layer, tf_keras.layers.Dense):
-        return dense(layer.kernel, layer.bias if layer.use_bias else None, False)
+        return _Head(layer.kernel, False, bias, layer)
     if model.config.tie_word_embeddings and hasattr(layer, "use_bias"):
-        return dense(embedding, layer.bias if layer.use_bias else None, True)
-    return lambda: lambda hidden: tf.cast(_as_rows(layer, hidden), tf.float32)
+        return _Head(embedding, True, bias, layer)
+    return _Head(None, False, None, layer)
+
+
+def _slots(stem: Any, embedding: Any) -> Iterator[tuple[dict[str, Any], str, bool]]:
+    """The layers' attributes that are variables: of which layer, its name, and whether it is a dense layer's kernel.
+
+    The input embeddings are left out, which are read apart.
+    """
+    for layer in (stem, *stem.submodules):
+        for name, value in vars(layer).items():
+            if isinstance(value, tf.Variable) and value is not embedding:
+                dense = (type(layer), name) in ((tf_keras.layers.Dense, "kernel"), (TFConv1D, "weight"))
+                yield vars(layer), name, dense
+
+
+def _copy(model: Any) -> Any:
+    """The same model with variables of its own."""
+    copy = TFAutoModelForCausalLM.from_config(model.config)
+    checkpoint.tie(copy)
+    copy.build_in_name_scope()
+    for old, new in zip(model.weights, copy.weights, strict=True):
+        if old.shape != new.shape:
+            raise ValueError(f"{old.name} {old.shape} and {new.name} {new.shape} are not the same weight")
+        new.assign(old)
+    copy.generation_config = model.generation_config
+    return copy
 
 
 def _as_rows(layer: Any, hidden: Tensor) -> Tensor:

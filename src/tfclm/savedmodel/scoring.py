@@ -53,7 +53,8 @@ def _window(network: Network, weights: Weights, ids: Tensor) -> Tensor:
     targets = tf.transpose(tf.reshape(tf.pad(targets, ahead), [-1, chunks, CHUNK]), [1, 0, 2])
 
     def logprobs(pair: tuple[Tensor, Tensor]) -> Tensor:
-        return -tf.nn.sparse_softmax_cross_entropy_with_logits(labels=pair[1], logits=weights.head(pair[0]))
+        logits = network.logits(pair[0], weights, few=False)
+        return -tf.nn.sparse_softmax_cross_entropy_with_logits(labels=pair[1], logits=logits)
 
     scored = tf.map_fn(
         logprobs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -13,7 +13,6 @@ from tfclm.savedmodel.checks import broadcast, ranked, require
 from tfclm.savedmodel.decoding import decode
 from tfclm.savedmodel.detokenizer import GraphDetokenizer
 from tfclm.savedmodel.network import Network
-from tfclm.savedmodel.rounding import rounded
 from tfclm.savedmodel.sampling import Knobs, uniforms
 from tfclm.savedmodel.scoring import token_logprobs
 from tfclm.savedmodel.settings import Defaults, ServableSettings, defaults
@@ -25,6 +24,8 @@ __all__ = ["Servable"]
 Tensor = Any
 
 QUEUE = 1024  # batches that wait; one more is refused with UNAVAILABLE, instead of growing without bound
+AT_ONCE = 256  # batches of one request that are waiting at a time
+SCORED = 2**24  # tokens, padding included, that the scores of one request may have
 
 
 class Servable(tf.Module):
@@ -38,9 +39,9 @@ class Servable(tf.Module):
         super().__init__()
         settings.check()
         self.settings = settings
-        self.network = Network(model if settings.weights == "float32" else rounded(model, settings.weights))
+        self.network = Network(model, settings.weights)
         # What is saved: the variables alone. Of a Keras model, its own traces would go with them.
-        self.weights = self.network.model.weights
+        self.weights = self.network.variables
         context = self.network.context
         xla = settings.compile == "xla"
         self.limit = settings.max_new_tokens_limit or min(context - 1, 256 if xla else context - 1)
@@ -122,7 +123,7 @@ class Servable(tf.Module):
                 f=traced,
                 num_batch_threads=1,  # one batch at a time has all cores
                 # This limits what is split; a batch is as large as the last allowed size.
-                max_batch_size=QUEUE * largest,
+                max_batch_size=AT_ONCE * largest,
                 allowed_batch_sizes=self.batch_sizes() if xla else list(range(1, largest + 1)),
                 batch_timeout_micros=int(self.settings.batch_timeout * 1000),
                 max_enqueued_batches=QUEUE,
@@ -135,7 +136,8 @@ class Servable(tf.Module):
                 result.set_shape(shape)
             return tuple(results)
 
-        return call
+        queued = tf.function(call, autograph=False).get_concrete_function(*specs)
+        return lambda *arguments: _in_slices(queued, arguments, AT_ONCE * largest)
 
     def _rows(self, ids: Tensor, lengths: Tensor, uniform: Tensor, seed: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         new, heat, k, p, penalty, *stop = rest
@@ -157,7 +159,10 @@ class Servable(tf.Module):
         )
 
     def _continue(self, ids: Tensor, lengths: Tensor, name: str, stop: Tensor, knobs: Knobs) -> tuple[Tensor, ...]:
-        """Checks rows of ids int32 [B, L] and decodes them; what `Decoded` has, and the prompts' lengths."""
+        """Checks rows of ids int32 [B, L] and decodes them; what `Decoded` has, and the prompts' lengths.
+
+        Of a prompt of more than L tokens, the last ones are given.
+        """
         batch = tf.shape(ids)[0]
         context = self.network.context
         knobs = Knobs(*(broadcast(value, knob, batch) for value, knob in zip(knobs, Knobs._fields, strict=True)))
@@ -187,6 +192,7 @@ class Servable(tf.Module):
         stop = require(tf.strings.length(stop) <= LONGEST, stop, "stop", f"is too long: give {LONGEST} bytes at most")
         if self.settings.truncate_prompts:
             # The left side goes, as much of it as the row's new tokens need.
+            lengths = tf.minimum(lengths, tf.shape(ids)[1])
             most = tf.maximum(1, context - knobs.max_new_tokens)
             cut = tf.maximum(0, lengths - most)
             lengths -= cut
@@ -211,7 +217,7 @@ class Servable(tf.Module):
         assert self._detokenizer is not None
         prompt = ranked(prompt, "prompt", 1)
         prompt = require(tf.strings.length(prompt) > 0, prompt, "prompt", "is empty: give a text")
-        ids, lengths = self._tokenizer.encode(prompt)
+        ids, lengths = self._tokenizer.encode(prompt, last=self.network.context)
         ids = require(lengths > 0, ids, "prompt", "has no tokens: give a longer text")
         output, count, stopped, size, lengths = self._continue(ids, lengths, "prompt", stop, knobs)
         raw = self._detokenizer.decode_bytes(output, count)
@@ -305,12 +311,24 @@ class Servable(tf.Module):
     def _score(self) -> Any:
         tokenizer = self._tokenizer
         assert tokenizer is not None
+        scored = tf.function(lambda ids: (token_logprobs(self.network, ids),)).get_concrete_function(
+            tf.TensorSpec([None, None], tf.int32)
+        )
 
         def score(text: Tensor) -> dict[str, Tensor]:
             text = ranked(text, "text", 1)
             ids, lengths = tokenizer.encode(text)
             ids = require(lengths > 1, ids, "text", "has less than 2 tokens: the first one is only context")
-            logprobs = token_logprobs(self.network, ids)
+            size = tf.size(ids, tf.int64)
+            small = tf.fill(tf.shape(lengths), size <= SCORED)
+            problem = _say(
+                "and its neighbours have ",
+                tf.strings.as_string(size),
+                f" tokens, padding included: give {SCORED} at most",
+            )
+            ids = require(small, ids, "text", problem)
+            # As few rows at once as are decoded together, since each may take a whole context.
+            (logprobs,) = _in_slices(scored, (ids,), self.settings.max_batch_size)
             logprobs = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), logprobs, 0.0)
             count = lengths - 1
             loss = -tf.reduce_sum(tf.cast(logprobs, tf.float64), 1) / tf.cast(count, tf.float64)
@@ -323,6 +341,20 @@ class Servable(tf.Module):
             }
 
         return tf.function(score, input_signature=[tf.TensorSpec(None, tf.string, "text")])
+
+
+def _in_slices(function: Any, arguments: Sequence[Tensor], most: int) -> tuple[Tensor, ...]:
+    """What a traced function of rows gives, called with `most` of them at a time; all [B, ...], B 1 or more."""
+    slices = (tf.shape(arguments[0])[0] + most - 1) // most
+    specs = function.structured_outputs
+
+    def step(number: Tensor, *done: tf.TensorArray) -> tuple[Any, ...]:
+        some = function(*(argument[number * most : (number + 1) * most] for argument in arguments))
+        return number + 1, *(array.write(number, result) for array, result in zip(done, some, strict=True))
+
+    arrays = [tf.TensorArray(spec.dtype, slices, element_shape=spec.shape, infer_shape=False) for spec in specs]
+    _, *done = tf.while_loop(lambda number, *_: number < slices, step, (0, *arrays), parallel_iterations=1)
+    return tuple(array.concat() for array in done)
 
 
 def _knob_specs() -> list[Any]:

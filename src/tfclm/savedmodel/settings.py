@@ -90,6 +90,10 @@ UNSUPPORTED: dict[str, Any] = {
     "exponential_decay_length_penalty": None,
     "guidance_scale": None,
     "num_return_sequences": 1,
+    "diversity_penalty": 0.0,
+    "stop_strings": None,
+    "max_time": None,
+    "watermarking_config": None,
 }
 
 
@@ -114,6 +118,12 @@ def defaults(settings: ServableSettings, generation_config: Any, limit: int) -> 
         return otherwise if value is None else value
 
     new = given("max_new_tokens", None, of_sampling=False)
+    # Its own default is 20.
+    if new is None and getattr(generation_config, "max_length", None) not in (None, 20):
+        raise InputError(
+            f"generation_config.json has max_length {generation_config.max_length}, which counts the prompt: give "
+            "--max-new-tokens, which does not"
+        )
     if settings.max_new_tokens is not None and settings.max_new_tokens > limit:
         raise InputError(f"--max-new-tokens {settings.max_new_tokens}: the limit is {limit}")
     return Defaults(

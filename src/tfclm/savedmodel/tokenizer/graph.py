@@ -60,30 +60,39 @@ class GraphTokenizer(tf.Module):
         self._fixed = tf.constant([*after, *(token["id"] for token in added)], tf.int32)
         self._fixed_ends = tf.constant(len(after) + np.arange(len(added) + 1), tf.int64)
 
-    def encode(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, texts: Tensor, last: int | None = None) -> tuple[Tensor, Tensor]:
         """The token ids of `texts` (string [B]): int32 [B, L], padded with 0 on the right, and lengths int32 [B].
 
-        Bytes that are not UTF-8 count as U+FFFD, as Python's `errors="replace"` has it.
+        Of a text of more tokens than `last`, if that is given, only the last ones are there, so that one long text does
+        not make all rows wide; its length is that of the whole. Bytes that are not UTF-8 count as U+FFFD, as Python's
+        `errors="replace"` has it.
         """
         with tf.device("CPU:0"):
             # A NUL ends each text, and an empty text the batch: no array is empty from here on.
             texts = tf.strings.join([tf.concat([texts, [""]], 0), "\0"])
             rows, points = decode(texts)
-            last = rows[1:] - 1
+            ends = rows[1:] - 1
             shape = tf.shape(points, tf.int64)
-            kinds = tf.scatter_nd(last[:, None], tf.ones_like(last, tf.int32), shape) + PLAIN
-            edges = tf.concat([rows[:-1], last], 0)
+            kinds = tf.scatter_nd(ends[:, None], tf.ones_like(ends, tf.int32), shape) + PLAIN
+            edges = tf.concat([rows[:-1], ends], 0)
             starts = tf.scatter_nd(edges[:, None], tf.ones_like(edges, tf.int32), shape) > 0
             text = Text(points, starts, kinds)
             found = [step for step in (self._raw, *self._normalize, self._normalized, *self._split) if step is not None]
             for step in found:
                 text = step(text)
             ids, splits = self._ids(text.pieces(), tf.boolean_mask(text.kinds, text.starts))
-            ids = tf.RaggedTensor.from_row_splits(ids[: splits[-2]], splits[:-1], validate=False)
-            size = tf.size(self._before)
-            before = tf.broadcast_to(self._before, [ids.nrows(tf.int32), size])
-            lengths = tf.cast(ids.row_lengths(), tf.int32) + size
-            return tf.concat([before, ids.to_tensor()], 1), lengths
+            begin, size = splits[:-2], splits[1:-1] - splits[:-2]
+            ahead = tf.size(self._before, tf.int64)
+            length = ahead + size
+            gone = tf.zeros_like(size) if last is None else tf.maximum(length - last, 0)
+            width = tf.reduce_max(tf.concat([ahead[None], length - gone], 0))
+            # Places in the tokens put ahead of every text, the text's own behind them, and a 0 for the padding.
+            place = gone[:, None] + tf.range(width)
+            own = tf.where(place < ahead, place, place + begin[:, None])
+            padding = ahead + tf.size(ids, tf.int64)
+            table = tf.concat([self._before, ids, [0]], 0)
+            dense = tf.gather(table, tf.where(place < length[:, None], own, padding))
+            return dense, tf.cast(length, tf.int32)
 
     def _ids(self, words: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [T] of the words [W] of all texts, and where each text's begin, int64 [texts + 1]."""
