@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
 from transformers import TFAutoModelForCausalLM
 from transformers.modeling_tf_utils import TFConv1D
 
@@ -95,7 +96,10 @@ class Network:
         logits = product(tf.reshape(hidden, [-1, hidden.shape[-1]]), weights.head, few=few, compiled=xla)
         if self._head.bias is not None:
             logits += self._head.bias
-        result = tf.reshape(logits, tf.concat([tf.shape(hidden)[:-1], [-1]], 0))
+        if xla:
+            # Or XLA would choose the logits' layout so that the product's order is the other one after all.
+            (logits,) = xla_optimization_barrier(input=[tf.reshape(logits, [-1])])
+        result = tf.reshape(logits, tf.concat([tf.shape(hidden)[:-1], [self.vocab_size]], 0))
         result.set_shape([*hidden.shape[:-1], self.vocab_size])
         return tf.cast(result, tf.float32)
 
