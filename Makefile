@@ -20,9 +20,10 @@ check: $(INSTALLED)-dev  ## lint, type-check, run all tests
 	$(BIN)/mypy
 	$(BIN)/python $(PYTEST)
 
-lowest:  ## the journey from text to model on the lowest versions that pyproject.toml allows
+lowest: $(INSTALLED)-dev  ## the journey from text to model on the lowest versions that pyproject.toml allows, and what the highest exports
 	$(MAKE) VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt .venv-lowest/.installed-dev
-	.venv-lowest/bin/python $(PYTEST) tests/test_fit.py tests/test_checkpoint.py tests/savedmodel/test_detokenizer.py
+	.venv-lowest/bin/python $(PYTEST) tests/test_fit.py tests/test_checkpoint.py tests/savedmodel/test_detokenizer.py tests/savedmodel/test_decoding.py
+	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k stock_servers
 
 readme: $(INSTALLED)-dev  ## print the tables of settings for the README
 	@for verb in fit generate evaluate export push query; do $(BIN)/python -m tfclm.settings $$verb; done
