@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -11,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +59,7 @@ class Started:
     """A command in a process of its own, in a group with the processes that it starts."""
 
     def __init__(self, output: Path, *arguments: object):
-        self.began, self.output = time.monotonic(), output
+        self.output = output
         self.process = SERVER.Process(target=_main, args=([str(each) for each in arguments], str(output)))
         self.process.start()
 
@@ -70,9 +70,16 @@ class Started:
         said = (Path(f"{self.output}.{descriptor}").read_text() for descriptor in (1, 2))
         return (self.process.exitcode, *said)
 
-    def kill(self, seconds: float) -> None:
-        """As the kernel does when memory is short: after so many seconds, without a word."""
-        self.process.join(max(0.0, self.began + seconds - time.monotonic()))
+    def said(self, line: str) -> bool:
+        """Whether it has said this by now."""
+        output = Path(f"{self.output}.2")
+        return output.exists() and line in output.read_text()
+
+    def kill(self, line: str, seconds: float) -> None:
+        """As the kernel does when memory is short: so many seconds after it has said this, without a word."""
+        while line and self.process.is_alive() and not self.said(line):
+            self.process.join(0.01)
+        self.process.join(seconds)
         # Once it has ended, its number may be somebody else's.
         if self.process.is_alive():
             with contextlib.suppress(ProcessLookupError):  # it has no group yet
@@ -117,7 +124,7 @@ def save_checkpoint(folder: Path, tokenizer: Any) -> Path:
     return folder
 
 
-def write_results(checkpoint: Path, perplexity: float = 20.0) -> None:
+def write_results(checkpoint: Path, perplexity: float | None = 20.0) -> None:
     """What `fit` writes beside a checkpoint."""
     results = {"perplexity": perplexity, "tokens": 1000, "protocol": PROTOCOL}
     (checkpoint / "results.json").write_text(json.dumps(results))
@@ -202,7 +209,6 @@ class Timed:
         flags = ("--version", 3, "--keep-versions", 2, "--max-perplexity", 20)
         self.started = Started(folder / "export", "--model", checkpoint, "--serving-dir", self.serving, *flags)
         self.answer = self.started.end()
-        self.seconds = time.monotonic() - self.started.began
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +249,37 @@ def test_version_holds_exactly_these_files(timed: Timed):
     record = json.loads((version / RECORD).read_text())
     assert record["source"]["checkpoint"] == str(timed.checkpoint)
     assert (record["perplexity"], record["protocol"], record["context"]) == (20.0, PROTOCOL, CONTEXT)
+    assert record["saved_model_bytes"] == (version / "saved_model.pb").stat().st_size
+    assert record["size_bytes"] + (version / RECORD).stat().st_size == sum(
+        (version / name).stat().st_size for name in FILES
+    )
+    # Of the process that exports, and of the one that loads: TensorFlow alone takes more.
+    assert min(record["peak_memory_mib"], record["canary"]["peak_memory_mib"]) > 100
+    assert (record["float32_perplexity"], record["weights_cost"]) == (20.0, None)
     (verdict,) = (json.loads(path.read_text()) for path in (timed.serving / ".verdicts").iterdir())
     assert (verdict["passed"], verdict["version"], verdict["max_perplexity"]) == (True, 3, 20.0)
+
+
+def test_what_smaller_weights_cost_is_recorded(plain: Path, tmp_path: Path):
+    """A limit for the run's text that decides on another text's perplexity, or a cost that nobody can read later."""
+    flags = ("--compile", "xla", "--weights", "bfloat16", "--max-batch-size", 1, "--max-new-tokens-limit", 2)
+    limits = ("--max-perplexity", 25)
+    code, out, err = Started(
+        tmp_path / "export", "--model", plain, "--serving-dir", tmp_path / "m", *flags, *limits
+    ).end()
+    assert (code, out) == (0, f"{tmp_path / 'm'}/1\n"), err
+    record = json.loads((tmp_path / "m/1" / RECORD).read_text())
+    cost = record["weights_cost"]
+    # A model of random weights on Python's documentation: about as bad as can be, rounded or not.
+    assert all(512 / 2 < cost[name] < 512 * 2 for name in ("float32_perplexity", "perplexity"))
+    assert cost["protocol"]["source"] == "python-docs"
+    assert cost["protocol"]["block_size"] == CONTEXT
+    ratio = cost["perplexity"] / cost["float32_perplexity"]
+    assert 0 < abs(ratio - 1) < 0.05
+    # The gate and the record go by the run's own text.
+    assert (record["float32_perplexity"], record["protocol"], record["tokens"]) == (20.0, PROTOCOL, 1000)
+    assert record["perplexity"] == pytest.approx(20.0 * ratio)
+    assert math.isclose(record["gate"]["perplexity"], record["perplexity"])
 
 
 def test_tokenizer_that_cannot_be_put_into_the_graph(timed: Timed):
@@ -288,6 +323,22 @@ def test_list_and_rollback(console: Console, tmp_path: Path):
     assert names(tmp_path / "m") == {"1"}
     for flag, text in (("--list", "there is no such folder"), ("--rollback", "nothing to go back to")):
         refuse(console(export, "--serving-dir", tmp_path / "nowhere", flag), text)
+
+
+def test_list_of_a_remote_folder(console: Console, tmp_path: Path):
+    """An upload that was killed listed as a version, or a traceback where TensorFlow knows no such filesystem."""
+    import tensorflow as tf
+
+    at = f"ram://{tmp_path.name}/m"
+    for name in ("1/saved_model.pb", "2/variables/variables.index"):
+        tf.io.gfile.makedirs(f"{at}/{name}".rpartition("/")[0])
+        with tf.io.gfile.GFile(f"{at}/{name}", "w") as file:
+            file.write("x")
+    code, out, err = console(export, "--serving-dir", at, "--list")
+    assert (code, out) == (0, "1\tno perplexity recorded\tof unknown source\n"), err
+    assert f"{at}/2 has no saved_model.pb and counts as no version" in err
+    refuse(console(export, "--serving-dir", at, "--rollback"), "has one version, and nothing to go back to")
+    refuse(console(export, "--serving-dir", "nowhere://x", "--list"), "'nowhere' not implemented")
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1]", b'{"perplexity": "low"}', b'{"source": 1}'])
@@ -335,6 +386,9 @@ REFUSED = [
     ("--serving-dir NEW --model NEW --max-perplexity 0", "--max-perplexity 0.0: give 1 or more"),
     ("--serving-dir NEW --model UNKNOWN --max-perplexity 9", "the checkpoint has no results.json"),
     ("--serving-dir NEW --model CHECKPOINT --max-new-tokens-limit 16", "--max-new-tokens-limit 16"),
+    ("--serving-dir NEW --model UNKNOWN --max-perplexity 9 --compile xla --weights bfloat16", "has no results.json"),
+    ("--serving-dir LAST --model NEW", "version 9223372036854775807 is there, and servers take no higher one"),
+    ("--serving-dir nowhere://x --model NEW", "File system scheme 'nowhere' not implemented"),
     ("--serving-dir TAKEN --model NEW --max-regression 0", "served now has no perplexity in its record"),
     ("--serving-dir DAMAGED --model NEW --max-regression 0", f"DAMAGED/2/{RECORD} is damaged"),
 ]
@@ -350,13 +404,14 @@ def test_what_is_refused(console: Console, plain: Path, tmp_path: Path):
     (tmp_path / "TAKEN/1").mkdir(parents=True)
     (tmp_path / "TAKEN/007").mkdir()
     (tmp_path / "TAKEN/8").write_text("")
+    (tmp_path / "LAST/9223372036854775807").mkdir(parents=True)
     write_record(tmp_path / "DAMAGED/2")
     (tmp_path / "DAMAGED/2" / RECORD).write_text("{")
     shutil.copytree(plain, tmp_path / "UNKNOWN", ignore=shutil.ignore_patterns("results.json"))
     before = sorted(tmp_path.rglob("*"))
 
     def fill(line: str) -> str:
-        for name in ("EMPTY", "UNKNOWN", "FILE", "NEW", "BARE", "TAKEN", "DAMAGED"):
+        for name in ("EMPTY", "UNKNOWN", "FILE", "NEW", "BARE", "TAKEN", "LAST", "DAMAGED"):
             line = line.replace(name, str(tmp_path / name))
         return line.replace("CHECKPOINT", str(plain))
 
@@ -394,6 +449,20 @@ def test_gate_keeps_a_model_out(
     assert all(each["source"]["checkpoint"] == str(plain) for each in verdicts)
 
 
+def test_run_that_diverged(console: Console, plain: Path, tmp_path: Path):
+    """A folder that fit has left called no record of fit, or a gate that lets a model pass without a perplexity."""
+    checkpoint = shutil.copytree(plain, tmp_path / "model")
+    write_results(checkpoint, None)
+    arguments = ("--model", checkpoint, "--serving-dir", tmp_path / "m")
+    text = "not published: the model has diverged and has no perplexity: train it again"
+    refuse(console(export, *arguments, "--max-perplexity", 1000), text, code=1)
+    code, _, err = Started(tmp_path / "export", *arguments).end()
+    assert code == 0, err
+    assert f"{checkpoint}/results.json: the run diverged, so that there is no perplexity to record" in err
+    record = json.loads((tmp_path / "m/1" / RECORD).read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert (record["perplexity"], record["float32_perplexity"], record["protocol"]) == (None, None, PROTOCOL)
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -424,6 +493,17 @@ def test_fit_refuses_before_it_trains(
 # Whatever happens to it
 
 
+# What an export says before it is killed, and the seconds until then at most. The other process begins with an import
+# of TensorFlow, which takes longer than the last.
+MOMENTS = [
+    ("writing the SavedModel", 2.0),
+    ("asking it", 0.5),
+    ("", 8.0),
+    ("writing the SavedModel", 0.2),
+    ("asking it", 8.0),
+]
+
+
 def test_killed_at_random_moments(timed: Timed, plain: Path, tmp_path: Path):
     """A half-written version, leftovers that stop the next export, or two exports at once that take one number."""
     moments = random.Random(5)
@@ -434,17 +514,25 @@ def test_killed_at_random_moments(timed: Timed, plain: Path, tmp_path: Path):
     arguments = ("--model", plain, "--serving-dir", serving)
     whole = {path: (timed.serving / "3" / path).stat().st_size for path in FILES if "variables" in path}
 
-    def kill(number: int) -> None:
-        # Uniform over an export, and spread over all of it however few there are.
-        moment = (number + moments.random()) / KILLS * timed.seconds
-        Started(tmp_path / f"killed-{number}", *arguments).kill(moment)
+    def kill(number: int) -> tuple[bool, bool]:
+        line, most = MOMENTS[number % len(MOMENTS)]
+        moment = (line, moments.uniform(0, most))
+        started = Started(tmp_path / f"killed-{number}", *arguments)
+        started.kill(*moment)
         for name in names(serving):
             assert name.startswith(".staging-") or files(serving / name) == FILES, moment
             for path, size in whole.items() if name.isdigit() else ():
                 assert (serving / name / path).stat().st_size == size, moment
 
+        asked = started.said("asking it")
+        ended = started.process.exitcode == 0
+        return started.said("writing the SavedModel") and not asked, asked and not ended
+
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(kill, range(KILLS)))
+        writing, asking = zip(*pool.map(kill, range(KILLS)), strict=True)
+    # The moments that matter were among them: while files were being written, and while the canary ran.
+    assert any(writing)
+    assert any(asking)
     before = {int(name) for name in names(serving) if name.isdigit()}
     answers = [each.end() for each in [Started(tmp_path / f"output-{number}", *arguments) for number in range(2)]]
     # That a verdict cannot be written is no error: its version is served by now.

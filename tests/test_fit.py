@@ -244,6 +244,35 @@ def test_a_sample_that_fails_is_said_and_the_run_is_complete(
     assert json.loads((output / "results.json").read_text())["sample"] is None
 
 
+@pytest.mark.slow
+def test_fit_gate_canary_and_publishing_in_one_go(
+    console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path
+):
+    """A model that is published in spite of its perplexity, an exit code that hides it, or a run made anew for it."""
+    serving = tmp_path / "m"
+    run = [*arguments(checkpoints["gpt2"], corpus_file, tmp_path / "run"), "--max-steps", 3, "--export-to", serving]
+
+    def verdicts() -> list[dict]:
+        return [json.loads(path.read_text()) for path in sorted((serving / ".verdicts").iterdir())]
+
+    code, out, err = console(fit, *run, "--max-perplexity", 1.5)
+    assert (code, out) == (1, ""), err
+    assert {path.name for path in serving.iterdir()} == {".verdicts"}
+    perplexity = json.loads((tmp_path / "run/results.json").read_text())["perplexity"]
+    assert f"not published: perplexity {perplexity:.4f} is above 1.5 (the verdict is in {serving}/.verdicts/" in err
+    assert [(each["passed"], each["perplexity"]) for each in verdicts()] == [(False, perplexity)]
+
+    code, out, err = console(fit, *run, "--max-perplexity", 2000)
+    assert (code, out) == (0, f"{serving}/1\n"), err
+    assert "is complete" in err
+    assert {path.name for path in serving.iterdir()} == {".verdicts", "1"}
+    assert [(each["passed"], each.get("version")) for each in verdicts()] == [(False, None), (True, 1)]
+    record = json.loads((serving / "1/assets.extra/tfclm.json").read_text())
+    assert record["perplexity"] == record["gate"]["perplexity"] == perplexity
+    # The canary was asked token ids, and texts of several scripts for the tokenizer.
+    assert (record["canary"]["prompts"], record["canary"]["texts"], record["canary"]["records"]) == (3, 3, 4)
+
+
 def test_pipeline_opens_the_folder(fitted: Path):
     """A folder that transformers' own pipeline cannot open, as in the guide's last step."""
     from transformers import pipeline
@@ -353,6 +382,13 @@ BAD = {
     "output is a file": (["--train-file", "good.jsonl", "--output-dir", "good.jsonl"], ["good.jsonl"]),
     "offline dataset": (["--dataset", "no/such-dataset", "--output-dir", "o"], ["no/such-dataset"]),
     "push offline": (["--train-file", "good.jsonl", "--output-dir", "o", "--push-to-hub", "me/x"], ["HF_HUB_OFFLINE"]),
+    "push of what is elsewhere": (
+        [
+            *("--train-file", "good.jsonl", "--output-dir", "o", "--export-to", "gs://b/m"),
+            *("--push-to-hub", "me/x", "--push-saved-model"),
+        ],
+        ["--push-saved-model", "--export-to gs://b/m"],
+    ),
     "only settings": (["--train-file", "good.jsonl", "--output-dir", "settings"], ["settings", "holds no run"]),
     "only settings, overwritten": (
         ["--train-file", "good.jsonl", "--output-dir", "settings", "--overwrite"],

@@ -245,7 +245,7 @@ def test_exported_model_is_pushed_and_served_elsewhere(hub: Hub, tmp_path: Path)
     assert "not published: perplexity" in err
     _, err = other("export", "--from-hub", "me/tiny", "--model", "x", "--serving-dir", "mine", code=2)
     assert "--model" in err
-    assert sorted(path.name for path in (tmp_path / "other" / "mine").iterdir()) == ["1", "2"]
+    assert sorted(path.name for path in (tmp_path / "other" / "mine").iterdir()) == [".verdicts", "1", "2"]
 
     server = other.start("serve", "--hub", "me/tiny", "--rest_api_port", -1, "--port", 0, "--model_name", "tiny")
     try:

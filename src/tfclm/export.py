@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +66,13 @@ def run(settings: ExportSettings) -> int:
     from tfclm.savedmodel.gate import GateFailed, decide, served_record
 
     model, tokenizer = load(settings.model, revision=settings.revision)
-    if settings.weights == "float32" and settings.dataset is None and not settings.file:
-        # Nothing is going to be measured: what the gate cannot decide by the records is known now.
-        decide(limits, recorded(settings.model), served_record(settings.serving_dir, limits))
+    known = None
+    if settings.dataset is None and not settings.file:
+        known = recorded(settings.model)
+        # What the gate cannot decide by the records is known now.
+        decide(limits, known, served_record(settings.serving_dir, limits))
+        if known is not None and known.finite is None:
+            say(f"{settings.model}/results.json: the run diverged, so that there is no perplexity to record")
     try:
         exported = export_saved_model(
             model,
@@ -77,13 +80,14 @@ def run(settings: ExportSettings) -> int:
             settings.serving_dir,
             settings,
             version=settings.version,
+            recorded=known,
             measure=lambda model: measured(model, tokenizer, settings),
             limits=limits,
             source={"checkpoint": settings.model, "revision": settings.revision},
-            say=lambda line: print(line, file=sys.stderr),
+            say=say,
         )
     except (GateFailed, CanaryFailed) as error:
-        print(f"tfclm.export: {error}", file=sys.stderr)
+        say(f"tfclm.export: {error}")
         return 1
     return published(settings, exported.version)
 
@@ -105,28 +109,25 @@ def published(settings: ExportSettings, version: int) -> int:
 
 
 def bring(settings: ExportSettings) -> int:
-    """Publishes the exported model that a Hub repository holds, if its recorded perplexity passes the gate."""
+    """Publishes the exported model that a Hub repository holds, if gate and canary let it; the exit code."""
     from tfclm.hub import fetch_servable
-    from tfclm.savedmodel.gate import Measured, decide, read_record, served_record
-    from tfclm.savedmodel.publish import publish, staged
+    from tfclm.savedmodel.canary import CanaryFailed
+    from tfclm.savedmodel.exporting import publish_exported
+    from tfclm.savedmodel.gate import GateFailed
 
     if settings.model is not None:
         raise InputError("--from-hub brings a model that is exported already: leave out --model")
-    where = str(settings.serving_dir)
     limits = preflight(settings)
     (version,) = fetch_servable(str(settings.from_hub), revision=settings.revision).iterdir()
-    record = read_record(str(version))
-    measured = None
-    if record.get("perplexity") is not None:
-        measured = Measured(record["perplexity"], record.get("tokens") or 0, record.get("protocol") or {})
-    verdict = decide(limits, measured, served_record(where, limits))
-    if not verdict["passed"]:
-        print(f"tfclm.export: not published: {verdict['reason']}", file=sys.stderr)
+    source = {"hub": settings.from_hub, "hub_revision": settings.revision}
+    try:
+        exported = publish_exported(
+            version, str(settings.serving_dir), version=settings.version, limits=limits, source=source, say=say
+        )
+    except (GateFailed, CanaryFailed) as error:
+        say(f"tfclm.export: {error}")
         return 1
-    with staged(where) as folder:
-        shutil.copytree(version, folder, dirs_exist_ok=True)
-        number = publish(folder, where, settings.version)
-    return published(settings, number)
+    return published(settings, exported.version)
 
 
 def preflight(settings: ExportSettings) -> Gate:
@@ -150,24 +151,37 @@ def preflight(settings: ExportSettings) -> Gate:
 
 
 def measured(model: Any, tokenizer: Any, settings: ExportSettings) -> Measured | None:
-    """The perplexity on the settings' text; without one, what `fit` wrote beside the checkpoint, if it did."""
+    """The perplexity on the settings' text; without one, on Python's documentation, where smaller weights need one.
+
+    What these cost has to be measured on some text, and none of the run's need be here.
+    """
     from tfclm.evaluate import EvaluateSettings, measure
     from tfclm.savedmodel.gate import Measured
 
     source = {field.name: getattr(settings, field.name) for field in dataclasses.fields(SourceSettings)}
     if settings.dataset is None and not settings.file:
         if settings.weights == "float32":
-            return recorded(str(settings.model))
-        # What the smaller weights cost has to be measured on some text.
-        source |= {"dataset": "python-docs"}
-        result = measure(model, tokenizer, EvaluateSettings(**source, split="train[:200]"))
+            return None
+        size = min(settings.block_size, getattr(model.config, "max_position_embeddings", None) or settings.block_size)
+        result = measure(
+            model,
+            tokenizer,
+            EvaluateSettings(
+                dataset="python-docs",
+                split="train[:200]",
+                block_size=size,
+                separator="eos" if tokenizer.eos_token_id is not None else "none",
+                num_proc=settings.num_proc,
+                batch_size=max(1, 512 // size),
+            ),
+        )
     else:
         result = measure(model, tokenizer, EvaluateSettings(**source, split=settings.split, file=settings.file))
     return Measured(result["perplexity"], result["tokens"], result["protocol"])
 
 
 def recorded(model: str) -> Measured | None:
-    """The perplexity that `fit` wrote beside a checkpoint, if it did."""
+    """The perplexity that `fit` wrote beside a checkpoint, if it did; not finite if the run diverged."""
     from tfclm.savedmodel.gate import Measured
 
     path = Path(model) / "results.json"
@@ -175,7 +189,8 @@ def recorded(model: str) -> Measured | None:
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        return Measured(float(results["perplexity"]), int(results["tokens"]), results["protocol"])
+        perplexity = float("nan") if results["perplexity"] is None else float(results["perplexity"])
+        return Measured(perplexity, int(results["tokens"]), dict(results["protocol"]))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no record of tfclm.fit: move it away, or train again") from error
 
@@ -185,23 +200,32 @@ def show(serving_dir: str) -> int:
     import tensorflow as tf
 
     from tfclm.savedmodel.gate import read_record
-    from tfclm.savedmodel.publish import versions
+    from tfclm.savedmodel.publish import address, explain_incomplete, folders, incomplete
 
-    if not tf.io.gfile.isdir(serving_dir):
+    where = address(serving_dir)
+    there = folders(where)
+    if not there and not tf.io.gfile.isdir(where):
         raise InputError(f"--serving-dir {serving_dir}: there is no such folder")
     code = 0
-    for number in versions(serving_dir):
+    for number, names in there.items():
         try:
-            entries = read_record(f"{serving_dir.rstrip('/')}/{number}")
+            entries = read_record(f"{where}/{names[-1]}")
         except InputError as error:
-            print(f"tfclm.export: {error}", file=sys.stderr)
+            say(f"tfclm.export: {error}")
             print(f"{number}\tits record is damaged\tof unknown source")
             code = 2
             continue
         perplexity = entries.get("perplexity")
         shown = f"perplexity {perplexity:.4f}" if perplexity is not None else "no perplexity recorded"
         print(f"{number}\t{shown}\t{(entries.get('source') or {}).get('checkpoint', 'of unknown source')}")
+    for number in incomplete(where):
+        say(f"tfclm.export: {explain_incomplete(where, number)}")
     return code
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tfclm.corpus.settings import SourceSettings
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
+from tfclm.savedmodel.publish import address, is_remote
 from tfclm.settings import command, parse, record, setting
 from tfclm.training.settings import TrainingSettings
 
@@ -89,6 +90,10 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
             raise InputError("--max-perplexity and --max-regression decide what is exported: give --export-to as well")
         if settings.push_saved_model and (settings.push_to_hub is None or settings.export_to is None):
             raise InputError("--push-saved-model pushes what --export-to makes: give --export-to and --push-to-hub")
+        if settings.push_saved_model and is_remote(address(str(settings.export_to))):
+            raise InputError(
+                f"--push-saved-model packs a folder, which --export-to {settings.export_to} is not: give one"
+            )
         if settings.push_checkpoint and settings.push_strategy != "epoch":
             raise InputError("--push-checkpoint pushes a state after every epoch: give --push-strategy epoch")
         if settings.push_steps < 1:
@@ -250,7 +255,7 @@ def export(settings: FitSettings) -> tuple[int, Path | None]:
     from tfclm.hub.fetching import newest_version
 
     code = run(export_settings(settings))
-    return code, newest_version(Path(settings.export_to)) if settings.push_saved_model and not code else None
+    return code, newest_version(Path(address(settings.export_to))) if settings.push_saved_model and not code else None
 
 
 def reach_hub(settings: FitSettings) -> tuple[Repository, bool] | None:

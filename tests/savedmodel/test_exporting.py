@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from tfclm.errors import InputError
 from tfclm.savedmodel import canary, saving, warmup
 from tfclm.savedmodel.canary import CanaryFailed
-from tfclm.savedmodel.exporting import export_saved_model
+from tfclm.savedmodel.exporting import export_saved_model, publish_exported
+from tfclm.savedmodel.gate import Gate, GateFailed
 from tfclm.savedmodel.publish import versions
 from tfclm.savedmodel.servable import Servable
 from tfclm.savedmodel.settings import ServableSettings, defaults
@@ -250,18 +252,79 @@ def test_canary_refuses_a_version_without_variables(tokens: tuple[Path, list[can
     assert len(str(failed.value).splitlines()) == 1
 
 
-@pytest.mark.slow
-def test_canary_says_what_a_warmup_record_met(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
-    """A record that stops a server's start, or a message that names a node of the graph alone."""
-    folder = shutil.copytree(tokens[0], tmp_path / "broken")
+def spoil_record(version: Path, target: Path) -> Path:
+    """A copy whose warm-up record asks for what the graph refuses."""
+    folder = shutil.copytree(version, target)
     path = str(folder / warmup.PATH)
     (record,) = (each.numpy() for each in tf.data.TFRecordDataset(path))
     log = prediction_log_pb2.PredictionLog.FromString(record)
     log.predict_log.request.inputs["temperature"].CopyFrom(tf.make_tensor_proto([-1.0]))
     with tf.io.TFRecordWriter(path) as writer:
         writer.write(log.SerializeToString())
+    return folder
+
+
+@pytest.mark.slow
+def test_canary_says_what_a_warmup_record_met(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
+    """A record that stops a server's start, or a message that names a node of the graph alone."""
+    folder = spoil_record(tokens[0], tmp_path / "broken")
     with pytest.raises(CanaryFailed, match="give 0, which is greedy, or more"):
         canary.validate(folder, tokens[1], xla=False)
+
+
+def test_canary_does_not_wait_for_ever(tokens: tuple[Path, list[canary.Prompt]]):
+    """A version that hangs, and with it the export, until somebody looks."""
+    with pytest.raises(CanaryFailed, match=r"cannot be served: no answer within 0\.5 seconds"):
+        canary.validate(tokens[0], xla=False, timeout=0.5)
+
+
+def test_canary_texts_fit_the_context(tokenizer_dir: Path):
+    """Texts that `score` refuses, that are left out though a part of them would fit, or without other scripts."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    for context in (2, 16, 1024):
+        texts = canary.make_texts(tokenizer, context)
+        assert len(texts) == 3
+        assert all(1 < len(text.ids) <= context for text in texts)
+        assert all(text.ids == tokenizer(text.text.decode(errors="replace"))["input_ids"] for text in texts)
+    assert texts[0].text.isascii()
+    for character in "ï１ह한👩\u2003":
+        assert character in texts[1].text.decode()
+    assert canary.make_texts(tokenizer, 1) == []
+
+
+@pytest.mark.slow
+def test_canary_sees_another_tokenizer(texts: Path, tokenizer_dir: Path):
+    """A table of the tokenizer that is wrong in the graph, behind prompts of token ids that all come out."""
+    right = canary.make_texts(AutoTokenizer.from_pretrained(tokenizer_dir), 64)
+    other = canary.make_texts(AutoTokenizer.from_pretrained(tokenizer_dir, add_prefix_space=True), 64)
+    assert canary.validate(texts, texts=right, xla=False)["records"] == 4
+    with pytest.raises(CanaryFailed, match=r"canary text 0: ids \[.*\] at 0, where the tokenizer gives \["):
+        canary.validate(texts, texts=other, xla=False)
+
+
+@pytest.mark.slow
+def test_version_from_elsewhere(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
+    """One that no server can load published unasked, one that is too bad, or a verdict that nobody can read later."""
+    version = shutil.copytree(tokens[0], tmp_path / "7")
+    saving.write_record(version, {"perplexity": 20.0, "source": {"checkpoint": "runs/eli5"}})
+    broken = spoil_record(version, tmp_path / "8")
+    serving = tmp_path / "m"
+    with pytest.raises(CanaryFailed, match=r"not published: .*give 0, which is greedy.* \(the verdict is in "):
+        publish_exported(broken, serving, source={"hub": "me/eli5"})
+    with pytest.raises(GateFailed, match=r"not published: perplexity 20\.0000 is above 19"):
+        publish_exported(version, serving, limits=Gate(max_perplexity=19.0))
+    assert versions(serving) == []
+    assert publish_exported(version, serving, version=3, limits=Gate(max_perplexity=21.0)).path == f"{serving}/3"
+    assert {path.name: path.is_dir() or path.read_bytes() for path in (serving / "3").rglob("*")} == {
+        path.name: path.is_dir() or path.read_bytes() for path in version.rglob("*")
+    }
+    verdicts = [json.loads(path.read_text()) for path in sorted((serving / ".verdicts").iterdir())]
+    assert [(each["passed"], each.get("version")) for each in verdicts] == [(False, None), (False, None), (True, 3)]
+    assert verdicts[0]["source"] == {"checkpoint": "runs/eli5", "hub": "me/eli5"}
+    assert "give 0, which is greedy" in verdicts[0]["reason"]
+    saving.write_record(version, {})
+    with pytest.raises(InputError, match="the exported model's record has none"):
+        publish_exported(version, serving, limits=Gate(max_perplexity=21.0))
 
 
 def test_nothing_is_published_that_the_canary_refuses(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
@@ -274,6 +337,10 @@ def test_nothing_is_published_that_the_canary_refuses(tokens: tuple[Path, list[c
                 shutil.copytree(tokens[0] / "variables", folder, dirs_exist_ok=True)
 
     with pytest.raises(CanaryFailed, match=r"canary prompt \d: new token \d is \d+, where the Python model gives \d+"):
-        export_saved_model(make_model(seed=1), make_wordpiece(), tmp_path, say=swap)
+        export_saved_model(make_model(seed=1), make_wordpiece(), tmp_path, source={"checkpoint": "a"}, say=swap)
     assert versions(tmp_path) == []
     assert list(tmp_path.glob(".staging-*")) == []
+    # Written down, as the gate's refusals are.
+    (verdict,) = (json.loads(path.read_text()) for path in (tmp_path / ".verdicts").iterdir())
+    assert (verdict["passed"], verdict["source"]) == (False, {"checkpoint": "a"})
+    assert "where the Python model gives" in verdict["reason"]

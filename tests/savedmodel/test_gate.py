@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.gate import Gate, Measured, decide, record_verdict
+from tfclm.savedmodel.gate import Cost, Gate, Measured, decide, record_verdict, served_record
 
 PROTOCOL = {"block_size": 32, "separator": True, "split": "test", "dropped_tokens": 3}
 MEASURED = Measured(20.0, 1000, PROTOCOL)
@@ -46,8 +47,37 @@ def test_verdicts(limits: Gate, record: dict[str, object], passed: bool):
 
 def test_not_a_number_is_refused():
     """A diverged model that passes, because every comparison with NaN is false."""
-    for limits in (Gate(max_perplexity=1e9), Gate(max_regression=1.0)):
-        assert not decide(limits, replace(MEASURED, perplexity=float("nan")), served())["passed"]
+    for perplexity in (math.nan, math.inf):
+        diverged = replace(MEASURED, perplexity=perplexity)
+        for limits in (Gate(max_perplexity=1e9), Gate(max_regression=1.0)):
+            verdict = decide(limits, diverged, served())
+            assert not verdict["passed"]
+            assert verdict["reason"] == "the model has diverged and has no perplexity: train it again"
+            assert json.loads(json.dumps(verdict, allow_nan=False))["perplexity"] is None
+        assert decide(Gate(), diverged, served())["passed"]
+
+
+def test_smaller_weights_are_judged_by_the_models_own_text():
+    """A limit for one text that is compared with the perplexity of another, on which smaller weights were measured."""
+    docs = {"block_size": 32, "source": "python-docs"}
+    cost = Cost(Measured(40.0, 500, docs), Measured(42.0, 500, docs))
+    applied = cost.applied(MEASURED)
+    assert (applied.perplexity, applied.tokens, applied.protocol) == (pytest.approx(21.0), 1000, PROTOCOL)
+    assert not decide(Gate(max_regression=0.02), applied, served(20.0))["passed"]
+    assert decide(Gate(max_perplexity=21.1), applied, {})["passed"]
+    expected = {"float32_perplexity": 40.0, "perplexity": 42.0, "tokens": 500, "protocol": docs}
+    assert cost.record() == expected
+    # Measured on the same text as the model, the ratio gives what was measured.
+    assert Cost(MEASURED, replace(MEASURED, perplexity=20.5)).applied(MEASURED).perplexity == pytest.approx(20.5)
+    diverged = Cost(MEASURED, replace(MEASURED, perplexity=math.nan))
+    assert diverged.applied(MEASURED).finite is diverged.record()["perplexity"] is None
+
+
+def test_served_version_is_found_by_its_folders_name(tmp_path: Path):
+    """A version that a server reads as 7 taken for one without a record, because its folder is called 007."""
+    (tmp_path / "007/assets.extra").mkdir(parents=True)
+    (tmp_path / "007/assets.extra/tfclm.json").write_text(json.dumps({"perplexity": 3.0}))
+    assert served_record(f"file://{tmp_path}/", Gate(max_regression=0.1)) == {"perplexity": 3.0}
 
 
 def test_what_cannot_be_compared():

@@ -754,6 +754,7 @@ print(json.dumps(counts))
 """
 
 
+@pytest.mark.slow
 def test_no_request_compiles(compiled: Export, rows: list[Row], tmp_path: Path) -> None:
     """A size, a knob or a signature that the warm-up has not compiled for: seconds for whoever comes first.
 
@@ -785,6 +786,7 @@ def test_no_request_compiles(compiled: Export, rows: list[Row], tmp_path: Path) 
     assert asked == warm
 
 
+@pytest.mark.slow
 def test_smaller_weights(compiled: Export, tokenizer: Any, tmp_path: Path) -> None:
     """Weights laid out wrongly or rounded elsewhere; one row, which reads them otherwise, with a text of its own."""
     settings: dict[str, Any] = {"compile": "xla", "buckets": (8, 32), "max_batch_size": 4}

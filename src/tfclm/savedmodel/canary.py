@@ -1,6 +1,7 @@
 """The canary: a finished version, loaded in a new process with a server's stock settings, before it is published.
 
-As TFX's InfraValidator does: warm-up records are replayed, and prompts must give the tokens of the Python model.
+As TFX's InfraValidator does: warm-up records are replayed, prompts must give the tokens of the Python model, and texts
+the ids of the fast tokenizer.
 """
 
 from __future__ import annotations
@@ -11,15 +12,24 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["CanaryFailed", "Prompt", "make_prompts", "validate"]
+__all__ = ["CanaryFailed", "Prompt", "Text", "make_prompts", "make_texts", "validate"]
 
 NEW_TOKENS = 8
 TIE = 1e-3  # difference of two logits below which rounding may choose either token
+TIMEOUT = 3600.0  # seconds; XLA compiles every size that is warmed up
+
+# English with digits and indented code; other scripts, spaces and emoji; and bytes that are no UTF-8.
+TEXTS = (
+    b"It's 12,345.67 today, isn't it?\n\n    def f(x):\n\treturn x + 1  # they'll see\n",
+    "Größe, naïve cafe\u0301 \u00a0 数値は１２３。 Ελλάδα, русский; العربية हिन्दी 한국어\u2003👩‍👩‍👧 🇯🇵!".encode(),
+    b"caf\xe9 \xff\xfe and so on",
+)
 
 
 class CanaryFailed(RuntimeError):
@@ -33,6 +43,26 @@ class Prompt:
     ids: list[int]
     new: int
     allowed: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, and the ids that the fast tokenizer gives for it."""
+
+    text: bytes
+    ids: list[int]
+
+
+def make_texts(tokenizer: Any, context: int) -> list[Text]:
+    """Texts that `score` takes, of several scripts, cut to what the context holds."""
+    texts = []
+    for raw in TEXTS:
+        # Where bytes are no UTF-8, the graph's tokenizer sees what Python does.
+        while len(ids := tokenizer(raw.decode(errors="replace"), verbose=False)["input_ids"]) > context and raw:
+            raw = raw[: len(raw) // 2]
+        if len(ids) > 1:
+            texts.append(Text(raw, ids))
+    return texts
 
 
 def make_prompts(
@@ -65,36 +95,75 @@ def make_prompts(
     return prompts
 
 
-def validate(version: Path, prompts: Sequence[Prompt], xla: bool) -> dict[str, Any]:
-    """Loads the version in a fresh process, replays its warm-up records and asks it the prompts.
+def validate(
+    version: Path,
+    prompts: Sequence[Prompt] = (),
+    texts: Sequence[Text] = (),
+    *,
+    xla: bool,
+    timeout: float = TIMEOUT,
+) -> dict[str, Any]:
+    """Loads the version in a fresh process, replays its warm-up records and asks it the prompts and texts.
+
+    Args:
+        version: its folder.
+        prompts: what `generate_tokens` is asked.
+        texts: what `score` is asked.
+        xla: whether the server is one that compiles.
+        timeout: seconds that all of it may take.
 
     Returns:
         Times in seconds, peak memory in MiB and the number of records.
 
     Raises:
-        CanaryFailed: it does not load, a record fails, or a token differs from the Python model's.
+        CanaryFailed: it does not load, a record fails, a token differs from the Python model's or an id from the
+            tokenizer's, or it takes too long.
     """
-    request = {"version": str(version), "xla": xla, "prompts": [(prompt.ids, prompt.new) for prompt in prompts]}
-    run = subprocess.run(
-        [sys.executable, "-m", "tfclm.savedmodel.canary"], input=json.dumps(request), capture_output=True, text=True
-    )
+    request = {
+        "version": str(version),
+        "xla": xla,
+        "prompts": [(prompt.ids, prompt.new) for prompt in prompts],
+        # JSON has no bytes; these are characters of the same numbers.
+        "texts": [text.text.decode("latin-1") for text in texts],
+    }
+    answer = _ask(request, timeout)
+    for number, (prompt, tokens) in enumerate(zip(prompts, answer.pop("tokens"), strict=True)):
+        _check_tokens(f"canary prompt {number}", prompt, tokens)
+    for number, (text, ids) in enumerate(zip(texts, answer.pop("ids"), strict=True)):
+        if ids != text.ids:
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, text.ids, strict=False)))
+            given, wanted = ids[same : same + 4], text.ids[same : same + 4]
+            raise CanaryFailed(f"canary text {number}: ids {given} at {same}, where the tokenizer gives {wanted}")
+    return answer
+
+
+def _ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "tfclm.savedmodel.canary"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CanaryFailed(f"the exported model cannot be served: no answer within {timeout:g} seconds") from error
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()] or [f"it ended with code {run.returncode}"]
         raise CanaryFailed(f"the exported model cannot be served: {lines[-1]}")
     answer: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    for number, (prompt, tokens) in enumerate(zip(prompts, answer.pop("tokens"), strict=True)):
-        for place, (token, allowed) in enumerate(zip(tokens, prompt.allowed, strict=False)):
-            if token not in allowed:
-                raise CanaryFailed(
-                    f"canary prompt {number}: new token {place} is {token}, where the Python model gives {allowed[0]}"
-                )
-            if len(allowed) > 1:
-                break  # behind a near-tie the texts may part
-        else:
-            if len(tokens) != len(prompt.allowed):
-                wanted = f"where the Python model gives {len(prompt.allowed)}"
-                raise CanaryFailed(f"canary prompt {number}: {len(tokens)} new tokens, {wanted}")
     return answer
+
+
+def _check_tokens(name: str, prompt: Prompt, tokens: Sequence[int]) -> None:
+    for place, (token, allowed) in enumerate(zip(tokens, prompt.allowed, strict=False)):
+        if token not in allowed:
+            raise CanaryFailed(f"{name}: new token {place} is {token}, where the Python model gives {allowed[0]}")
+        if len(allowed) > 1:
+            return  # behind a near-tie the texts may part
+    if len(tokens) != len(prompt.allowed):
+        wanted = f"where the Python model gives {len(prompt.allowed)}"
+        raise CanaryFailed(f"{name}: {len(tokens)} new tokens, {wanted}")
 
 
 def _serve() -> None:
@@ -117,16 +186,17 @@ def _serve() -> None:
     times = {"load_seconds": time.monotonic() - began}
     began = time.monotonic()
     records = 0
-    for record in tf.data.TFRecordDataset(f"{request['version']}/{PATH}"):
+    path = f"{request['version']}/{PATH}"
+    # Somebody else's version may have none.
+    for record in tf.data.TFRecordDataset(path) if Path(path).exists() else ():
         log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
         inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in log.inputs.items()}
         loaded.signatures[log.model_spec.signature_name](**inputs)
         records += 1
     times["warmup_seconds"] = time.monotonic() - began
-    generate = loaded.signatures["generate_tokens"]
     tokens = []
     for ids, new in request["prompts"]:
-        outputs = generate(
+        outputs = loaded.signatures["generate_tokens"](
             input_ids=tf.constant([ids]),
             attention_mask=tf.ones([1, len(ids)], tf.int32),
             max_new_tokens=tf.constant([new]),
@@ -137,8 +207,13 @@ def _serve() -> None:
             seed=tf.constant([-1], tf.int64),
         )
         tokens.append(outputs["output_ids"][0, : int(outputs["completion_tokens"][0])].numpy().tolist())
+    scored = []
+    for text in request["texts"]:
+        outputs = loaded.signatures["score"](text=tf.constant([text.encode("latin-1")]))
+        # The first token is only context and not counted.
+        scored.append(outputs["token_ids"][0, : int(outputs["token_count"][0]) + 1].numpy().tolist())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"tokens": tokens, "records": records, **times, "peak_memory_mib": peak}))
+    print(json.dumps({"tokens": tokens, "ids": scored, "records": records, **times, "peak_memory_mib": peak}))
 
 
 if __name__ == "__main__":

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from tfclm.errors import InputError
 from tfclm.savedmodel import canary, gate, saving, warmup
-from tfclm.savedmodel.gate import Gate, GateFailed, Measured
-from tfclm.savedmodel.publish import check_place, publish, staged
+from tfclm.savedmodel.canary import CanaryFailed
+from tfclm.savedmodel.gate import Cost, Gate, GateFailed, Measured
+from tfclm.savedmodel.publish import address, check_place, publish, staged
 from tfclm.savedmodel.servable import Servable
 from tfclm.savedmodel.settings import ServableSettings
 from tfclm.settings import record
 
-__all__ = ["Exported", "export_saved_model"]
+__all__ = ["Exported", "export_saved_model", "publish_exported"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ def export_saved_model(
     settings: ServableSettings = ServableSettings(),
     *,
     version: int | None = None,
+    recorded: Measured | None = None,
     measure: Callable[[Any], Measured | None] = lambda model: None,
     limits: Gate = Gate(),
     source: Mapping[str, Any] | None = None,
@@ -49,8 +55,9 @@ def export_saved_model(
         serving_dir: the servable's folder, or an address that TensorFlow knows (gs://, s3://); versions are below it.
         settings: defaults, limits and compilation.
         version: the version's number; the highest there plus 1 if not given.
-        measure: gives a model's perplexity, for the gate and the record; with smaller weights it is asked twice, so
-            that the record says what they cost.
+        recorded: the model's perplexity, where it is known already.
+        measure: gives a model's perplexity on some text, and is asked if none is recorded. It is asked of smaller
+            weights too: the gate and the record go by the model's perplexity times what they cost on that text.
         limits: what the perplexity must meet.
         source: where the model came from, for the record.
         say: gets a line of progress now and then.
@@ -65,36 +72,46 @@ def export_saved_model(
     """
     settings.check()
     limits.check()
-    where = os.fspath(serving_dir)
+    where = address(serving_dir)
     check_place(where, version)
     served = gate.served_record(where, limits)
     gate.check_comparable(limits, served)
+    verdicts = _Verdicts(where, dict(source or {}))
+    smaller = settings.weights != "float32"
+    if recorded is not None:  # what it decides is known before anything is built
+        gate.check_comparable(limits, served, recorded.protocol)
+        if not smaller:
+            verdicts.require(gate.decide(limits, recorded, served))
     began = time.monotonic()
     servable = Servable(model, tokenizer, settings)
     if servable.tokenizer_problem is not None:
         say(f"generate_tokens alone is exported: {servable.tokenizer_problem}")
     network = servable.network
-    measured = measure(network.model)
+    exact = recorded if recorded is not None else measure(model)
+    measured, cost = exact, None
+    if smaller:
+        cost = _cost(measure(model) if recorded is not None else exact, measure(network.model))
+        measured = cost.applied(exact) if cost is not None and exact is not None else None
     verdict = gate.decide(limits, measured, served)
-    if not verdict["passed"]:
-        file = gate.record_verdict(where, {**verdict, "source": dict(source or {})})
-        raise GateFailed(f"not published: {verdict['reason']} (the verdict is in {file})")
-    exact = measure(model) if network.model is not model else measured
+    verdicts.require(verdict)
     prompts = canary.make_prompts(network.model, network.vocab_size, network.context, servable.eos_ids, servable.limit)
-    with staged(where) as folder:
+    texts = canary.make_texts(tokenizer, network.context) if servable.tokenizer_problem is None else []
+    with staged(where, say) as folder:
         say("writing the SavedModel")
         saving.write(servable, folder)
         records = warmup.write(servable, folder)
         seconds = time.monotonic() - began
         say(f"asking it in a process of its own ({records} warm-up records)")
-        checked = canary.validate(folder, prompts, settings.compile == "xla")
+        with verdicts.of_canary(verdict):
+            checked = canary.validate(folder, prompts, texts, xla=settings.compile == "xla")
         entries = {
             "source": dict(source or {}),
             "model_type": model.config.model_type,
-            "perplexity": measured.perplexity if measured else None,
-            "float32_perplexity": exact.perplexity if exact else None,
+            "perplexity": measured.finite if measured else None,
+            "float32_perplexity": exact.finite if exact else None,
             "tokens": measured.tokens if measured else None,
             "protocol": dict(measured.protocol) if measured else None,
+            "weights_cost": cost.record() if cost else None,
             "tokenizer": type(tokenizer).__name__ if servable.tokenizer_problem is None else None,
             "signatures": servable.names,
             "settings": {name: value for name, value in record(settings).items() if hasattr(ServableSettings, name)},
@@ -103,16 +120,101 @@ def export_saved_model(
             "context": network.context,
             "buckets": servable.buckets,
             "gate": verdict,
-            "canary": {"prompts": len(prompts), **checked},
+            "canary": {"prompts": len(prompts), "texts": len(texts), **checked},
             "export_seconds": round(seconds, 1),
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "saved_model_bytes": (folder / "saved_model.pb").stat().st_size,
             "size_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             "versions": {name: metadata.version(name) for name in ("tfclm", "tensorflow", "tf-keras", "transformers")},
         }
         saving.write_record(folder, entries)
         number = publish(folder, where, version)
-    try:
-        gate.record_verdict(where, {**verdict, "version": number, "source": dict(source or {})})
-    except InputError as error:
-        # The version may be served by now, and its own record holds the verdict too.
-        say(f"version {number} is published, but {error}")
-    return Exported(number, f"{where.rstrip('/')}/{number}", entries)
+    verdicts.published(verdict, number, say)
+    return Exported(number, f"{where}/{number}", entries)
+
+
+def publish_exported(
+    exported: Path,
+    serving_dir: str | os.PathLike[str],
+    *,
+    version: int | None = None,
+    limits: Gate = Gate(),
+    source: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Exported:
+    """Makes a version that was exported elsewhere the next one here, if its record passes the gate.
+
+    Args:
+        exported: the version's folder. There is no Python model to compare it with: the canary replays its warm-up
+            records.
+        serving_dir: where it goes to, as for `export_saved_model`.
+        version: its number here; the highest there plus 1 if not given.
+        limits: what the recorded perplexity must meet.
+        source: where it came from, for the verdict.
+        say: gets a line of progress now and then.
+
+    Raises:
+        InputError: a damaged record, one without the perplexity that is asked for, or a directory that cannot be
+            written.
+        GateFailed: the perplexity is too high; nothing was published.
+        CanaryFailed: it cannot be loaded, or a warm-up record fails; nothing was published.
+    """
+    limits.check()
+    where = address(serving_dir)
+    check_place(where, version)
+    entries = gate.read_record(str(exported))
+    measured = None
+    if entries.get("perplexity") is not None:
+        measured = Measured(entries["perplexity"], entries.get("tokens") or 0, entries.get("protocol") or {})
+    elif limits != Gate():
+        raise InputError("the gate needs a perplexity, and the exported model's record has none: leave out the limits")
+    verdicts = _Verdicts(where, {**(entries.get("source") or {}), **(source or {})})
+    verdict = gate.decide(limits, measured, gate.served_record(where, limits))
+    verdicts.require(verdict)
+    with staged(where, say) as folder:
+        shutil.copytree(exported, folder, dirs_exist_ok=True)
+        say("asking it in a process of its own")
+        with verdicts.of_canary(verdict):
+            canary.validate(folder, xla=(entries.get("settings") or {}).get("compile") == "xla")
+        number = publish(folder, where, version)
+    verdicts.published(verdict, number, say)
+    return Exported(number, f"{where}/{number}", entries)
+
+
+def _cost(exact: Measured | None, smaller: Measured | None) -> Cost | None:
+    return Cost(exact, smaller) if exact is not None and smaller is not None else None
+
+
+@dataclass(frozen=True)
+class _Verdicts:
+    """Those on one model, which are written down whatever they are."""
+
+    where: str
+    source: dict[str, Any]
+
+    def require(self, verdict: Mapping[str, Any]) -> None:
+        """Goes on if the gate lets the model pass."""
+        if not verdict["passed"]:
+            raise GateFailed(f"not published: {verdict['reason']} ({self._write(verdict)})")
+
+    @contextmanager
+    def of_canary(self, verdict: Mapping[str, Any]) -> Iterator[None]:
+        """Goes on if the canary, which is asked inside, lets it pass too."""
+        try:
+            yield
+        except CanaryFailed as error:
+            kept = self._write({**verdict, "passed": False, "reason": str(error)})
+            raise CanaryFailed(f"not published: {error} ({kept})") from error
+
+    def published(self, verdict: Mapping[str, Any], version: int, say: Callable[[str], None]) -> None:
+        """Writes the verdict of a version that may be served by now, and whose own record holds it too."""
+        try:
+            gate.record_verdict(self.where, {**verdict, "version": version, "source": self.source})
+        except InputError as error:
+            say(f"version {version} is published, but {error}")
+
+    def _write(self, verdict: Mapping[str, Any]) -> str:
+        try:
+            return f"the verdict is in {gate.record_verdict(self.where, {**verdict, 'source': self.source})}"
+        except InputError as error:
+            return str(error)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
 from tfclm.errors import InputError, first_line
 from tfclm.savedmodel import saving
-from tfclm.savedmodel.publish import versions
+from tfclm.savedmodel.publish import address, folders
 
 __all__ = [
+    "Cost",
     "Gate",
     "GateFailed",
     "Measured",
@@ -49,11 +51,38 @@ class Gate:
 
 @dataclass(frozen=True)
 class Measured:
-    """A perplexity and how it was measured."""
+    """A perplexity, which is not finite if the model has diverged, and how it was measured."""
 
     perplexity: float
     tokens: int
     protocol: Mapping[str, Any]
+
+    @property
+    def finite(self) -> float | None:
+        """The perplexity as a record holds it."""
+        return self.perplexity if math.isfinite(self.perplexity) else None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a smaller type of the weights costs: two perplexities on one text."""
+
+    float32: Measured
+    smaller: Measured
+
+    def applied(self, exact: Measured) -> Measured:
+        """A perplexity of the float32 weights on another text as that of the smaller ones, in the same ratio."""
+        ratio = self.smaller.perplexity / self.float32.perplexity
+        return replace(exact, perplexity=exact.perplexity * ratio)
+
+    def record(self) -> dict[str, Any]:
+        """As a version's record holds it."""
+        return {
+            "float32_perplexity": self.float32.finite,
+            "perplexity": self.smaller.finite,
+            "tokens": self.smaller.tokens,
+            "protocol": dict(self.smaller.protocol),
+        }
 
 
 def decide(gate: Gate, measured: Measured | None, served: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +101,9 @@ def decide(gate: Gate, measured: Measured | None, served: Mapping[str, Any]) -> 
         raise InputError(
             "the gate needs a perplexity, and the checkpoint has no results.json: give --dataset or --file to measure"
         )
-    verdict: dict[str, Any] = {"passed": True, **asked, "perplexity": measured.perplexity}
+    verdict: dict[str, Any] = {"passed": True, **asked, "perplexity": measured.finite}
+    if measured.finite is None:
+        return verdict | {"passed": False, "reason": "the model has diverged and has no perplexity: train it again"}
     if gate.max_perplexity is not None and not measured.perplexity <= gate.max_perplexity:
         verdict |= {"passed": False, "reason": f"perplexity {measured.perplexity:.4f} is above {gate.max_perplexity}"}
     if gate.max_regression is not None and served:
@@ -125,8 +156,8 @@ def served_record(serving_dir: str, gate: Gate) -> dict[str, Any]:
     Raises:
         InputError: it is damaged.
     """
-    there = versions(serving_dir) if gate.max_regression is not None else []
-    return {"perplexity": None, **read_record(f"{serving_dir.rstrip('/')}/{there[-1]}")} if there else {}
+    there = list(folders(serving_dir).values()) if gate.max_regression is not None else []
+    return {"perplexity": None, **read_record(f"{address(serving_dir)}/{there[-1][-1]}")} if there else {}
 
 
 def read_record(version: str) -> dict[str, Any]:
@@ -139,8 +170,8 @@ def read_record(version: str) -> dict[str, Any]:
         entries: Any = saving.read_record(version)
         if not isinstance(entries, dict):
             raise ValueError("no JSON object")
-        fields: dict[str, type | tuple[type, ...]] = {"perplexity": (int, float), "protocol": dict, "source": dict}
-        for name, kinds in fields.items():
+        fields: dict[str, type | tuple[type, ...]] = {"perplexity": (int, float), "tokens": int}
+        for name, kinds in {**fields, "protocol": dict, "source": dict, "settings": dict}.items():
             if not isinstance(entries.get(name), kinds) and entries.get(name) is not None:
                 raise ValueError(f"{name} is {entries[name]!r}")
     except (ValueError, tf.errors.OpError) as error:

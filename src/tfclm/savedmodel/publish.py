@@ -11,14 +11,44 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tfclm.errors import InputError
+from tfclm.savedmodel.numbering import check_number, following, numbered, taken
 
 STAGING = ".staging-"
-LARGEST = 2**63 - 1  # a server reads a folder's name as an int64
+
+
+def address(serving_dir: str | os.PathLike[str]) -> str:
+    """A folder's path, that of file:// too, or an address that TensorFlow's filesystems know, such as gs://bucket/name."""
+    where = os.fspath(serving_dir)
+    if where.startswith("file://"):
+        # Behind a host's name, as TensorFlow reads it.
+        where = "/" + where.removeprefix("file://").partition("/")[2]
+    return where.rstrip("/") or where[:1]
+
+
+def is_remote(where: str) -> bool:
+    """Whether an address is one of TensorFlow's own filesystems, such as gs:// or s3://."""
+    return "://" in where
+
+
+def folders(serving_dir: str | os.PathLike[str]) -> dict[int, list[str]]:
+    """The versions in a serving directory, ascending, with the names of their folders: that of 7 may be 007.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    where = address(serving_dir)
+    if is_remote(where):
+        from tfclm.savedmodel import remote
+
+        with remote.reached(where):
+            return remote.folders(where)[0]
+    with _usable(f"--serving-dir {where}", "give a folder that can be read"):
+        return numbered(entry.name for entry in os.scandir(where) if entry.is_dir()) if os.path.isdir(where) else {}
 
 
 def versions(serving_dir: str | os.PathLike[str]) -> list[int]:
@@ -27,14 +57,18 @@ def versions(serving_dir: str | os.PathLike[str]) -> list[int]:
     Args:
         serving_dir: a folder, or an address that TensorFlow's filesystems know, such as gs://bucket/name.
     """
-    where = os.fspath(serving_dir)
-    if is_remote(where):
-        import tensorflow as tf
+    return list(folders(serving_dir))
 
-        names = tf.io.gfile.listdir(where) if tf.io.gfile.isdir(where) else []
-    else:
-        names = [entry.name for entry in os.scandir(where) if entry.is_dir()] if os.path.isdir(where) else []
-    return sorted(int(name) for name in (each.rstrip("/") for each in names) if name.isascii() and name.isdigit())
+
+def incomplete(serving_dir: str | os.PathLike[str]) -> list[int]:
+    """The numbers in a remote serving directory that look like versions and are none, ascending."""
+    where = address(serving_dir)
+    if not is_remote(where):
+        return []
+    from tfclm.savedmodel import remote
+
+    with remote.reached(where):
+        return list(remote.folders(where)[1])
 
 
 def check_place(serving_dir: str | os.PathLike[str], version: int | None = None) -> None:
@@ -47,12 +81,14 @@ def check_place(serving_dir: str | os.PathLike[str], version: int | None = None)
     Raises:
         InputError: the directory cannot be made or written, or the number is out of range or taken.
     """
-    where = os.fspath(serving_dir)
-    if version is not None:
-        if not 1 <= version <= LARGEST:
-            raise InputError(f"--version {version}: give 1 or more" + (f", {LARGEST} at most" if version > 0 else ""))
-        if version in versions(where) or (not is_remote(where) and os.path.lexists(Path(where) / str(version))):
-            raise _taken(where, version)
+    where = address(serving_dir)
+    there = [*versions(where), *incomplete(where)]
+    if version is None:
+        following(where, there)
+    else:
+        check_number(version)
+        if version in there or (not is_remote(where) and os.path.lexists(Path(where) / str(version))):
+            raise taken(where, version)
     if is_remote(where):
         return
     place = Path(where).absolute()
@@ -65,39 +101,57 @@ def check_place(serving_dir: str | os.PathLike[str], version: int | None = None)
 
 
 @contextmanager
-def staged(serving_dir: str | os.PathLike[str]) -> Iterator[Path]:
+def staged(serving_dir: str | os.PathLike[str], say: Callable[[str], None] = lambda line: None) -> Iterator[Path]:
     """An empty folder to write a version into; removed at the end unless it was published.
 
-    What an export that was killed has left under the serving directory is removed first.
+    What an export that was killed has left is removed first: at once under a local serving directory and among the
+    temporary files, from which a version is uploaded; after a day in a remote one.
+
+    Args:
+        serving_dir: where the version is to be published.
+        say: gets a line on each incomplete version that stays in a remote serving directory.
 
     Raises:
         InputError: the serving directory cannot be written, or the disk is full.
     """
-    where = os.fspath(serving_dir)
+    where = address(serving_dir)
+    place, named, hint = Path(where), f"--serving-dir {where}", "give a folder that can be written"
     if is_remote(where):
-        with tempfile.TemporaryDirectory(prefix="tfclm-") as folder:
-            yield Path(folder)
-        return
+        from tfclm.savedmodel import remote
+
+        with remote.reached(where):
+            for number in remote.clean(where):
+                say(explain_incomplete(where, number))
+        hint = "make room, or set TMPDIR to a folder of yours"
+        with _usable("the temporary folder", hint):
+            # One for each user, whose leftovers can be told from others' files.
+            place = Path(tempfile.gettempdir()) / f"tfclm-{os.getuid()}"
+        named = f"the temporary folder {place}"
     with contextlib.ExitStack() as held:
-        with _writable(where):
-            os.makedirs(where, exist_ok=True)
+        with _usable(named, hint):
+            os.makedirs(place, mode=0o700 if is_remote(where) else 0o777, exist_ok=True)
+            if is_remote(where) and os.lstat(place).st_uid != os.getuid():
+                raise PermissionError(errno.EPERM, "another user has made it")
             # Between the making of a folder and its lock it looks like one that was left behind.
-            with _locked(Path(where), wait=True):
-                for entry in Path(where).glob(f"{STAGING}*"):
+            with _locked(place, wait=True):
+                for entry in place.glob(f"{STAGING}*"):
                     # In use, or just renamed into a version.
                     with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(entry):
                         shutil.rmtree(entry)
-                folder = tempfile.mkdtemp(prefix=STAGING, dir=where)
+                folder = tempfile.mkdtemp(prefix=STAGING, dir=place)
                 held.callback(shutil.rmtree, folder, ignore_errors=True)
                 held.enter_context(_locked(Path(folder)))
             os.chmod(folder, 0o755)  # a server is often another user
         try:
             yield Path(folder)
+        except InputError:
+            raise
         except Exception as error:
             # TensorFlow's writers have errors of their own, with the system's words in them.
             if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-            raise InputError(f"--serving-dir {where}: the disk is full, nothing was published; make room") from error
+            hint = hint if is_remote(where) else "make room"
+            raise InputError(f"{named}: the disk is full, nothing was published; {hint}") from error
 
 
 def publish(folder: Path, serving_dir: str | os.PathLike[str], version: int | None = None) -> int:
@@ -109,18 +163,20 @@ def publish(folder: Path, serving_dir: str | os.PathLike[str], version: int | No
         version: its number; the highest there plus 1 if not given. Of two exports at once each gets one of its own.
 
     Raises:
-        InputError: there is such a version already, or its number is out of range.
+        InputError: there is such a version already, its number is out of range, or a remote place cannot be written.
     """
-    where = os.fspath(serving_dir)
+    where = address(serving_dir)
     check_place(where, version)
     if is_remote(where):
-        return _upload(folder, where, version)
+        from tfclm.savedmodel import remote
+
+        return remote.upload(folder, where, version)
     for file in folder.rglob("*"):
         _sync(file)
     _sync(folder)
-    taken = 0
+    others = 0
     while True:
-        number = version if version is not None else max([taken, *versions(where)]) + 1
+        number = version if version is not None else following(where, [others, *versions(where)])
         target = Path(where) / str(number)
         try:
             # Onto a folder with content a rename fails, so the first of two that want one number gets it.
@@ -129,40 +185,28 @@ def publish(folder: Path, serving_dir: str | os.PathLike[str], version: int | No
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             if version is not None:
-                raise _taken(where, version) from error
-            taken = number  # by another export, or by a file
+                raise taken(where, version) from error
+            others = number  # by another export, or by a file
             continue
         _sync(Path(where))
         return number
 
 
-def _upload(folder: Path, where: str, version: int | None) -> int:
-    """Copies a version to a filesystem without rename; saved_model.pb comes last, a server loads nothing before it."""
-    import tensorflow as tf
-
-    number = version if version is not None else max(versions(where), default=0) + 1
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    for name in sorted(files, key=lambda name: name == "saved_model.pb"):
-        target = f"{where.rstrip('/')}/{number}/{name}"
-        tf.io.gfile.makedirs(target.rsplit("/", 1)[0])
-        tf.io.gfile.copy(str(folder / name), target)
-    return number
-
-
 def remove(serving_dir: str | os.PathLike[str], version: int) -> None:
-    """Takes a version away: out of a server's sight at once, then from the disk."""
-    where = os.fspath(serving_dir)
+    """Takes a version away, whatever its folders are called: out of a server's sight at once, then from the disk."""
+    where = address(serving_dir)
+    names = folders(where).get(version, [])
     if is_remote(where):
-        import tensorflow as tf
+        from tfclm.savedmodel import remote
 
-        folder = f"{where.rstrip('/')}/{version}"
-        tf.io.gfile.remove(f"{folder}/saved_model.pb")
-        tf.io.gfile.rmtree(folder)
+        with remote.reached(where):
+            remote.remove(where, version, names)
         return
-    with _writable(where), _locked(Path(where), wait=True):
+    with _usable(f"--serving-dir {where}", "give a folder that can be written"), _locked(Path(where), wait=True):
         hidden = tempfile.mkdtemp(prefix=STAGING, dir=where)
-        with contextlib.suppress(FileNotFoundError):  # another process has removed it just now
-            os.rename(Path(where) / str(version), Path(hidden) / "removed")
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it just now
+                os.rename(Path(where) / name, Path(hidden) / name)
         shutil.rmtree(hidden)
 
 
@@ -190,22 +234,19 @@ def rollback(serving_dir: str | os.PathLike[str]) -> tuple[int, int]:
     return there[-1], there[-2]
 
 
-def is_remote(where: str) -> bool:
-    """Whether an address is one of TensorFlow's own filesystems, such as gs:// or s3://."""
-    return "://" in where
-
-
-def _taken(where: str, version: int) -> InputError:
-    return InputError(f"--version {version} is in {where} already: give another, or leave it out")
+def explain_incomplete(serving_dir: str, number: int) -> str:
+    """A line on what looks like a version and is none."""
+    problem = "has no saved_model.pb and counts as no version"
+    return f"{serving_dir}/{number} {problem}: it is being uploaded, or was left behind by an export that was killed"
 
 
 @contextmanager
-def _writable(where: str) -> Iterator[None]:
-    """Names the serving directory where the system refuses something in it."""
+def _usable(named: str, hint: str) -> Iterator[None]:
+    """Names the folder where the system refuses something in it."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"--serving-dir {where}: {error.strerror}; give a folder that can be written") from error
+        raise InputError(f"{named}: {error.strerror}; {hint}") from error
 
 
 @contextmanager
