@@ -3,6 +3,8 @@
     python -m pip install 'tfclm[benchmarks]'
     python -m benchmarks.decoding
 
+(PyTorch's build for CPUs: the Triton that comes with the one for GPUs crashes in a process with TensorFlow.)
+
 DistilGPT2's shape with random weights, greedy, 64 new tokens, prompts of 16 and 500 tokens, 1 and 8 rows; medians of
 interleaved rounds. Peers: `model.generate` of transformers in a `tf.function`, PyTorch's `generate` and CTranslate2 in
 float32. Each target is printed beside the ratio that it is about, and the limit: the ratio of a program that does
@@ -85,6 +87,18 @@ def export(folder: Path, serving: Path, *options: str) -> dict[str, Any]:
     path = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     record: dict[str, Any] = json.loads((Path(path) / "assets.extra" / "tfclm.json").read_text())
     return record | {"path": path}
+
+
+def sizes(name: str, record: dict[str, Any]) -> None:
+    """What a version takes on the disk, and in time and memory to make and to load."""
+    canary = record["canary"]
+    print(
+        f"{name}: {record['size_bytes'] / 1e6:.0f} MB, {record['saved_model_bytes'] / 1e6:.1f} of them saved_model.pb; "
+        f"{record['export_seconds']:.0f} s and {record['peak_memory_mib']:.0f} MiB to write; "
+        f"{canary['load_seconds']:.1f} s to load, {canary['warmup_seconds']:.1f} s to warm up, "
+        f"{canary['peak_memory_mib']:.0f} MiB to serve",
+        flush=True,
+    )
 
 
 def asker(loaded: Any) -> Callable[..., Any]:
@@ -341,12 +355,7 @@ def main() -> None:
         make_checkpoint(folder)
         if arguments.part != "compiled":
             record = export(folder, Path(work) / "plain")
-            canary = record["canary"]
-            print(
-                f"default export: {record['size_bytes'] / 1e6:.0f} MB, {record['export_seconds']:.0f} s to write, "
-                f"{canary['load_seconds']:.1f} s to load, {canary['warmup_seconds']:.1f} s to warm up, "
-                f"{canary['peak_memory_mib']:.0f} MiB at the most"
-            )
+            sizes("default", record)
             if arguments.part != "profile":
                 plain(folder, record, arguments.rounds)
                 first_call(record, "default")
@@ -368,6 +377,8 @@ def main() -> None:
                 "xla": export(folder, Path(work) / "xla", *options),
                 "bfloat16": export(folder, Path(work) / "bfloat16", *options, "--weights", "bfloat16"),
             }
+            for name, record in records.items():
+                sizes(name, record)
             compiled(folder, records, arguments.rounds)
             first_call(records["xla"], "xla")
 

@@ -84,10 +84,10 @@ class GraphTokenizer(tf.Module):
             begin, size = splits[:-2], splits[1:-1] - splits[:-2]
             ahead = tf.size(self._before, tf.int64)
             length = ahead + size
-            gone = tf.zeros_like(size) if last is None else tf.maximum(length - last, 0)
-            width = tf.reduce_max(tf.concat([ahead[None], length - gone], 0))
+            kept = length if last is None else tf.minimum(length, last)
+            width = tf.reduce_max(tf.concat([ahead[None], kept], 0))
             # Places in the tokens put ahead of every text, the text's own behind them, and a 0 for the padding.
-            place = gone[:, None] + tf.range(width)
+            place = (length - kept)[:, None] + tf.range(width)
             own = tf.where(place < ahead, place, place + begin[:, None])
             padding = ahead + tf.size(ids, tf.int64)
             table = tf.concat([self._before, ids, [0]], 0)
