@@ -89,6 +89,19 @@ def export(folder: Path, serving: Path, *options: str) -> dict[str, Any]:
     return record | {"path": path}
 
 
+def write(folder: Path, target: Path, settings: dict[str, Any]) -> Path:
+    """A version as the command writes it, without the gate and the canary, which would compile every size once more."""
+    from tfclm import checkpoint
+    from tfclm.savedmodel import saving, warmup
+    from tfclm.savedmodel.servable import Servable
+    from tfclm.savedmodel.settings import ServableSettings
+
+    servable = Servable(*checkpoint.load(folder), ServableSettings(**settings))
+    saving.write(servable, target)
+    warmup.write(servable, target)
+    return target
+
+
 def sizes(name: str, record: dict[str, Any]) -> None:
     """What a version takes on the disk, and in time and memory to make and to load."""
     canary = record["canary"]
@@ -308,11 +321,11 @@ def long_and_short(ask: Callable[..., Any], name: str, count: int) -> None:
     report(f"{name}, tokens a second at 900 tokens of context / at 30", steps[30] / steps[900], 0.7)
 
 
-def compiled(folder: Path, records: dict[str, dict[str, Any]], count: int) -> None:
+def compiled(folder: Path, written: dict[str, Path], count: int) -> None:
     """The compiled exports beside PyTorch, CTranslate2 and each other."""
     import tensorflow as tf
 
-    asks = {name: asker(tf.saved_model.load(record["path"])) for name, record in records.items()}
+    asks = {name: asker(tf.saved_model.load(str(path))) for name, path in written.items()}
     peers = {"torch": pytorch(folder)}
     with tempfile.TemporaryDirectory() as target:
         peers["ctranslate2"] = ctranslate(folder, Path(target) / "model")
@@ -337,9 +350,9 @@ def compiled(folder: Path, records: dict[str, dict[str, Any]], count: int) -> No
     report("xla, sampling / greedy, 8 x 16 tokens", times["greedy"] / times["sampled"], 0.9)
 
 
-def first_call(record: dict[str, Any], name: str) -> None:
+def first_call(version: Path, name: str) -> None:
     """In a new process, as a server does: load, replay the warm-up records, then ask."""
-    run = subprocess.run([sys.executable, "-c", FIRST, record["path"]], check=True, stdout=subprocess.PIPE, text=True)
+    run = subprocess.run([sys.executable, "-c", FIRST, str(version)], check=True, stdout=subprocess.PIPE, text=True)
     first, tenth = json.loads(run.stdout.splitlines()[-1])
     report(f"{name}, the tenth call's time / the first one's after load", tenth / first, 1 / 1.5)
 
@@ -358,29 +371,17 @@ def main() -> None:
             sizes("default", record)
             if arguments.part != "profile":
                 plain(folder, record, arguments.rounds)
-                first_call(record, "default")
+                first_call(Path(record["path"]), "default")
             profile(record, 8, 16)
             gc.collect()
         if arguments.part in ("all", "compiled"):
-            options = [
-                "--compile",
-                "xla",
-                "--max-batch-size",
-                "8",
-                "--buckets",
-                "32",
-                "512",
-                "--max-new-tokens-limit",
-                "64",
-            ]
-            records = {
-                "xla": export(folder, Path(work) / "xla", *options),
-                "bfloat16": export(folder, Path(work) / "bfloat16", *options, "--weights", "bfloat16"),
+            settings = {"compile": "xla", "max_batch_size": 8, "buckets": (32, 512), "max_new_tokens_limit": NEW}
+            written = {
+                "xla": write(folder, Path(work) / "xla", settings),
+                "bfloat16": write(folder, Path(work) / "bfloat16", settings | {"weights": "bfloat16"}),
             }
-            for name, record in records.items():
-                sizes(name, record)
-            compiled(folder, records, arguments.rounds)
-            first_call(records["xla"], "xla")
+            compiled(folder, written, arguments.rounds)
+            first_call(written["xla"], "xla")
 
 
 if __name__ == "__main__":

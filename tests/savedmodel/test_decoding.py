@@ -21,7 +21,7 @@ NEW = 14
 EOS = tuple(range(0, 512, 25))
 LENGTHS = (1, 2, 3, 8, 17, 31, CONTEXT - NEW, CONTEXT - 3)
 PROMPTS = 200
-FEW = 72  # of them, where each has knobs of its own
+FEW = 72  # of them, where each has knobs of its own, and for the other architectures
 
 
 class Loop(NamedTuple):
@@ -64,6 +64,8 @@ def loop(request: pytest.FixtureRequest) -> Loop:
 
     rng = random.Random(1)
     prompts = [[rng.randrange(512) for _ in range(LENGTHS[i % len(LENGTHS)])] for i in range(PROMPTS)]
+    if request.param != "gpt2":
+        prompts = prompts[:FEW]
     return Loop(model, traced, prompts)
 
 
@@ -140,7 +142,7 @@ def test_greedy_is_transformers(loop: Loop, penalty: float) -> None:
     knob = {"repetition_penalty": penalty}
     alone = [run(loop, [prompt], [knob])[0] for prompt in loop.prompts]
     together: dict[int, list[int]] = {}
-    for rows in batches(PROMPTS):
+    for rows in batches(len(loop.prompts)):
         together |= dict(zip(rows, run(loop, [loop.prompts[row] for row in rows], [knob] * len(rows)), strict=True))
     ties = 0
     for number, tokens in enumerate(expected):
@@ -153,7 +155,7 @@ def test_greedy_is_transformers(loop: Loop, penalty: float) -> None:
     # Rows that stop, rows that reach max_new_tokens and rows at the end of the context are all among them.
     assert {len(tokens) for tokens in expected} >= {3, NEW}
     assert sum(tokens[-1] in EOS for tokens in expected) > 3
-    assert len({tuple(tokens) for tokens in expected}) > PROMPTS // 2
+    assert len({tuple(tokens) for tokens in expected}) > len(expected) // 2
 
 
 def test_a_row_depends_on_itself_alone(loop: Loop) -> None:
