@@ -123,7 +123,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 request, types = map(json.loads, sys.argv[2:])
 signatures = tf.saved_model.load(sys.argv[1]).signatures
-for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests"):
+for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests") if WARM else ():
     log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
     inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in log.inputs.items()}
     signatures[log.model_spec.signature_name](**inputs)
@@ -329,7 +329,8 @@ def given(version: Version, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield {
             "tensorflow": start(answer, LOAD, version),
             "session": start(answer, SESSION, version),
-            "first": start(answer, FIRST, version),
+            "warm": start(answer, "WARM = True\n" + FIRST, version),
+            "cold": start(answer, "WARM = False\n" + FIRST, version),
             "tool": start(run_tool, version),
             **({"program": start(run_program, version)} if COMPILER else {}),
         }
@@ -369,9 +370,11 @@ def test_run_by_a_c_program(version: Version, given: dict[str, Future[Any]]):
 
 def test_first_request_is_as_fast_as_others(given: dict[str, Future[Any]]):
     """Warm-up records that a small context refuses, or that leave a signature, or a path in it, to the first client."""
-    for name, seconds in given["first"].result().items():
-        # A quarter of a second is the machine's: initialising takes more than one.
-        assert seconds[0] <= 3 * sorted(seconds)[5] + 0.25, (name, seconds)
+    warm, cold = given["warm"].result(), given["cold"].result()
+    for name, seconds in warm.items():
+        # What the first request takes beyond others, of what it takes where nothing was replayed.
+        extra, whole = (each[0] - sorted(each)[5] for each in (seconds, cold[name]))
+        assert extra <= whole / 4, (name, seconds, cold[name])
 
 
 @pytest.mark.skipif(not (LONG or OLDER), reason="takes another TensorFlow: make lowest, or set TFCLM_LONG_TESTS=1")
