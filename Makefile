@@ -6,7 +6,7 @@ INSTALLED = $(VENV)/.installed
 # A file's tests share what is slow to make, so they stay in one process.
 PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: fit test check lowest benchmarks readme clean
+.PHONY: fit test check long lowest benchmarks readme clean
 
 fit: $(INSTALLED)  ## fine-tune a small model on Python's own documentation
 	$(BIN)/python -m tfclm.fit
@@ -19,6 +19,9 @@ check: $(INSTALLED)-dev  ## lint, type-check, run all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python $(PYTEST)
+
+long: $(INSTALLED)-dev  ## the tests with all their numbers, and those that are too long for every change: some hours
+	TFCLM_LONG_TESTS=1 $(BIN)/python $(PYTEST)
 
 lowest: $(INSTALLED)-dev  ## the journey from text to model on the lowest versions that pyproject.toml allows, and what the highest exports
 	$(MAKE) VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt .venv-lowest/.installed-dev

@@ -259,11 +259,7 @@ def plain(folder: Path, record: dict[str, Any], count: int) -> None:
         times = rounds(calls, count)
         shape, other = f"{rows} x {length} tokens", times["generate"]
         report(f"default / generate in a tf.function, {shape}", other / times["ours"], 1.5, other / times["products"])
-    for rows in (1, 8):
-        ids = ids_of(rows, 16)
-        sampled = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
-        times = rounds({"greedy": lambda: ask(ids), "sampled": lambda: ask(ids, **sampled)}, count)
-        report(f"default, sampling / greedy, {rows} x 16 tokens", times["greedy"] / times["sampled"], 0.9)
+    sampling(ask, "default", count)
     long_and_short(ask, "default", count)
     ids = ids_of(1, 16)
 
@@ -312,13 +308,25 @@ def profile(record: dict[str, Any], rows: int, length: int) -> None:
             print(f"    {name:30s} {each:8.2f}")
 
 
+def sampling(ask: Callable[..., Any], name: str, count: int) -> None:
+    """What drawing the tokens costs."""
+    knobs = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
+    for rows in (1, 8):
+        ids = ids_of(rows, 16)
+        times = rounds({"greedy": lambda: ask(ids), "sampled": lambda: ask(ids, **knobs)}, count)
+        report(f"{name}, sampling / greedy, {rows} x 16 tokens", times["greedy"] / times["sampled"], 0.9)
+
+
 def long_and_short(ask: Callable[..., Any], name: str, count: int) -> None:
-    """Seconds of the steps alone: the difference of two runs that share their prompt."""
-    steps = {}
-    for length in (30, 900):
-        ids = ids_of(1, length)
-        times = rounds({"few": lambda: ask(ids, max_new_tokens=4), "many": lambda: ask(ids, max_new_tokens=NEW)}, count)
-        steps[length] = times["many"] - times["few"]
+    """Seconds of the steps alone: the difference of two calls that share their prompt."""
+    prompts = {length: ids_of(1, length) for length in (30, 900)}
+    calls = {
+        f"{length} {new}": (lambda ids=ids, new=new: ask(ids, max_new_tokens=new))
+        for length, ids in prompts.items()
+        for new in (4, NEW)
+    }
+    times = rounds(calls, count)
+    steps = {length: times[f"{length} {NEW}"] - times[f"{length} 4"] for length in prompts}
     report(f"{name}, tokens a second at 900 tokens of context / at 30", steps[30] / steps[900], 0.7)
 
 
@@ -345,11 +353,8 @@ def compiled(folder: Path, written: dict[str, Path], count: int) -> None:
         limit = max(1.0, times["products"] / times["cast"])
         report(f"xla bfloat16 / xla float32, {shape}", times["xla"] / times["bfloat16"], 1.5, limit)
         report("    its products alone, cast at each step / float32", times["products"] / times["cast"], None)
+    sampling(asks["xla"], "xla", count)
     long_and_short(asks["xla"], "xla", count)
-    ids = ids_of(8, 16)
-    sampled = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
-    times = rounds({"greedy": lambda: asks["xla"](ids), "sampled": lambda: asks["xla"](ids, **sampled)}, count)
-    report("xla, sampling / greedy, 8 x 16 tokens", times["greedy"] / times["sampled"], 0.9)
 
 
 def first_call(version: Path, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pydoc_data.topics
 import tempfile
@@ -14,6 +15,18 @@ _CACHES = tempfile.TemporaryDirectory(prefix="tfclm-tests-")
 os.environ["HF_HOME"] = _CACHES.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+
+# TensorFlow's graphs are millions of Python objects, which the collector would walk time and again.
+gc.set_threshold(200_000, 20, 100)
+
+LONG = os.environ.get("TFCLM_LONG_TESTS") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    long = [item for item in items if item.get_closest_marker("long") and not LONG]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
 
 
 def documents() -> list[str]:

@@ -19,15 +19,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import tiny_config
+from conftest import LONG, tiny_config
 
 from tfclm import export, fit
 
 pytestmark = pytest.mark.slow
 
-# TFCLM_LONG_TESTS=1 kills at fifty moments, fills disks of several sizes, and exports what takes text too.
-LONG = os.environ.get("TFCLM_LONG_TESTS") == "1"
-KILLS = 50 if LONG else 5
+KILLS = 50 if LONG else 4
 CONTEXT = 16
 
 FILES = {
@@ -295,7 +293,7 @@ def test_versions_kept_and_the_one_just_written(timed: Timed):
     assert names(timed.serving) == {"3", "5", "6"}
 
 
-@pytest.mark.skipif(not LONG, reason="the README's commands do the same: set TFCLM_LONG_TESTS=1")
+@pytest.mark.long  # the README's commands do the same
 def test_version_of_text(texts: Path, tmp_path: Path):
     """A file that only the tokenizer's tables need, or a warm-up prompt that the context refuses."""
     code, out, err = end(shell("--model", texts, "--serving-dir", tmp_path / "m"))
@@ -570,7 +568,7 @@ def test_read_only_disk(console: Console, disk: Disk, plain: Path):
     refuse(answer, f"{disk.folder}/m cannot be written; give a folder that can")
 
 
-@pytest.mark.skipif(not LONG, reason="takes a minute: set TFCLM_LONG_TESTS=1")
+@pytest.mark.long
 @pytest.mark.parametrize("size", [4, 64, 128, 448, 512, 576])
 def test_full_disk_of_any_size(tmp_path: Path, plain: Path, size: int):
     """KiB of it. A file whose last bytes do not fit taken for whole: its writer says so only when it is closed."""

@@ -103,7 +103,9 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path
     return folder
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", ["gpt2", *(pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES if name != "gpt2")]
+)
 def test_fit_leaves_exactly_these_files(
     console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path, architecture: str
 ):
@@ -193,7 +195,12 @@ def test_overwriting_leaves_exactly_the_new_files(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "precision"), [*((name, "bfloat16") for name in ARCHITECTURES), ("gpt2", "float16")]
+    ("architecture", "precision"),
+    [
+        ("gpt2", "bfloat16"),
+        *(pytest.param(name, "bfloat16", marks=pytest.mark.long) for name in ARCHITECTURES if name != "gpt2"),
+        ("gpt2", "float16"),
+    ],
 )
 def test_fit_in_half_precision_ends_with_a_sample(
     console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path, architecture: str, precision: str

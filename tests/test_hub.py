@@ -181,7 +181,7 @@ began = time.monotonic()
 """
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3))])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (0, 2, 3))])
 def test_push_goes_through_a_bad_network(hub: Hub, tmp_path: Path, seed: int):
     """A fault that ends the push, leaves half of it, or makes the commit twice; each kind, in an order by the seed."""
     folder = filled(tmp_path / "run")

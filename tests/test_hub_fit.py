@@ -194,7 +194,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_goes_on_here_and_elsewhere(hub: Hub, tmp_path: Path):
     """Commits made twice, a run that begins anew, or a pushed state without optimizer or position in the data."""
     user, other = User(hub, tmp_path / "user"), User(hub, tmp_path / "other")
@@ -227,7 +227,7 @@ def titles(hub: Hub) -> list[str]:
     return hub.model("me/tiny").titles() if "models/me/tiny" in hub.repositories else []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exported_model_is_pushed_and_served_elsewhere(hub: Hub, tmp_path: Path):
     """A servable that stays at home, or one that the Hub gives back and no server can load."""
     user = User(hub, tmp_path / "user")

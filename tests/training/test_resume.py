@@ -132,7 +132,13 @@ def test_killed_at_random_moments(runs: Runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "moment", ["resume/state/ckpt-2*", "resume/state/ckpt-3*", "resume/best-[1-9]*.index", "model.safetensors"]
+    "moment",
+    [
+        "resume/state/ckpt-2*",
+        pytest.param("resume/state/ckpt-3*", marks=pytest.mark.long),
+        pytest.param("resume/best-[1-9]*.index", marks=pytest.mark.long),
+        "model.safetensors",
+    ],
 )
 def test_killed_during_a_save(runs: Runs, moment: str):
     """A half-written snapshot that is taken for whole, or a model folder that is taken for a complete run."""
@@ -146,7 +152,7 @@ def test_killed_during_a_save(runs: Runs, moment: str):
     assert_same_result(runs, name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_signal_saves_and_exits(runs: Runs, number: signal.Signals):
     """A traceback, a lost step, or an exit code that says done."""
     name = f"signal-{number.name}"
@@ -409,7 +415,7 @@ def on_two_devices(tmp_path_factory, tokenizer_dir: Path):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_replicas_train_as_one_device(on_two_devices):
     """Gradients or losses that are summed or averaged wrongly over replicas, or weights that drift apart."""
     (one, mirrored), _, _ = on_two_devices
@@ -419,7 +425,7 @@ def test_two_replicas_train_as_one_device(on_two_devices):
     assert mirrored[2] == 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_replicas_stopped_while_an_epoch_is_validated(on_two_devices):
     """Moments of the optimizer that are not restored on the replicas."""
     _, (expected, expected_weights), (done, weights) = on_two_devices

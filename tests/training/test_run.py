@@ -48,7 +48,7 @@ def one_step(model, rows: int, pass_rows: int | None, **options):
 
 
 @pytest.mark.parametrize(("rows", "pass_rows"), [(8, 2), (8, 8), (7, 2), (3, 4)])
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_accumulated_passes_equal_one_batch(make_model, rows: int, pass_rows: int, jit_compile: bool):
     """Gradients averaged over passes: one with few labels, or a short last one, would weigh as much as a full one."""
     logs, expected = one_step(make_model(**NO_DROPOUT), rows, None)
@@ -85,7 +85,7 @@ def test_model_is_itself_again(make_model):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("batch_size", [4, 5])
+@pytest.mark.parametrize("batch_size", [pytest.param(4, marks=pytest.mark.long), 5])
 def test_val_loss_is_the_perplexity(make_model, tokenizer, architecture: str, batch_size: int):
     """Keras' val_loss is a mean of batch means; 11 blocks leave a short last batch. And the best weights are kept."""
     model = make_model(architecture)

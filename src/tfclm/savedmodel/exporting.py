@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -122,7 +121,7 @@ def export_saved_model(
             "gate": verdict,
             "canary": {"prompts": len(prompts), "texts": len(texts), **checked},
             "export_seconds": round(seconds, 1),
-            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_memory_mib": canary.peak_memory_mib(),
             "saved_model_bytes": (folder / "saved_model.pb").stat().st_size,
             "size_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             "versions": {name: metadata.version(name) for name in ("tfclm", "tensorflow", "tf-keras", "transformers")},

@@ -19,6 +19,7 @@ Tensor = Any
 
 CANDIDATES = 1024  # as many of the likeliest tokens are sorted first, where top-p has no top-k beside it
 COMPILED_CANDIDATES = 128  # the same with XLA, for every row
+FEW = 64  # tokens up to which the highest scores are looked for in the groups that have the highest ones
 
 
 class Knobs(NamedTuple):
@@ -69,13 +70,17 @@ def choose(logits: Tensor, knobs: Knobs, uniform: Tensor, *, xla: bool = False) 
     logits float32 [B, V]. `xla` takes ops that compile well instead of those that are fast on their own.
     """
     greedy = tf.argmax(logits, -1, output_type=tf.int32)
+    vocabulary = logits.shape[-1]
 
     def sampled() -> Tensor:
         # From the highest score, 0, down, so that the smallest temperature leaves that one finite.
         scores = logits - tf.reduce_max(logits, -1, keepdims=True)
         scores /= tf.maximum(tf.where(knobs.temperature > 0, knobs.temperature, 1.0), 1e-30)[:, None]
+        # Whole groups, with tokens that cannot be drawn at the end.
+        size = int(np.ceil(np.sqrt(vocabulary)))
+        scores = tf.pad(scores, [[0, 0], [0, size * size - vocabulary]], constant_values=-np.inf)
         weights = tf.exp(scores)
-        threshold = _threshold(scores, weights, knobs, xla)
+        threshold = _threshold(scores, weights, knobs, vocabulary, xla)
         weights = tf.where(scores >= threshold[:, None], weights, 0.0)
         return tf.where(knobs.temperature > 0, _draw(weights, uniform), greedy)
 
@@ -83,12 +88,12 @@ def choose(logits: Tensor, knobs: Knobs, uniform: Tensor, *, xla: bool = False) 
 
 
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """By inversion, in the vocabulary's order, a token by its weight [B, V]; int32 [B].
+    """By inversion, in the vocabulary's order, a token by its weight [B, G * G]; int32 [B].
 
     In two levels, groups and the tokens of one, because a running sum over a vocabulary is slow.
     """
-    size = int(np.ceil(np.sqrt(weights.shape[-1])))
-    groups = tf.reshape(tf.pad(weights, [[0, 0], [0, size * size - weights.shape[-1]]]), [-1, size, size])
+    groups = _groups(weights)
+    size = groups.shape[-1]
     sums = tf.cumsum(tf.cast(tf.reduce_sum(groups, -1), tf.float64), -1)
     target = uniform * sums[:, -1]
     group = _first_above(sums, target)
@@ -99,19 +104,38 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return group * size + _first_above(inner, left)
 
 
+def _groups(values: Tensor) -> Tensor:
+    """Values [B, G * G] as G groups, [B, G, G]."""
+    size = int(np.sqrt(values.shape[-1]))
+    return tf.reshape(values, [-1, size, size])
+
+
+def _highest(scores: Tensor, count: Tensor) -> Tensor:
+    """The `count` highest of scores [B, G * G], descending; [B, count]."""
+
+    def of_groups() -> Tensor:
+        groups = _groups(scores)
+        # Each of them is the highest of its group, or lies below another one of the count that is.
+        best = tf.math.top_k(tf.reduce_max(groups, -1), count, sorted=False).indices
+        few = tf.gather(groups, best, batch_dims=1)
+        return tf.math.top_k(tf.reshape(few, [-1, count * groups.shape[-1]]), count).values
+
+    few = count <= min(FEW, int(np.sqrt(scores.shape[-1])))
+    return tf.cond(few, of_groups, lambda: tf.math.top_k(scores, count).values)
+
+
 def _first_above(running: Tensor, target: Tensor) -> Tensor:
     """The first position of a running sum [B, N] that is above the target [B]; int32 [B]."""
     below = tf.reduce_sum(tf.cast(running <= target[:, None], tf.int32), -1)
     return tf.minimum(below, running.shape[-1] - 1)
 
 
-def _threshold(scores: Tensor, weights: Tensor, knobs: Knobs, xla: bool) -> Tensor:
-    """The lowest score that stays in, [B], of scores [B, V], whose exp the weights are.
+def _threshold(scores: Tensor, weights: Tensor, knobs: Knobs, vocabulary: int, xla: bool) -> Tensor:
+    """The lowest score that stays in, [B], of scores [B, G * G], whose exp the weights are.
 
     The sorted head of the scores tells, in most cases. The rest of a row is sorted too if it does not, or, since a
     compiled sort is slow, searched. Either way a row's sums are those that it has alone.
     """
-    vocabulary = scores.shape[-1]
     limited = (knobs.top_k > 0) & (knobs.top_k < vocabulary)
     wanted = tf.where(limited, knobs.top_k, vocabulary)
     nucleus = knobs.top_p < 1
@@ -120,7 +144,8 @@ def _threshold(scores: Tensor, weights: Tensor, knobs: Knobs, xla: bool) -> Tens
 
     def among(count: Tensor) -> tuple[Tensor, Tensor]:
         """The threshold, and whether it lies within the `count` highest scores."""
-        values = tf.math.top_k(scores, count).values
+        # XLA wants a fixed number of rows.
+        values = tf.math.top_k(scores, count).values if xla else _highest(scores, count)
         inside = tf.range(count)[None] < wanted[:, None]
         head = tf.where(inside, tf.exp(values), 0.0)
         # A running sum's end, unlike a sum, does not depend on the number of zeros behind.
@@ -138,15 +163,14 @@ def _threshold(scores: Tensor, weights: Tensor, knobs: Knobs, xla: bool) -> Tens
 
     def beyond() -> Tensor:
         if xla:
-            return tf.where(found, threshold, _search(scores, weights, knobs, ~found))
+            return tf.where(found, threshold, _search(scores, weights, knobs, vocabulary, ~found))
         return among(tf.constant(vocabulary))[0]
 
     return tf.cond(tf.reduce_all(found), lambda: threshold, beyond)
 
 
-def _search(scores: Tensor, weights: Tensor, knobs: Knobs, rows: Tensor) -> Tensor:
+def _search(scores: Tensor, weights: Tensor, knobs: Knobs, vocabulary: int, rows: Tensor) -> Tensor:
     """The threshold of the `rows` bool [B] by bisection: the k-th score, then the nucleus among what is left."""
-    vocabulary = scores.shape[-1]
     distance = -scores  # 0 at the likeliest
     limited = (knobs.top_k > 0) & (knobs.top_k < vocabulary)
 

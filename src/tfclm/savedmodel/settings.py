@@ -23,7 +23,7 @@ class ServableSettings:
     repetition_penalty: float | None = setting(None, "default repetition_penalty; 1 is off")
     truncate_prompts: bool = setting(False, "cut the left side of a prompt that is too long instead of refusing it")
     max_batch_size: int = setting(8, "rows that are decoded together, of one request or several")
-    batch_timeout: float = setting(10.0, "milliseconds that a request waits for others to be decoded with")
+    batch_timeout: float = setting(30.0, "milliseconds that a request waits for others to be decoded with")
     compile: Literal["none", "xla"] = setting(
         "none", "xla is faster, and for servers with --xla_cpu_compilation_enabled only"
     )
