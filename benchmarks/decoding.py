@@ -35,6 +35,7 @@ import numpy as np
 
 NEW = 64
 VOCABULARY = 50257
+PARTS = ("plain", "compiled", "own", "profile")
 CASES = [(1, 16), (8, 16), (1, 500), (8, 500)]  # rows, tokens of a prompt
 
 FIRST = """
@@ -42,17 +43,18 @@ import json, sys, time
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 from benchmarks.decoding import asker, ids_of
+marks = [time.perf_counter()]
 loaded = tf.saved_model.load(sys.argv[1])
+marks.append(time.perf_counter())
 ask, signatures = asker(loaded), loaded.signatures
 for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests"):
     log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
     signatures[log.model_spec.signature_name](**{k: tf.constant(tf.make_ndarray(v)) for k, v in log.inputs.items()})
-times = []
+marks.append(time.perf_counter())
 for _ in range(10):
-    start = time.perf_counter()
     ask(ids_of(1, 16))
-    times.append(time.perf_counter() - start)
-print(json.dumps([times[0], times[9]]))
+    marks.append(time.perf_counter())
+print(json.dumps([after - before for before, after in zip(marks, marks[1:])]))
 """
 
 
@@ -248,7 +250,7 @@ def report(name: str, ratio: float, target: float | None, limit: float | None = 
 
 
 def plain(folder: Path, record: dict[str, Any], count: int) -> None:
-    """The default export beside `generate`, and what it makes of sampling, long contexts and concurrency."""
+    """The default export beside `generate`."""
     import tensorflow as tf
 
     ask, peer = asker(tf.saved_model.load(record["path"])), reference(folder)
@@ -259,21 +261,6 @@ def plain(folder: Path, record: dict[str, Any], count: int) -> None:
         times = rounds(calls, count)
         shape, other = f"{rows} x {length} tokens", times["generate"]
         report(f"default / generate in a tf.function, {shape}", other / times["ours"], 1.5, other / times["products"])
-    sampling(ask, "default", count)
-    long_and_short(ask, "default", count)
-    ids = ids_of(1, 16)
-
-    def together() -> None:
-        threads = [threading.Thread(target=ask, args=(ids,)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    alone = {f"products of {rows}": products(rows, 16, False) for rows in (1, 8)}
-    times = rounds({"one": lambda: ask(ids), "eight": together, **alone}, count)
-    limit = 8 * times["products of 1"] / times["products of 8"]
-    report("default, 8 concurrent callers / one, tokens a second", 8 * times["one"] / times["eight"], 3, limit)
 
 
 def profile(record: dict[str, Any], rows: int, length: int) -> None:
@@ -330,6 +317,34 @@ def long_and_short(ask: Callable[..., Any], name: str, count: int) -> None:
     report(f"{name}, tokens a second at 900 tokens of context / at 30", steps[30] / steps[900], 0.7)
 
 
+def callers(ask: Callable[..., Any], name: str, count: int, *, compiled: bool) -> None:
+    """What requests at once make of being decoded together."""
+    ids = ids_of(1, 16)
+
+    def together() -> None:
+        threads = [threading.Thread(target=ask, args=(ids,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    alone = {f"products of {rows}": products(rows, 16, compiled) for rows in (1, 8)}
+    times = rounds({"one": lambda: ask(ids), "eight": together, **alone}, count)
+    limit = 8 * times["products of 1"] / times["products of 8"]
+    report(f"{name}, 8 concurrent callers / one, tokens a second", 8 * times["one"] / times["eight"], 3, limit)
+
+
+def own(version: Path, name: str, count: int) -> None:
+    """A version beside itself: sampling, long contexts, concurrency, the first call."""
+    import tensorflow as tf
+
+    ask = asker(tf.saved_model.load(str(version)))
+    sampling(ask, name, count)
+    long_and_short(ask, name, count)
+    callers(ask, name, count, compiled=name == "xla")
+    first_call(version, name)
+
+
 def compiled(folder: Path, written: dict[str, Path], count: int) -> None:
     """The compiled exports beside PyTorch, CTranslate2 and each other."""
     import tensorflow as tf
@@ -353,14 +368,13 @@ def compiled(folder: Path, written: dict[str, Path], count: int) -> None:
         limit = max(1.0, times["products"] / times["cast"])
         report(f"xla bfloat16 / xla float32, {shape}", times["xla"] / times["bfloat16"], 1.5, limit)
         report("    its products alone, cast at each step / float32", times["products"] / times["cast"], None)
-    sampling(asks["xla"], "xla", count)
-    long_and_short(asks["xla"], "xla", count)
 
 
 def first_call(version: Path, name: str) -> None:
     """In a new process, as a server does: load, replay the warm-up records, then ask."""
     run = subprocess.run([sys.executable, "-c", FIRST, str(version)], check=True, stdout=subprocess.PIPE, text=True)
-    first, tenth = json.loads(run.stdout.splitlines()[-1])
+    load, warm, first, *_, tenth = json.loads(run.stdout.splitlines()[-1])
+    print(f"{name}: {load:.1f} s to load, {warm:.1f} s to warm up")
     report(f"{name}, the tenth call's time / the first one's after load", tenth / first, 1 / 1.5)
 
 
@@ -368,27 +382,30 @@ def main() -> None:
     """Runs the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--part", choices=["all", "plain", "compiled", "profile"], default="all")
+    parser.add_argument("--part", choices=["all", *PARTS], default="all")
     arguments = parser.parse_args()
+    parts = set(PARTS) if arguments.part == "all" else {arguments.part}
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "checkpoint"
         make_checkpoint(folder)
-        if arguments.part != "compiled":
+        if parts & {"plain", "own", "profile"}:
             record = export(folder, Path(work) / "plain")
             sizes("default", record)
-            if arguments.part != "profile":
+            if "plain" in parts:
                 plain(folder, record, arguments.rounds)
-                first_call(Path(record["path"]), "default")
-            profile(record, 8, 16)
+            if "own" in parts:
+                own(Path(record["path"]), "default", arguments.rounds)
+            if "profile" in parts:
+                profile(record, 8, 16)
             gc.collect()
-        if arguments.part in ("all", "compiled"):
+        if parts & {"compiled", "own"}:
             settings = {"compile": "xla", "max_batch_size": 8, "buckets": (32, 512), "max_new_tokens_limit": NEW}
-            written = {
-                "xla": write(folder, Path(work) / "xla", settings),
-                "bfloat16": write(folder, Path(work) / "bfloat16", settings | {"weights": "bfloat16"}),
-            }
-            compiled(folder, written, arguments.rounds)
-            first_call(written["xla"], "xla")
+            xla = write(folder, Path(work) / "xla", settings)
+            if "compiled" in parts:
+                bfloat16 = write(folder, Path(work) / "bfloat16", settings | {"weights": "bfloat16"})
+                compiled(folder, {"xla": xla, "bfloat16": bfloat16}, arguments.rounds)
+            if "own" in parts:
+                own(xla, "xla", arguments.rounds)
 
 
 if __name__ == "__main__":
