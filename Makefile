@@ -14,7 +14,7 @@ fit: $(INSTALLED)  ## fine-tune a small model on Python's own documentation
 test: $(INSTALLED)-dev  ## run the tests but the slow ones
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-check: $(INSTALLED)-dev  ## lint, type-check, run all tests
+check: $(INSTALLED)-dev  ## lint, type-check, run the tests but the long ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -25,7 +25,7 @@ from tfclm import export, fit
 
 pytestmark = pytest.mark.slow
 
-KILLS = 50 if LONG else 4
+KILLS = 50 if LONG else 5
 CONTEXT = 16
 
 FILES = {

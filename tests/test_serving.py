@@ -100,7 +100,7 @@ def make_liar() -> Any:
     )
 
     # The knobs have to be named inputs.
-    def generate(prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop):  # type: ignore[no-untyped-def]
+    def generate(prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop):
         return {
             "generated_text": tf.strings.join([prompt, tf.strings.as_string(tf.random.uniform(tf.shape(prompt)))]),
             "completion": prompt,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -133,7 +134,7 @@ def test_collator_pads_rows_of_unequal_length_as_the_stock_one(tokenizer) -> Non
 
 
 @pytest.mark.parametrize("rows", [[[5, 0], [6, 7]], [np.array([5, 0], np.int32), np.array([6, 7], np.int32)]])
-def test_collator_alone_gives_tensors_as_the_stock_one(tokenizer, rows: list) -> None:  # type: ignore[no-untyped-def, type-arg]
+def test_collator_alone_gives_tensors_as_the_stock_one(tokenizer: Any, rows: list[Any]) -> None:
     """Catches a short way that hands out another kind of batch than return_tensors="tf" promises."""
     own = collator(tokenizer)
     examples = [{"input_ids": row} for row in rows]
