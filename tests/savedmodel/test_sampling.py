@@ -99,7 +99,7 @@ def test_compiled_and_not_keep_the_same_tokens() -> None:
 
     def rows_of(scores: tf.Tensor, k: tf.Tensor, p: tf.Tensor, xla: bool) -> tf.Tensor:
         given = knobs([1.0], [1], [1.0])._replace(temperature=tf.ones_like(p), top_k=k, top_p=p)
-        whole = tf.pad(scores, [[0, 0], [0, 225**2 - size]], constant_values=-np.inf)
+        whole = sampling._pad(scores)
         return sampling._threshold(whole, tf.exp(whole), given, size, xla)
 
     traced = {xla: tf.function(partial(rows_of, xla=xla), jit_compile=xla) for xla in (False, True)}
@@ -115,6 +115,19 @@ def test_compiled_and_not_keep_the_same_tokens() -> None:
     assert (np.abs(kept[0] - kept[1]) <= np.where(top_p < 1, np.maximum(1, kept[0] * 1e-4), 0)).all()
     assert (kept[0] > sampling.CANDIDATES).any()
     assert (kept[0][~limited & (top_p == 1)] == size).all()
+
+
+@pytest.mark.parametrize("alike", [1, 1000, 10**6])
+def test_highest_scores_of_blocks(alike: int) -> None:
+    """One that is left out because others stand in its block, or counted twice where scores are equal."""
+    scores = np.random.default_rng(5).integers(0, 10**6 // alike, [4, 400]).astype(np.float32)
+    scores[:, :40] += 10**6
+    scores[2] = -np.inf
+    traced = tf.function(sampling._highest)
+    for count in (1, 2, 24, 25, 26, 400):
+        expected = -np.sort(-scores, -1)[:, :count]
+        assert np.array_equal(traced(scores, tf.constant(count)), expected)
+        assert np.array_equal(tf.function(sampling._highest, jit_compile=True)(scores, count), expected)
 
 
 @COMPILED

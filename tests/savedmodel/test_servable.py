@@ -103,8 +103,8 @@ def export(folder: Path, tokenizer: Any, seed: int, architecture: str = "gpt2", 
 
 @pytest.fixture(scope="module")
 def exported(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """As it is by default."""
-    return export(tmp_path_factory.mktemp("default"), tokenizer, 1)
+    """As it is by default, but that a request hardly waits for others."""
+    return export(tmp_path_factory.mktemp("default"), tokenizer, 1, batch_timeout=2)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,7 @@ def compiled(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Export
         "buckets": (8, 32),
         "max_batch_size": 4,
         "max_new_tokens_limit": LIMIT,
+        "batch_timeout": 2,
     }
     folder = tmp_path_factory.mktemp("xla")
     return export(folder, tokenizer, 2, **settings)
@@ -616,7 +617,7 @@ def test_concurrent_requests_become_one_batch(patient: Export, rows: list[Row]) 
 
 def test_settings_are_in_the_graph(patient: Export, exported: Export) -> None:
     """--max-batch-size or --batch-timeout that is not the one of the queue."""
-    for one, size, wait in ((exported, 8, 30_000), (patient, 5, 1_000_000 * PATIENCE)):
+    for one, size, wait in ((exported, 8, 2_000), (patient, 5, 1_000_000 * PATIENCE)):
         nodes = [node for function in parts(one.folder)[1] for node in function.node_def if node.op == "BatchFunction"]
         assert nodes
         for node in nodes:

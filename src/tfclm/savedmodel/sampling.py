@@ -19,7 +19,7 @@ Tensor = Any
 
 CANDIDATES = 1024  # as many of the likeliest tokens are sorted first, where top-p has no top-k beside it
 COMPILED_CANDIDATES = 128  # the same with XLA, for every row
-FEW = 64  # tokens up to which the highest scores are looked for in the groups that have the highest ones
+BLOCK = 16  # tokens, of which one maximum tells whether any of the highest scores can be among them
 
 
 class Knobs(NamedTuple):
@@ -76,24 +76,32 @@ def choose(logits: Tensor, knobs: Knobs, uniform: Tensor, *, xla: bool = False) 
         # From the highest score, 0, down, so that the smallest temperature leaves that one finite.
         scores = logits - tf.reduce_max(logits, -1, keepdims=True)
         scores /= tf.maximum(tf.where(knobs.temperature > 0, knobs.temperature, 1.0), 1e-30)[:, None]
-        # Whole groups, with tokens that cannot be drawn at the end.
-        size = int(np.ceil(np.sqrt(vocabulary)))
-        scores = tf.pad(scores, [[0, 0], [0, size * size - vocabulary]], constant_values=-np.inf)
+        scores = _pad(scores)
         weights = tf.exp(scores)
         threshold = _threshold(scores, weights, knobs, vocabulary, xla)
         weights = tf.where(scores >= threshold[:, None], weights, 0.0)
-        return tf.where(knobs.temperature > 0, _draw(weights, uniform), greedy)
+        return tf.where(knobs.temperature > 0, _draw(weights, uniform, _group_size(vocabulary)), greedy)
 
     return tf.cond(tf.reduce_any(knobs.temperature > 0), sampled, lambda: greedy)
 
 
-def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """By inversion, in the vocabulary's order, a token by its weight [B, G * G]; int32 [B].
+def _group_size(vocabulary: int) -> int:
+    """Tokens of a group, so that there are about as many groups: whole blocks."""
+    return BLOCK * int(np.ceil(np.sqrt(vocabulary) / BLOCK))
+
+
+def _pad(scores: Tensor) -> Tensor:
+    """Scores [B, V] as those of whole groups [B, N], with tokens that cannot be drawn at the end."""
+    vocabulary = scores.shape[-1]
+    return tf.pad(scores, [[0, 0], [0, -vocabulary % _group_size(vocabulary)]], constant_values=-np.inf)
+
+
+def _draw(weights: Tensor, uniform: Tensor, size: int) -> Tensor:
+    """By inversion, in the vocabulary's order, a token by its weight [B, N], of groups of `size`; int32 [B].
 
     In two levels, groups and the tokens of one, because a running sum over a vocabulary is slow.
     """
-    groups = _groups(weights)
-    size = groups.shape[-1]
+    groups = tf.reshape(weights, [-1, weights.shape[-1] // size, size])
     sums = tf.cumsum(tf.cast(tf.reduce_sum(groups, -1), tf.float64), -1)
     target = uniform * sums[:, -1]
     group = _first_above(sums, target)
@@ -104,24 +112,22 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return group * size + _first_above(inner, left)
 
 
-def _groups(values: Tensor) -> Tensor:
-    """Values [B, G * G] as G groups, [B, G, G]."""
-    size = int(np.sqrt(values.shape[-1]))
-    return tf.reshape(values, [-1, size, size])
+def _highest(scores: Tensor, count: Tensor | int) -> Tensor:
+    """The `count` highest of scores [B, N], descending; [B, count]."""
+    blocks = tf.reshape(scores, [-1, scores.shape[-1] // BLOCK, BLOCK])
 
+    def of_blocks() -> Tensor:
+        # Each of them is the highest of its block, or lies below another one of the count that is.
+        best = tf.math.top_k(tf.reduce_max(blocks, -1), count, sorted=False).indices
+        few = tf.gather(blocks, best, batch_dims=1)
+        return tf.math.top_k(tf.reshape(few, [-1, count * BLOCK]), count).values
 
-def _highest(scores: Tensor, count: Tensor) -> Tensor:
-    """The `count` highest of scores [B, G * G], descending; [B, count]."""
+    def of_all() -> Tensor:
+        return tf.math.top_k(scores, count).values
 
-    def of_groups() -> Tensor:
-        groups = _groups(scores)
-        # Each of them is the highest of its group, or lies below another one of the count that is.
-        best = tf.math.top_k(tf.reduce_max(groups, -1), count, sorted=False).indices
-        few = tf.gather(groups, best, batch_dims=1)
-        return tf.math.top_k(tf.reshape(few, [-1, count * groups.shape[-1]]), count).values
-
-    few = count <= min(FEW, int(np.sqrt(scores.shape[-1])))
-    return tf.cond(few, of_groups, lambda: tf.math.top_k(scores, count).values)
+    if isinstance(count, int):
+        return of_blocks() if count <= blocks.shape[1] else of_all()
+    return tf.cond(count <= blocks.shape[1], of_blocks, of_all)
 
 
 def _first_above(running: Tensor, target: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ def _first_above(running: Tensor, target: Tensor) -> Tensor:
 
 
 def _threshold(scores: Tensor, weights: Tensor, knobs: Knobs, vocabulary: int, xla: bool) -> Tensor:
-    """The lowest score that stays in, [B], of scores [B, G * G], whose exp the weights are.
+    """The lowest score that stays in, [B], of scores [B, N], whose exp the weights are.
 
     The sorted head of the scores tells, in most cases. The rest of a row is sorted too if it does not, or, since a
     compiled sort is slow, searched. Either way a row's sums are those that it has alone.
@@ -142,10 +148,9 @@ def _threshold(scores: Tensor, weights: Tensor, knobs: Knobs, vocabulary: int, x
     off = (~limited & ~nucleus) | (knobs.temperature == 0)
     everything = tf.reduce_sum(weights, -1)
 
-    def among(count: Tensor) -> tuple[Tensor, Tensor]:
+    def among(count: Tensor | int) -> tuple[Tensor, Tensor]:
         """The threshold, and whether it lies within the `count` highest scores."""
-        # XLA wants a fixed number of rows.
-        values = tf.math.top_k(scores, count).values if xla else _highest(scores, count)
+        values = _highest(scores, count)
         inside = tf.range(count)[None] < wanted[:, None]
         head = tf.where(inside, tf.exp(values), 0.0)
         # A running sum's end, unlike a sum, does not depend on the number of zeros behind.
@@ -159,12 +164,13 @@ def _threshold(scores: Tensor, weights: Tensor, knobs: Knobs, vocabulary: int, x
         return tf.where(off, -np.inf, lowest), off | (wanted <= count) | (~limited & (kept < count))
 
     first = tf.reduce_max(tf.where(limited, wanted, tf.where(nucleus, min(CANDIDATES, vocabulary), 1)))
+    # XLA wants a fixed number.
     threshold, found = among(min(COMPILED_CANDIDATES, vocabulary) if xla else first)
 
     def beyond() -> Tensor:
         if xla:
             return tf.where(found, threshold, _search(scores, weights, knobs, vocabulary, ~found))
-        return among(tf.constant(vocabulary))[0]
+        return among(vocabulary)[0]
 
     return tf.cond(tf.reduce_all(found), lambda: threshold, beyond)
 
