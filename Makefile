@@ -23,8 +23,7 @@ check: $(INSTALLED)-dev  ## lint, type-check, run the tests but the long ones
 long: $(INSTALLED)-dev  ## the tests with all their numbers, and those that are too long for every change: some hours
 	TFCLM_LONG_TESTS=1 $(BIN)/python $(PYTEST)
 
-lowest: $(INSTALLED)-dev  ## the journey from text to model on the lowest versions that pyproject.toml allows, and what the highest exports
-	$(MAKE) VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt .venv-lowest/.installed-dev
+lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## the journey from text to model on the lowest versions that pyproject.toml allows, and what the highest exports
 	.venv-lowest/bin/python $(PYTEST) tests/test_fit.py tests/test_checkpoint.py tests/savedmodel/test_detokenizer.py tests/savedmodel/test_decoding.py
 	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k stock_servers
 

@@ -40,6 +40,8 @@ class Network:
     Each row has a length of its own; what stands behind it is hidden by the causal mask. With a `dtype` smaller than
     float32, embeddings, dense layers and head are kept in it and cast where they are used: `model` is then a copy
     whose weights are rounded. Raises `InputError` if the model's own uncached logits do not come out.
+
+    `autograph` tells whether what calls it is to be traced with AutoGraph.
     """
 
     def __init__(self, model: Any, dtype: str = "float32") -> None:
@@ -67,7 +69,14 @@ class Network:
         ]
         # Embeddings that are scaled, say, are left to the model.
         self._embeds = True
-        if not self._agrees():
+        self.autograph = False
+        try:
+            agrees = self._agrees()
+        except tf.errors.OperatorNotAllowedInGraphError:
+            # Its code branches on tensors. AutoGraph takes as long as the rest of an export: others go without.
+            self.autograph = True
+            agrees = self._agrees()
+        if not agrees:
             self._embeds = False
             if not self._agrees():
                 raise InputError(
@@ -190,7 +199,10 @@ class Network:
             second, _ = self.step(tf.gather(ids, lengths, batch_dims=1), lengths, buffers, weights)
             return first, second
 
-        first, second = tf.function(cached)(tf.constant(ids), tf.constant(lengths))
+        # Shapes are open, as in what is exported.
+        open_specs = [tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
+        traced = tf.function(cached, autograph=self.autograph, input_signature=open_specs)
+        first, second = traced(tf.constant(ids), tf.constant(lengths))
         for row, length in enumerate(lengths):
             own = self.model(tf.constant(ids[row : row + 1, : length + 1]), training=False).logits[0]
             for ours, theirs in ((first[row], own[length - 1]), (second[row], own[length])):

@@ -60,7 +60,9 @@ class Servable(tf.Module):
         except InputError as error:
             self.tokenizer_problem = str(error)
         self.buckets = self._buckets() if xla else []
-        self._decode = self._batched(tf.function(self._rows, jit_compile=True) if xla else self._rows)
+        self._decode = self._batched(
+            tf.function(self._rows, autograph=self.network.autograph, jit_compile=True) if xla else self._rows
+        )
 
     def signatures(self) -> dict[str, Any]:
         """The functions that are exported, by name."""
@@ -111,7 +113,7 @@ class Servable(tf.Module):
         types = (tf.string, tf.int64, *(spec.dtype for spec in _knob_specs()[:5]))
         specs = [tf.TensorSpec([None, self.network.context - 1], tf.int32), tf.TensorSpec([None], tf.int32)]
         specs += [tf.TensorSpec([None], kind) for kind in types]
-        traced = tf.function(batch).get_concrete_function(*specs)
+        traced = tf.function(batch, autograph=self.network.autograph).get_concrete_function(*specs)
         # A name of its own: within one process, those that share it share the queue and its function.
         name = f"tfclm-{uuid.uuid4().hex}"
         largest = self.settings.max_batch_size
@@ -311,9 +313,9 @@ class Servable(tf.Module):
     def _score(self) -> Any:
         tokenizer = self._tokenizer
         assert tokenizer is not None
-        scored = tf.function(lambda ids: (token_logprobs(self.network, ids),)).get_concrete_function(
-            tf.TensorSpec([None, None], tf.int32)
-        )
+        scored = tf.function(
+            lambda ids: (token_logprobs(self.network, ids),), autograph=self.network.autograph
+        ).get_concrete_function(tf.TensorSpec([None, None], tf.int32))
 
         def score(text: Tensor) -> dict[str, Tensor]:
             text = ranked(text, "text", 1)
@@ -340,7 +342,7 @@ class Servable(tf.Module):
                 "token_logprobs": logprobs,
             }
 
-        return tf.function(score, input_signature=[tf.TensorSpec(None, tf.string, "text")])
+        return tf.function(score, autograph=False, input_signature=[tf.TensorSpec(None, tf.string, "text")])
 
 
 def _in_slices(function: Any, arguments: Sequence[Tensor], most: int) -> tuple[Tensor, ...]:
