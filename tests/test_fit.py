@@ -215,7 +215,7 @@ def test_fit_in_half_precision_ends_with_a_sample(
     assert tf_keras.mixed_precision.global_policy().name == "float32"
 
 
-@pytest.mark.parametrize("block_size", [2, 8])
+@pytest.mark.parametrize("block_size", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_short_blocks_end_with_a_sample(
     console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path, block_size: int
 ):

@@ -112,8 +112,8 @@ def compiled(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Export
     """Other weights, compiled."""
     settings: dict[str, Any] = {
         "compile": "xla",
-        "buckets": (8, 32),
-        "max_batch_size": 4,
+        "buckets": (8,),
+        "max_batch_size": 3,
         "max_new_tokens_limit": LIMIT,
         "batch_timeout": 2,
     }
@@ -560,6 +560,7 @@ def must_compile(functions: list[Any]) -> list[str]:
     return found + [node.name for one in functions for node in one.node_def for mark in marks if node.attr[mark].b]
 
 
+@pytest.mark.slow
 def test_stock_servers_take_it(
     exported: Export, compiled: Export, rows: list[Row], alone: list[dict[str, Any]]
 ) -> None:
@@ -597,6 +598,7 @@ def patient(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Export:
     return export(tmp_path_factory.mktemp("patient"), tokenizer, 1, truncate_prompts=True, **settings)
 
 
+@pytest.mark.slow
 def test_concurrent_requests_become_one_batch(patient: Export, rows: list[Row]) -> None:
     """Requests that wait for each other without being decoded together, or that differ too much for it."""
     some = [rows[number] for number in range(5)]
@@ -615,6 +617,7 @@ def test_concurrent_requests_become_one_batch(patient: Export, rows: list[Row]) 
     assert seconds([some[:2], some[2:]]) < PATIENCE
 
 
+@pytest.mark.slow
 def test_settings_are_in_the_graph(patient: Export, exported: Export) -> None:
     """--max-batch-size or --batch-timeout that is not the one of the queue."""
     for one, size, wait in ((exported, 8, 2_000), (patient, 5, 1_000_000 * PATIENCE)):
@@ -625,6 +628,7 @@ def test_settings_are_in_the_graph(patient: Export, exported: Export) -> None:
             assert list(node.attr["allowed_batch_sizes"].list.i) == list(range(1, size + 1))
 
 
+@pytest.mark.slow
 def test_defaults_and_cut_prompts_of_texts(patient: Export, tokenizer: Any, documents: list[str]) -> None:
     """`serving_default` that is greedy whatever the default temperature is; a long text cut at its end, or refused."""
     texts = patient.ask("serving_default", prompt=["x"] * 5)["generated_text"]
@@ -642,6 +646,7 @@ def test_defaults_and_cut_prompts_of_texts(patient: Export, tokenizer: Any, docu
     assert answer["generated_text"][0].startswith(long.encode())
 
 
+@pytest.mark.slow
 def test_two_models_in_one_process(exported: Export, compiled: Export, tokenizer: Any) -> None:
     """Two models that share a queue, so that one answers with the other's weights.
 
@@ -657,6 +662,7 @@ def test_two_models_in_one_process(exported: Export, compiled: Export, tokenizer
     assert answers == expected * 24
 
 
+@pytest.mark.slow
 def test_loaded_again(exported: Export, rows: list[Row], alone: list[dict[str, Any]]) -> None:
     """A queue that still runs the functions, or reads the weights, of a model that was unloaded."""
     loaded = tf.saved_model.load(str(exported.folder))
@@ -672,11 +678,13 @@ def test_loaded_again(exported: Export, rows: list[Row], alone: list[dict[str, A
 # Compiled
 
 
+@pytest.mark.slow
 def test_compiled_is_transformers(compiled: Export) -> None:
     """Tokens that change where a prompt is padded to its bucket and a batch to its size."""
     assert_like_generate(compiled, 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [pytest.param("opt", marks=pytest.mark.long), "mistral"])
 def test_other_architectures(architecture: str, tokenizer: Any, documents: list[str], tmp_path: Path) -> None:
     """A model whose own code cannot be traced without AutoGraph, or whose cache differs from GPT-2's."""
@@ -720,6 +728,7 @@ def assert_like_generate(exported: Export, count: int, penalty: float = 1.2) -> 
     assert len({tuple(tokens) for tokens in expected}) > count // 2
 
 
+@pytest.mark.slow
 def test_compiled_row_depends_on_itself_alone(compiled: Export, rows: list[Row]) -> None:
     """A row whose text changes with the sizes that are compiled for."""
     few = rows[:6]
@@ -763,11 +772,11 @@ def test_no_request_compiles(compiled: Export, rows: list[Row], tmp_path: Path) 
     """
     requests: list[dict[str, Any]] = []
     rng = random.Random(4)
-    for count in (1, 2, 3, 4, 5, 9):
+    for count in (1, 2, 3, 4, 7):
         some = rows[:count]
         columns = KNOBS | {name: [row[name] for row in some] for name in rows[0]}
         requests.append({name: (value, TYPES.get(name, tf.string).name) for name, value in columns.items()})
-        for length in (1, 8, 9, 32, 33, CONTEXT - 1):
+        for length in (1, 8, 9, CONTEXT - 1):
             ids = [[rng.randrange(512) for _ in range(length)] for _ in range(count)]
             columns = KNOBS | {"input_ids": ids, "attention_mask": [[1] * length] * count, "max_new_tokens": [LIMIT]}
             requests.append({name: (value, TYPES[name].name) for name, value in columns.items()})
@@ -781,16 +790,16 @@ def test_no_request_compiles(compiled: Export, rows: list[Row], tmp_path: Path) 
         env=os.environ | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"},
     )
     loaded, warm, asked = json.loads(run.stdout.splitlines()[-1])
-    # Three buckets by three batch sizes, and something of the shapes around them.
+    # Two buckets by three batch sizes, and something of the shapes around them.
     assert loaded == 0
-    assert warm >= 9
+    assert warm >= 6
     assert asked == warm
 
 
 @pytest.mark.slow
 def test_smaller_weights(compiled: Export, tokenizer: Any, tmp_path: Path) -> None:
     """Weights laid out wrongly or rounded elsewhere; one row, which reads them otherwise, with a text of its own."""
-    settings: dict[str, Any] = {"compile": "xla", "buckets": (8, 32), "max_batch_size": 4}
+    settings: dict[str, Any] = {"compile": "xla", "buckets": (8,), "max_batch_size": 2}
     small = export(tmp_path, tokenizer, 4, weights="bfloat16", max_new_tokens_limit=LIMIT, **settings)
     assert_like_generate(small, 30)
     knobs = {"attention_mask": [[1, 1, 1]], "max_new_tokens": [LIMIT]}

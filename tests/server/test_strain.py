@@ -214,7 +214,7 @@ def under_load(ask: Callable[[], int], callers: int, ends: Callable[[], bool]) -
     return statuses
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_swaps_under_load(tmp_path, start_server, client, eventually):
     """A request that fails in the moment between two versions."""
     half = export(HalfPlusTwo(), tmp_path / "half", 1)

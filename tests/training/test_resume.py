@@ -134,7 +134,7 @@ def test_killed_at_random_moments(runs: Runs):
 @pytest.mark.parametrize(
     "moment",
     [
-        "resume/state/ckpt-2*",
+        pytest.param("resume/state/ckpt-2*", marks=pytest.mark.long),
         pytest.param("resume/state/ckpt-3*", marks=pytest.mark.long),
         pytest.param("resume/best-[1-9]*.index", marks=pytest.mark.long),
         "model.safetensors",

@@ -47,7 +47,7 @@ def one_step(model, rows: int, pass_rows: int | None, **options):
     return logs, weights(model)
 
 
-@pytest.mark.parametrize(("rows", "pass_rows"), [(8, 2), (8, 8), (7, 2), (3, 4)])
+@pytest.mark.parametrize(("rows", "pass_rows"), [(8, 2), pytest.param(8, 8, marks=pytest.mark.long), (7, 2), (3, 4)])
 @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_accumulated_passes_equal_one_batch(make_model, rows: int, pass_rows: int, jit_compile: bool):
     """Gradients averaged over passes: one with few labels, or a short last one, would weigh as much as a full one."""
@@ -151,10 +151,10 @@ class Poison(tf_keras.callbacks.Callback):
     ("step", "save_steps", "best_step", "best_epoch", "said"),
     [
         (1, 2, 0, 0, "step 2"),
-        (3, 2, 2, None, "step 4"),
+        pytest.param(3, 2, 2, None, "step 4", marks=pytest.mark.long),
         (8, 3, 6, None, "validation loss is not finite after step 8"),
         (9, 100, 8, 1, "step 10"),
-        (11, 2, 10, None, "step 12"),
+        pytest.param(11, 2, 10, None, "step 12", marks=pytest.mark.long),
     ],
 )
 def test_nan_stops_with_the_last_good_weights(
@@ -216,7 +216,7 @@ def test_blocks_left_out_are_said(make_model, tokenizer, capfd: pytest.CaptureFi
     assert (f"leaves out 15 of {count} blocks, because a step takes 16 (--batch-size 8 x" in err) == said
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.long), "float16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mixed_precision_learns_with_a_float32_loss(make_model, tokenizer, precision: str, architecture: str):
     """A loss reported in bfloat16 (steps of 1/32 here), variables that are not float32, or a type that cannot run."""
