@@ -175,6 +175,7 @@ def test_finished_run_is_kept_unless_overwritten(console: Console, fitted: Path,
     assert yaml.safe_load((folder / "fit.yaml").read_text())["learning_rate"] == 1e-3
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_exactly_the_new_files(
     console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path
 ):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hub_server import WRITER, Faults, hub
 from test_hub import environment, held
 
@@ -43,6 +44,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_plain_keras_training_pushes_its_last_state(tmp_path: Path, make_model, tokenizer):
     """transformers' own callback leaves out the last weights if a push is still going on: here one hangs meanwhile."""
     from huggingface_hub import ModelCard

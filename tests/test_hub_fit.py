@@ -19,6 +19,8 @@ from conftest import tiny_config
 from hub_server import WRITER, Faults, Hub, hub
 from test_hub import environment, held
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(name="hub")
 def hub_fixture(model_dir: Path, documents: list[str]) -> Iterator[Hub]:

@@ -32,7 +32,10 @@ class Loop(NamedTuple):
     prompts: list[list[int]]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(
+    scope="module",
+    params=[name if name == "gpt2" else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES],
+)
 def loop(request: pytest.FixtureRequest) -> Loop:
     """A tiny model and the loop around it, traced once."""
     from conftest import tiny_config

@@ -232,6 +232,7 @@ def test_random_strings(pair: tuple[PreTrainedTokenizerFast, Encode]) -> None:
         assert differences(tokenizer, encode, texts)[:3] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["{}", "a{}b"] + [" {}", "'{}1"] * LONG)
 @pytest.mark.parametrize("kind", KINDS if LONG else ["gpt2"])
 def test_every_code_point(kind: str, form: str) -> None:
@@ -385,6 +386,7 @@ print(json.dumps([ids["ids"].numpy().tolist(), ids["lengths"].numpy().tolist(), 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["roberta", "llama3"])
 def test_saved_model_with_tensorflow_alone(kind: str, tmp_path: Path) -> None:

@@ -250,6 +250,7 @@ def test_clusters() -> None:
     assert differences(tokenizer, encode, [text.encode() for text in texts])[:3] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20 if LONG else 2))
 def test_tables_of_any_kind(seed: int, tmp_path: Path) -> None:
     """An entry that the real tables have no like of: three characters, half a syllable, nothing put in their place."""

@@ -53,6 +53,7 @@ def serve(client):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_xla_is_off_unless_asked_for(models, serve):
     """A model that runs here and fails on every stock server."""
     _, rest = serve(f"--model_base_path={models / 'compiled'}")
@@ -63,6 +64,7 @@ def test_xla_is_off_unless_asked_for(models, serve):
     assert rest.predict({"inputs": [1]}, "model").json == {"outputs": [2.0]}
 
 
+@pytest.mark.slow
 def test_sigterm_lets_requests_finish(models, serve):
     """A deployment that breaks the requests which run, or a server that does not end."""
     process, rest = serve(f"--model_base_path={models / 'slow'}", "--model_name", "slow")
@@ -81,6 +83,7 @@ def test_sigterm_lets_requests_finish(models, serve):
     assert "traceback" not in log
 
 
+@pytest.mark.slow
 def test_sigterm_while_waiting_for_a_model(tmp_path):
     """A server without a version yet that has to be killed."""
     command = [sys.executable, "-m", "tfclm.serve", "--port=0", "--rest_api_port=-1", f"--model_base_path={tmp_path}"]

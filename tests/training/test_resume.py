@@ -25,6 +25,8 @@ import tf_keras
 from tfclm.errors import InputError
 from tfclm.training.resume import Interrupted
 
+pytestmark = pytest.mark.slow
+
 # Imports TensorFlow once and forks from there, before it has computed anything: a run starts in a second.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tfclm.training.run", "tfclm.checkpoint", "tfclm.fit"])
@@ -130,7 +132,6 @@ def test_killed_at_random_moments(runs: Runs):
     assert_same_result(runs, "killed")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [
