@@ -47,9 +47,10 @@ def run(settings: EvaluateSettings) -> None:
 def measure(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str, Any]:
     """Perplexity of a loaded model on the settings' source, and how it was measured: what `--json` prints."""
     from tfclm import corpus
+    from tfclm.checkpoint import context_size
     from tfclm.perplexity import perplexity
 
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_size(model)
     split = corpus.read_split(
         dataset=settings.dataset,
         dataset_config=settings.dataset_config,

@@ -48,7 +48,9 @@ def sample(
     ids = tokenizer(prompt)["input_ids"] or [start]
     if ids == [None]:
         raise InputError("the prompt is empty, and the tokenizer has no BOS or EOS to begin with: give a --prompt")
-    context = getattr(model.config, "max_position_embeddings", None)
+    from tfclm.checkpoint import context_size
+
+    context = context_size(model)
     room = (context or len(ids) + (max_new_tokens or 100)) - len(ids)
     if room < (max_new_tokens or 1):
         raise InputError(

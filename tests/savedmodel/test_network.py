@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from transformers import (
@@ -18,7 +19,7 @@ from transformers import (
     XGLMConfig,
 )
 
-from tfclm.checkpoint import create
+from tfclm.checkpoint import context_size, create
 from tfclm.errors import InputError
 from tfclm.savedmodel.network import Network
 
@@ -57,6 +58,19 @@ def test_cached_logits_are_the_models_own(architecture: str, dtype: str) -> None
     """A layer that takes its kernel, its past or its positions in a way of its own: making the network compares."""
     kept = {variable.dtype for variable in Network(create(CONFIGS[architecture]()), dtype).variables}
     assert kept == {tf.float32, tf.as_dtype(dtype)}
+
+
+def test_the_context_begins_behind_the_padding() -> None:
+    """Prompts that fit by the config and read positions beyond RoBERTa's table, whatever its padding id is."""
+    for padding in (1, 0):
+        model = create(RobertaPreLayerNormConfig(**BERT | {"pad_token_id": padding, "max_position_embeddings": 24}))
+        network = Network(model)
+        assert network.context == context_size(model) == 22
+        ids = tf.random.stateless_uniform([1, 22], [0, 1], 2, 300, tf.int32)
+        logits, _ = network.prefill(ids, tf.constant([22]), 22, network.weights())
+        np.testing.assert_allclose(logits, model(ids).logits[:, -1], atol=1e-4)
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            model(tf.concat([ids, ids[:, :1]], 1))
 
 
 def test_a_model_without_a_cache_is_refused() -> None:

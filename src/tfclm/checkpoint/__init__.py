@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfclm.checkpoint.files import choose_weights, locate
-from tfclm.checkpoint.model import build, check_type, is_tied, tie
+from tfclm.checkpoint.model import build, check_type, context_size, first_position, is_tied, tie
 from tfclm.checkpoint.weights import restore, state
 from tfclm.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, TFPreTrainedModel
 
-__all__ = ["create", "load", "save", "tie"]
+__all__ = ["context_size", "create", "first_position", "load", "save", "tie"]
 
 STAGING = ".saving"
 

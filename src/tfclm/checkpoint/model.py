@@ -110,6 +110,18 @@ def _mend_mask(model: TFPreTrainedModel) -> None:
     stem._prepare_decoder_attention_mask = mask
 
 
+def first_position(model: TFPreTrainedModel) -> int:
+    """The position of a text's first token: RoBERTa and its kin leave the first ones of their table to padding."""
+    embeddings = getattr(getattr(model, model.base_model_prefix, None), "embeddings", None)
+    return int(getattr(embeddings, "padding_idx", -1)) + 1
+
+
+def context_size(model: TFPreTrainedModel) -> int | None:
+    """Tokens that a text may have; None where the architecture sets no limit."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions - first_position(model) if positions else None
+
+
 def is_tied(model: TFPreTrainedModel) -> bool:
     """What the model does, for a config that says so: most classes ignore the setting, PyTorch's go by it."""
     return not any(name in HEADS for _, name, _ in layout(model))

@@ -71,13 +71,15 @@ def make_prompts(
     """Prompts of several lengths, with the tokens, `limit` at most, that transformers' greedy `generate` gives."""
     import tensorflow as tf
 
+    from tfclm.checkpoint import first_position
+
     rng = np.random.default_rng(0)
     new = min(NEW_TOKENS, limit, context - 1)
     prompts = []
     for length in sorted({1, min(7, context - new), min(40, context - new)}):
         ids = rng.integers(0, vocab_size, [1, length]).astype(np.int32)
         # RoBERTa's own positions skip padding ids, wherever they stand.
-        ids = np.where(ids == model.config.pad_token_id, (ids + 1) % vocab_size, ids)
+        ids = np.where(ids == first_position(model) - 1, (ids + 1) % vocab_size, ids)
         tokens = model.generate(
             tf.constant(ids),
             attention_mask=tf.ones_like(ids),

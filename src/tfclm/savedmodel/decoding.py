@@ -16,6 +16,8 @@ __all__ = ["Decoded", "decode"]
 
 Tensor = Any
 
+IDLE = 0  # what a row that is done feeds the model meanwhile: a padding id need not have an embedding
+
 
 class Decoded(NamedTuple):
     """What came out, a row each."""
@@ -82,7 +84,7 @@ def decode(
         """Chooses a token a row, and ends the rows that are done."""
         slots = tf.range(capacity)[None]
         logits = penalize(logits, state.tokens, slots < (lengths + state.step)[:, None], knobs.repetition_penalty)
-        token = tf.where(state.running, choose(logits, knobs, tf.gather(uniform, state.step, axis=1), xla=xla), pad_id)
+        token = tf.where(state.running, choose(logits, knobs, tf.gather(uniform, state.step, axis=1), xla=xla), IDLE)
         place = tf.stack([rows, lengths + state.step], 1)
         found = finder.find(state.stop, token, state.running) if finder is not None else state.stop
         ended = state.running & (tf.reduce_any(token[:, None] == eos[None], 1) | found.found)

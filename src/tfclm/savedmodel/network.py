@@ -22,9 +22,6 @@ __all__ = ["Network", "Weights"]
 
 Tensor = Any
 
-# Positions of these types begin behind the padding id.
-OFFSET_POSITIONS = ("camembert", "roberta", "roberta-prelayernorm", "xlm-roberta")
-
 
 class Weights(NamedTuple):
     """What is read once a call, in the type that it is kept in; None where the model reads it itself."""
@@ -48,14 +45,13 @@ class Network:
         self.dtype = tf.as_dtype(dtype)
         self.model = model if dtype == "float32" else _copy(model)
         self.vocab_size: int = model.config.vocab_size
-        self.context: int = getattr(model.config, "max_position_embeddings", None) or 2048
+        self.context: int = checkpoint.context_size(model) or 2048
         self._stem = getattr(self.model, model.base_model_prefix)
         accepted = inspect.signature(self._stem.call).parameters
         if "past_key_values" not in accepted or not getattr(model.config, "use_cache", True):
             raise InputError(f"a model of type {model.config.model_type} has no cache and cannot be exported")
         self._takes_positions = "position_ids" in accepted
-        offset = model.config.model_type in OFFSET_POSITIONS
-        self._first_position = model.config.pad_token_id + 1 if offset else 0
+        self._first_position = checkpoint.first_position(model)
         # TensorFlow's Mistral does not tell its embeddings.
         embedding = _matrix(getattr(self._stem, "embed_tokens", None) or self.model.get_input_embeddings())
         self._kept: dict[int, Any] = {}  # by the id of the float32 variable that each stands for
@@ -67,16 +63,10 @@ class Network:
         self._layers = [
             self._keep(layer[name], turned=True) if dense else layer[name] for layer, name, dense in self._slots
         ]
+        self.autograph = False
         # Embeddings that are scaled, say, are left to the model.
         self._embeds = True
-        self.autograph = False
-        try:
-            agrees = self._agrees()
-        except tf.errors.OperatorNotAllowedInGraphError:
-            # Its code branches on tensors. AutoGraph takes as long as the rest of an export: others go without.
-            self.autograph = True
-            agrees = self._agrees()
-        if not agrees:
+        if not self._agrees():
             self._embeds = False
             if not self._agrees():
                 raise InputError(
@@ -190,7 +180,7 @@ class Network:
         size = max(2, min(9, self.context - 2))
         ids = np.random.default_rng(0).integers(0, self.vocab_size, [2, size]).astype(np.int32)
         # RoBERTa's own positions skip padding ids, wherever they stand.
-        ids[ids == self.model.config.pad_token_id] = self.vocab_size - 1
+        ids[ids == self._first_position - 1] = self.vocab_size - 1
         lengths = np.array([size - 1, size // 2], np.int32)
 
         def cached(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,9 +190,21 @@ class Network:
             return first, second
 
         # Shapes are open, as in what is exported.
-        open_specs = [tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
-        traced = tf.function(cached, autograph=self.autograph, input_signature=open_specs)
-        first, second = traced(tf.constant(ids), tf.constant(lengths))
+        specs = [tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
+
+        def traced() -> tuple[Tensor, Tensor]:
+            function = tf.function(cached, autograph=self.autograph, input_signature=specs)
+            logits: tuple[Tensor, Tensor] = function(tf.constant(ids), tf.constant(lengths))
+            return logits
+
+        try:
+            first, second = traced()
+        except tf.errors.OperatorNotAllowedInGraphError:
+            if self.autograph:
+                raise
+            # Its code branches on tensors. AutoGraph takes as long as the rest of an export: others go without.
+            self.autograph = True
+            first, second = traced()
         for row, length in enumerate(lengths):
             own = self.model(tf.constant(ids[row : row + 1, : length + 1]), training=False).logits[0]
             for ours, theirs in ((first[row], own[length - 1]), (second[row], own[length])):

@@ -40,6 +40,11 @@ class Servable(tf.Module):
         settings.check()
         self.settings = settings
         self.network = Network(model, settings.weights)
+        if len(tokenizer) > self.network.vocab_size:
+            raise InputError(
+                f"the tokenizer has {len(tokenizer)} entries but the model's vocab_size is {self.network.vocab_size}; "
+                "use the tokenizer that the model was trained with"
+            )
         # What is saved: the variables alone. Of a Keras model, its own traces would go with them.
         self.weights = self.network.variables
         context = self.network.context
