@@ -33,7 +33,7 @@ def served(perplexity: float | None = 20.0, **protocol: object) -> dict[str, obj
         (Gate(max_regression=0.02), served(19.5), False),
         (Gate(max_regression=0.0), served(20.0), True),
         (Gate(max_regression=-0.1), served(21.0), False),
-        (Gate(max_regression=0.02), served(20.0, dropped_tokens=7), True),
+        (Gate(max_regression=0.02), served(20.0, train_dropped_tokens=7), True),
         (Gate(max_perplexity=10.0, max_regression=0.02), served(30.0), False),
         (Gate(max_perplexity=30.0, max_regression=0.02), served(10.0), False),
     ],
@@ -86,8 +86,36 @@ def test_what_cannot_be_compared():
         decide(Gate(max_perplexity=10.0), None, {})
     with pytest.raises(InputError, match=r"block_size, split differ"):
         decide(Gate(max_regression=0.1), MEASURED, served(block_size=64, split="train"))
+    # Another tokenizer's tokens of the same text, or another text under the same name.
+    with pytest.raises(InputError, match=r"\(tokens differ\); measure both on the same text with the same tokenizer"):
+        decide(Gate(max_regression=0.1), MEASURED, served() | {"tokens": 1400})
     with pytest.raises(InputError, match="no perplexity in its record"):
         decide(Gate(max_regression=0.1), MEASURED, served(None))
+
+
+@pytest.mark.parametrize(
+    ("validation", "changed", "differ"),
+    [
+        ("files val.txt", {"source": "more.txt", "train_rows": 90, "split": None, "dropped_rows": 1}, None),
+        ("files val.txt", {"validation_rows": 7}, "validation_rows"),
+        ("split test", {"split": "train[:50]", "train_rows": 50}, None),
+        ("split test", {"source": "me/other"}, "source"),
+        ("0.1 of the documents, drawn with seed 0", {"train_rows": 90}, "train_rows"),
+    ],
+)
+def test_more_training_text_is_no_other_measurement(validation: str, changed: dict[str, object], differ: str | None):
+    """The next training refused because it has more text, though what was measured is the same; or another text not."""
+    protocol = {
+        **{"source": "train.txt", "split": "train", "train_rows": 80, "dropped_rows": 0, "text_column": "text"},
+        **{"validation": validation, "validation_rows": 8, "block_size": 32, "dropped_tokens": 3},
+    }
+    record = {"perplexity": 20.0, "tokens": 1000, "protocol": protocol}
+    measured = replace(MEASURED, protocol={**protocol, **changed})
+    if differ is None:
+        assert decide(Gate(max_regression=0.02), measured, record)["passed"]
+    else:
+        with pytest.raises(InputError, match=rf"\({differ} differ\)"):
+            decide(Gate(max_regression=0.02), measured, record)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def export_saved_model(
     verdicts = _Verdicts(where, dict(source or {}))
     smaller = settings.weights != "float32"
     if recorded is not None:  # what it decides is known before anything is built
-        gate.check_comparable(limits, served, recorded.protocol)
+        gate.check_comparable(limits, served, recorded.protocol, recorded.tokens)
         if not smaller:
             verdicts.require(gate.decide(limits, recorded, served))
     began = time.monotonic()

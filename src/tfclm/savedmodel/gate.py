@@ -107,7 +107,7 @@ def decide(gate: Gate, measured: Measured | None, served: Mapping[str, Any]) -> 
     if gate.max_perplexity is not None and not measured.perplexity <= gate.max_perplexity:
         verdict |= {"passed": False, "reason": f"perplexity {measured.perplexity:.4f} is above {gate.max_perplexity}"}
     if gate.max_regression is not None and served:
-        check_comparable(gate, served, measured.protocol)
+        check_comparable(gate, served, measured.protocol, measured.tokens)
         before = served["perplexity"]
         most = before * (1 + gate.max_regression)
         verdict |= {"served_perplexity": before}
@@ -117,13 +117,16 @@ def decide(gate: Gate, measured: Measured | None, served: Mapping[str, Any]) -> 
     return verdict
 
 
-def check_comparable(gate: Gate, served: Mapping[str, Any], protocol: Mapping[str, Any] | None = None) -> None:
+def check_comparable(
+    gate: Gate, served: Mapping[str, Any], protocol: Mapping[str, Any] | None = None, tokens: int | None = None
+) -> None:
     """Refuses a comparison with the served version that says nothing.
 
     Args:
         gate: what is asked for.
         served: the record of the version that is served, empty if there is none.
         protocol: how the new perplexity is measured, if that is known already.
+        tokens: of how many tokens it is, if that is known already.
 
     Raises:
         InputError: the served version has no perplexity, or was measured in another way.
@@ -134,18 +137,30 @@ def check_comparable(gate: Gate, served: Mapping[str, Any], protocol: Mapping[st
         raise InputError("--max-regression: the version served now has no perplexity in its record; leave it out once")
     if protocol is None:
         return
-    # How many tokens filled no block is a result of the tokenizer, not a choice.
+    # A record has been through JSON.
     ours, theirs = (
-        {name: value for name, value in each.items() if not name.endswith("dropped_tokens")}
-        # A record has been through JSON.
-        for each in (json.loads(json.dumps(dict(protocol))), served.get("protocol") or {})
+        _measured_text(each) for each in (json.loads(json.dumps(dict(protocol))), served.get("protocol") or {})
     )
+    # The same text has other tokens where the tokenizer is another one.
+    if tokens is not None and served.get("tokens") is not None:
+        ours, theirs = ours | {"tokens": tokens}, theirs | {"tokens": served["tokens"]}
     if ours != theirs:
         names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise InputError(
             f"--max-regression: the version served now was measured otherwise ({', '.join(names)} differ); measure "
-            "both on the same text, or leave it out once"
+            "both on the same text with the same tokenizer, or leave it out once"
         )
+
+
+def _measured_text(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What a protocol says of the text that was measured; that of `fit` also tells what was trained on."""
+    if "validation" not in protocol or "drawn with seed" in protocol["validation"]:
+        training = {"train_dropped_tokens"}
+    else:
+        training = {"train_dropped_tokens", "split", "train_rows", "dropped_rows"}
+        if protocol["validation"].startswith("files "):
+            training |= {"source", "dataset_config", "revision"}
+    return {name: value for name, value in protocol.items() if name not in training}
 
 
 def served_record(serving_dir: str, gate: Gate) -> dict[str, Any]:
