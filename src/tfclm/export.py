@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from tfclm.savedmodel.gate import Gate, Measured
 
 
+# What goes with a model that is exported already.
+TAKEN_FROM_HUB = {"from_hub", "revision", "serving_dir", "version", "keep_versions", "max_perplexity", "max_regression"}
+
+
 @dataclass(frozen=True)
 class ExportSettings(ServableSettings, SourceSettings):
     """Settings of `export`."""
@@ -44,7 +48,7 @@ class ExportSettings(ServableSettings, SourceSettings):
 
 def run(settings: ExportSettings) -> int:
     """Checkpoint to version."""
-    if settings.serving_dir is None:
+    if not settings.serving_dir:
         raise InputError("--serving-dir is missing: give the servable's folder, such as serving_models/eli5")
     if settings.list:
         return show(settings.serving_dir)
@@ -115,8 +119,11 @@ def bring(settings: ExportSettings) -> int:
     from tfclm.savedmodel.exporting import publish_exported
     from tfclm.savedmodel.gate import GateFailed
 
-    if settings.model is not None:
-        raise InputError("--from-hub brings a model that is exported already: leave out --model")
+    # Of what decides how a model is made or measured, nothing can be heeded any more.
+    for field in dataclasses.fields(ExportSettings):
+        if field.name not in TAKEN_FROM_HUB and getattr(settings, field.name) != field.default:
+            flag = field.name.replace("_", "-")
+            raise InputError(f"--from-hub brings a model that is exported already: leave out --{flag}")
     limits = preflight(settings)
     (version,) = fetch_servable(str(settings.from_hub), revision=settings.revision).iterdir()
     source = {"hub": settings.from_hub, "hub_revision": settings.revision}
@@ -155,6 +162,7 @@ def measured(model: Any, tokenizer: Any, settings: ExportSettings) -> Measured |
 
     What these cost has to be measured on some text, and none of the run's need be here.
     """
+    from tfclm.checkpoint import context_size
     from tfclm.evaluate import EvaluateSettings, measure
     from tfclm.savedmodel.gate import Measured
 
@@ -162,7 +170,7 @@ def measured(model: Any, tokenizer: Any, settings: ExportSettings) -> Measured |
     if settings.dataset is None and not settings.file:
         if settings.weights == "float32":
             return None
-        size = min(settings.block_size, getattr(model.config, "max_position_embeddings", None) or settings.block_size)
+        size = min(settings.block_size, context_size(model) or settings.block_size)
         result = measure(
             model,
             tokenizer,

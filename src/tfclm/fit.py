@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -169,7 +170,7 @@ def run(settings: FitSettings) -> int:
         if settings.model != SCRATCH:
             with strategy.scope():
                 model, tokenizer = checkpoint.load(settings.model, revision=settings.revision)
-            corpus.check_block_size(settings.block_size, getattr(model.config, "max_position_embeddings", None))
+            corpus.check_block_size(settings.block_size, checkpoint.context_size(model))
         texts = corpus.read(
             dataset=settings.dataset,
             dataset_config=settings.dataset_config,
@@ -199,7 +200,7 @@ def run(settings: FitSettings) -> int:
             "dropped_tokens": validation.dropped_tokens,
             "train_dropped_tokens": train.dropped_tokens,
         }
-        check_export(settings, protocol)
+        check_export(settings, protocol, len(validation.blocks) * (settings.block_size - 1))
         corpus_tokens = len(train.blocks) * settings.block_size
         base = read_base(settings.model, settings.revision)
         repo_id = target[0].repo_id if target else None
@@ -254,7 +255,8 @@ def export(settings: FitSettings) -> tuple[int, Path | None]:
     from tfclm.export import run
     from tfclm.hub.fetching import newest_version
 
-    code = run(export_settings(settings))
+    with named_export_to():
+        code = run(export_settings(settings))
     return code, newest_version(Path(address(settings.export_to))) if settings.push_saved_model and not code else None
 
 
@@ -323,12 +325,13 @@ def push(settings: FitSettings, target: tuple[Repository, bool] | None, version:
     return 0 if deliver(folder, repository, patience=settings.push_patience, servable=version, say=say) else 1
 
 
-def check_export(settings: FitSettings, protocol: Mapping[str, Any] | None = None) -> None:
+def check_export(settings: FitSettings, protocol: Mapping[str, Any] | None = None, tokens: int | None = None) -> None:
     """Refuses, before the time of a training, what `--export-to` would refuse behind it.
 
     Args:
         settings: the run's.
         protocol: how its perplexity is going to be measured, once that is known.
+        tokens: of how many tokens, once that is known.
 
     Raises:
         InputError: a folder that cannot be written, a limit out of its range, or a served version that the run's
@@ -339,9 +342,16 @@ def check_export(settings: FitSettings, protocol: Mapping[str, Any] | None = Non
     from tfclm.export import preflight
     from tfclm.savedmodel.gate import check_comparable, served_record
 
-    try:
+    with named_export_to():
         limits = preflight(export_settings(settings))
-        check_comparable(limits, served_record(settings.export_to, limits), protocol)
+        check_comparable(limits, served_record(settings.export_to, limits), protocol, tokens)
+
+
+@contextmanager
+def named_export_to() -> Iterator[None]:
+    """Errors name the flag that the user gave."""
+    try:
+        yield
     except InputError as error:
         raise InputError(str(error).replace("--serving-dir", "--export-to")) from error
 

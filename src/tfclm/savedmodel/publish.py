@@ -22,8 +22,14 @@ STAGING = ".staging-"
 
 
 def address(serving_dir: str | os.PathLike[str]) -> str:
-    """A folder's path, that of file:// too, or an address that TensorFlow's filesystems know, such as gs://bucket/name."""
+    """A folder's path, that of file:// too, or an address that TensorFlow's filesystems know, such as gs://bucket/name.
+
+    Raises:
+        InputError: it is empty.
+    """
     where = os.fspath(serving_dir)
+    if not where:
+        raise InputError("--serving-dir is empty: give the servable's folder, such as serving_models/eli5")
     if where.startswith("file://"):
         # Behind a host's name, as TensorFlow reads it.
         where = "/" + where.removeprefix("file://").partition("/")[2]

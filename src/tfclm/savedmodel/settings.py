@@ -8,6 +8,10 @@ from typing import Any, Literal
 from tfclm.errors import InputError
 from tfclm.settings import setting
 
+INT32 = 2**31 - 1
+# The largest and the smallest normal float32.
+LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
+
 
 @dataclass(frozen=True)
 class ServableSettings:
@@ -21,7 +25,9 @@ class ServableSettings:
     top_k: int | None = setting(None, "default of top_k; 0 is off")
     top_p: float | None = setting(None, "default of top_p; 1 is off")
     repetition_penalty: float | None = setting(None, "default repetition_penalty; 1 is off")
-    truncate_prompts: bool = setting(False, "cut the left side of a prompt that is too long instead of refusing it")
+    truncate_prompts: bool = setting(
+        False, "cut the left side of a prompt until max_new_tokens more fit into the context"
+    )
     max_batch_size: int = setting(8, "rows that are decoded together, of one request or several")
     batch_timeout: float = setting(30.0, "milliseconds that a request waits for others to be decoded with")
     compile: Literal["none", "xla"] = setting(
@@ -38,11 +44,13 @@ class ServableSettings:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InputError(f"--{name.replace('_', '-')} {value}: give {low} or more")
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            if value is not None and value > INT32:
+                raise InputError(f"--{name.replace('_', '-')} {value}: give {INT32} at most")
+        if self.temperature is not None and not 0 <= self.temperature <= LARGEST:
             raise InputError(f"--temperature {self.temperature}: give 0, which is greedy, or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and not SMALLEST <= self.top_p <= 1:
             raise InputError(f"--top-p {self.top_p}: give a number above 0, 1 at most")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
+        if self.repetition_penalty is not None and not SMALLEST <= self.repetition_penalty <= LARGEST:
             raise InputError(f"--repetition-penalty {self.repetition_penalty}: give a number above 0; 1 is off")
         if not 0 <= self.batch_timeout <= 60_000:
             raise InputError(f"--batch-timeout {self.batch_timeout}: give milliseconds, 0 to 60000")
