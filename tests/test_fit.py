@@ -175,7 +175,7 @@ def test_finished_run_is_kept_unless_overwritten(console: Console, fitted: Path,
     assert yaml.safe_load((folder / "fit.yaml").read_text())["learning_rate"] == 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_overwriting_leaves_exactly_the_new_files(
     console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path
 ):
@@ -200,7 +200,7 @@ def test_overwriting_leaves_exactly_the_new_files(
     [
         ("gpt2", "bfloat16"),
         *(pytest.param(name, "bfloat16", marks=pytest.mark.long) for name in ARCHITECTURES if name != "gpt2"),
-        ("gpt2", "float16"),
+        pytest.param("gpt2", "float16", marks=pytest.mark.long),
     ],
 )
 def test_fit_in_half_precision_ends_with_a_sample(

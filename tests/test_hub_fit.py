@@ -166,6 +166,7 @@ def test_failing_push_loses_nothing_and_can_be_finished(hub: Hub, tmp_path: Path
     assert hub.model("me/tiny").titles() == [title], "a push of what is there already makes no commit"
 
 
+@pytest.mark.long
 def test_offline_run_is_pushed_later(
     hub: Hub, tmp_path: Path, model_dir: Path, documents: list[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -387,8 +387,7 @@ print(json.dumps([ids["ids"].numpy().tolist(), ids["lengths"].numpy().tolist(), 
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["roberta", "llama3"])
+@pytest.mark.parametrize("kind", ["roberta", pytest.param("llama3", marks=pytest.mark.long)])
 def test_saved_model_with_tensorflow_alone(kind: str, tmp_path: Path) -> None:
     """A table that is not saved, an op that a stock server lacks, a need for this package or for transformers."""
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel

@@ -248,7 +248,7 @@ def test_swaps_under_load(tmp_path, start_server, client, eventually):
     assert served == str(swaps + 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_many_clients(models):
     """An error under many clients, or memory that grows with the requests."""
     command = [sys.executable, "-m", "tfclm.serve", f"--model_base_path={models / 'half_plus_two'}", "--model_name=m"]

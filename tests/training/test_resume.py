@@ -176,6 +176,7 @@ def test_a_complete_run_is_not_run_again(runs: Runs):
     assert (runs.folder / "reference" / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.long
 def test_one_run_a_folder(runs: Runs):
     """Two processes that write into one folder."""
     first = runs.start("shared")
@@ -271,7 +272,7 @@ def event_steps(folder: Path, name: str) -> list[int]:
     ("end", "times", "epoch", "settings"),
     [
         (press_ctrl_c, 1, 1, {}),
-        (press_ctrl_c, 2, 1, {}),
+        pytest.param(press_ctrl_c, 2, 1, {}, marks=pytest.mark.long),
         (kill, 2, 1, {"save_steps": 1}),
         (press_ctrl_c, 1, 3, {}),
         (press_ctrl_c, 2, 2, {"mixed_precision": "float16"}),
