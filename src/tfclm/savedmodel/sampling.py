@@ -18,7 +18,7 @@ __all__ = ["Knobs", "choose", "penalize", "uniforms"]
 Tensor = Any
 
 CANDIDATES = 1024  # as many of the likeliest tokens are sorted first, where top-p has no top-k beside it
-COMPILED_CANDIDATES = 128  # the same with XLA, for every row
+COMPILED_CANDIDATES = 64  # the same with XLA, for every row
 BLOCK = 16  # tokens, of which one maximum tells whether any of the highest scores can be among them
 
 
