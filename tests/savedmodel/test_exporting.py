@@ -228,6 +228,14 @@ def test_canary_passes_what_is_whole(tokens: tuple[Path, list[canary.Prompt]]):
     assert 100 < result["peak_memory_mib"] < ballast.nbytes / 2**20
 
 
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer_dir: Path):
+    """A prompt with the added token that reads beyond the embeddings, for whoever is decoded beside it too."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.add_tokens(["<one more>"])
+    with pytest.raises(InputError, match="the tokenizer has 513 entries but the model's vocab_size is 512"):
+        Servable(make_model(), tokenizer, ServableSettings())
+
+
 def test_canary_prompts_keep_to_the_limit():
     """An export that its own canary refuses, because it asks for more new tokens than the version gives."""
     prompts = canary.make_prompts(make_model(), 512, 64, [0], limit=3)
