@@ -6,9 +6,11 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tfclm import corpus
 from tfclm.errors import InputError
 from tfclm.savedmodel.gate import Cost, Gate, Measured, decide, record_verdict, served_record
 
@@ -116,6 +118,24 @@ def test_more_training_text_is_no_other_measurement(validation: str, changed: di
     else:
         with pytest.raises(InputError, match=rf"\({differ} differ\)"):
             decide(Gate(max_regression=0.02), measured, record)
+
+
+def test_what_the_corpus_says_of_its_validation_is_understood(tmp_path: Path):
+    """A wording that was changed there, so that other training text counts as another measurement, or the reverse."""
+    for name, count in (("one.txt", 20), ("more.txt", 30), ("val.txt", 5)):
+        (tmp_path / name).write_text("\n\n".join(f"{name} has text {number}." for number in range(count)))
+
+    def measured(name: str, **options: Any) -> Measured:
+        texts = corpus.read(files=[str(tmp_path / name)], **options)
+        return replace(MEASURED, protocol=texts.description)
+
+    for options, comparable in (({"validation_files": [str(tmp_path / "val.txt")]}, True), ({}, False)):
+        record = {"perplexity": 20.0, "protocol": measured("one.txt", **options).protocol}
+        if comparable:
+            assert decide(Gate(max_regression=0.0), measured("more.txt", **options), record)["passed"]
+        else:
+            with pytest.raises(InputError, match="measured otherwise"):
+                decide(Gate(max_regression=0.0), measured("more.txt", **options), record)
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,13 @@ class ServableSettings:
             if value is not None and value > INT32:
                 raise InputError(f"--{name.replace('_', '-')} {value}: give {INT32} at most")
         if self.temperature is not None and not 0 <= self.temperature <= LARGEST:
-            raise InputError(f"--temperature {self.temperature}: give 0, which is greedy, or more")
+            raise InputError(f"--temperature {self.temperature}: give 0, which is greedy, or more, 3.4e38 at most")
         if self.top_p is not None and not SMALLEST <= self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: give a number above 0, 1 at most")
+            raise InputError(f"--top-p {self.top_p}: give a number from 1.2e-38 to 1, which is off")
         if self.repetition_penalty is not None and not SMALLEST <= self.repetition_penalty <= LARGEST:
-            raise InputError(f"--repetition-penalty {self.repetition_penalty}: give a number above 0; 1 is off")
+            raise InputError(
+                f"--repetition-penalty {self.repetition_penalty}: give a number from 1.2e-38 to 3.4e38; 1 is off"
+            )
         if not 0 <= self.batch_timeout <= 60_000:
             raise InputError(f"--batch-timeout {self.batch_timeout}: give milliseconds, 0 to 60000")
         if self.buckets and self.compile != "xla":
