@@ -196,6 +196,19 @@ def test_what_generation_config_asks_in_vain():
         defaults(ServableSettings(), GenerationConfig(num_beams=4), 63)
     with pytest.raises(InputError, match="--max-new-tokens 64: the limit is 63"):
         defaults(ServableSettings(max_new_tokens=64), GenerationConfig(), 63)
+    for name, value, message in [
+        ("top_k", 2**31, "--top-k 2147483648"),
+        ("top_k", "many", "many"),
+        ("temperature", 1e39, r"--temperature 1e\+39"),
+        ("top_p", 1.5, "--top-p 1.5"),
+    ]:
+        with pytest.raises(InputError, match=f"has a value that no request may have: .*{message}"):
+            defaults(ServableSettings(), GenerationConfig(do_sample=True, **{name: value}), 63)
+    for name in ("eos_token_id", "pad_token_id"):
+        model = make_model()
+        setattr(model.generation_config, name, 2**31)
+        with pytest.raises(InputError, match="has the token id 2147483648"):
+            Servable(model, make_wordpiece(), ServableSettings())
 
 
 def test_each_signature_is_warmed_up(texts: Path):

@@ -15,7 +15,7 @@ from tfclm.savedmodel.detokenizer import GraphDetokenizer
 from tfclm.savedmodel.network import Network
 from tfclm.savedmodel.sampling import Knobs, uniforms
 from tfclm.savedmodel.scoring import token_logprobs
-from tfclm.savedmodel.settings import Defaults, ServableSettings, defaults
+from tfclm.savedmodel.settings import INT32, Defaults, ServableSettings, defaults
 from tfclm.savedmodel.stopping import LONGEST, StopFinder
 from tfclm.savedmodel.tokenizer import GraphTokenizer
 
@@ -57,6 +57,9 @@ class Servable(tf.Module):
         self.eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         pad = model.generation_config.pad_token_id
         self._pad_id = pad if pad is not None else (self.eos_ids or [0])[0]
+        for number in [*self.eos_ids, self._pad_id]:
+            if abs(number) > INT32:
+                raise InputError(f"generation_config.json has the token id {number}: give one of the vocabulary")
         self.tokenizer_problem: str | None = None
         self._tokenizer = self._detokenizer = self._finder = None
         try:

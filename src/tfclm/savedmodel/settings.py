@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,10 +137,15 @@ def defaults(settings: ServableSettings, generation_config: Any, limit: int) -> 
         )
     if settings.max_new_tokens is not None and settings.max_new_tokens > limit:
         raise InputError(f"--max-new-tokens {settings.max_new_tokens}: the limit is {limit}")
-    return Defaults(
-        max_new_tokens=min(limit, 100 if new is None else int(new)),
-        temperature=float(given("temperature", 1.0 if sampling else 0.0)),
-        top_k=int(given("top_k", 0)),
-        top_p=float(given("top_p", 1.0)),
-        repetition_penalty=float(given("repetition_penalty", 1.0, of_sampling=False)),
-    )
+    try:
+        made = Defaults(
+            max_new_tokens=min(limit, 100 if new is None else int(new)),
+            temperature=float(given("temperature", 1.0 if sampling else 0.0)),
+            top_k=int(given("top_k", 0)),
+            top_p=float(given("top_p", 1.0)),
+            repetition_penalty=float(given("repetition_penalty", 1.0, of_sampling=False)),
+        )
+        dataclasses.replace(settings, **vars(made)).check()
+    except (InputError, TypeError, ValueError) as error:
+        raise InputError(f"generation_config.json has a value that no request may have: {error}") from error
+    return made
