@@ -21,7 +21,9 @@ from transformers import (
 
 from tfclm.checkpoint import context_size, create
 from tfclm.errors import InputError
+from tfclm.savedmodel.decoding import Decoded, decode
 from tfclm.savedmodel.network import Network
+from tfclm.savedmodel.sampling import Knobs
 
 VOCABULARY = {"vocab_size": 300}
 GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | VOCABULARY
@@ -61,16 +63,41 @@ def test_cached_logits_are_the_models_own(architecture: str, dtype: str) -> None
 
 
 def test_the_context_begins_behind_the_padding() -> None:
-    """Prompts that fit by the config and read positions beyond RoBERTa's table, whatever its padding id is."""
-    for padding in (1, 0):
-        model = create(RobertaPreLayerNormConfig(**BERT | {"pad_token_id": padding, "max_position_embeddings": 24}))
-        network = Network(model)
-        assert network.context == context_size(model) == 22
-        ids = tf.random.stateless_uniform([1, 22], [0, 1], 2, 300, tf.int32)
-        logits, _ = network.prefill(ids, tf.constant([22]), 22, network.weights())
-        np.testing.assert_allclose(logits, model(ids).logits[:, -1], atol=1e-4)
-        with pytest.raises(tf.errors.InvalidArgumentError):
-            model(tf.concat([ids, ids[:, :1]], 1))
+    """Prompts that fit by the config and read positions beyond RoBERTa's table."""
+    model = create(RobertaPreLayerNormConfig(**BERT | {"max_position_embeddings": 24}))
+    network = Network(model)
+    assert network.context == context_size(model) == 22
+    ids = tf.random.stateless_uniform([1, 22], [0, 1], 2, 300, tf.int32)
+    logits, _ = network.prefill(ids, tf.constant([22]), 22, network.weights())
+    np.testing.assert_allclose(logits, model(ids).logits[:, -1], atol=1e-4)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        model(tf.concat([ids, ids[:, :1]], 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_rows_of_any_length_reach_the_end_of_the_context(architecture: str) -> None:
+    """A table that ends before the cache does, which fails the long row and with it the short one beside it."""
+    model = create(CONFIGS[architecture]())
+    network = Network(model)
+    context = network.context
+    ids = tf.random.stateless_uniform([2, context - 3], [0, 2], 2, 300, tf.int32)
+    lengths = tf.constant([context - 3, 5])
+
+    def traced(ids: tf.Tensor, lengths: tf.Tensor) -> Decoded:
+        ones, no = tf.ones([2]), tf.zeros([2], tf.int32)
+        knobs = Knobs(tf.constant([9, 20]), 0 * ones, no, ones, ones, tf.zeros([2], tf.int64))
+        return decode(network, ids, lengths, knobs, tf.zeros([2, 20], tf.float64), eos_ids=[], pad_id=0, limit=20)
+
+    specs = [tf.TensorSpec([2, None], tf.int32), tf.TensorSpec([2], tf.int32)]
+    decoded = tf.function(traced, autograph=network.autograph, input_signature=specs)(ids, lengths)
+    assert decoded.count.numpy().tolist() == [3, 20]
+    for row, (length, count) in enumerate([(context - 3, 3), (5, 20)]):
+        whole = tf.concat([ids[row, :length], decoded.output_ids[row, :count]], 0)
+        logits = model(whole[None], training=False).logits[0, length - 1 : -1].numpy()
+        given = np.take_along_axis(logits, whole.numpy()[length:, None], 1)[:, 0]
+        # Each is the likeliest, but for rounding.
+        np.testing.assert_allclose(given, logits.max(-1), atol=1e-4)
 
 
 def test_a_model_without_a_cache_is_refused() -> None:

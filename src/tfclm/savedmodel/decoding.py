@@ -75,8 +75,8 @@ def decode(
     if ids.shape[1] is not None:
         width = ids.shape[1]
     room = tf.minimum(knobs.max_new_tokens, network.context - lengths)
-    # One slot more: the last one always holds the present position.
-    capacity = width + (limit if xla else tf.reduce_max(room)) + 1
+    # No row goes beyond the context. One slot more: the last one always holds the present position.
+    capacity = tf.minimum(width + (limit if xla else tf.reduce_max(room)), network.context) + 1
     eos = tf.constant(list(eos_ids), tf.int32)
     rows = tf.range(batch)
 
@@ -85,7 +85,8 @@ def decode(
         slots = tf.range(capacity)[None]
         logits = penalize(logits, state.tokens, slots < (lengths + state.step)[:, None], knobs.repetition_penalty)
         token = tf.where(state.running, choose(logits, knobs, tf.gather(uniform, state.step, axis=1), xla=xla), IDLE)
-        place = tf.stack([rows, lengths + state.step], 1)
+        # A row that is done, and others are not, may be at the end.
+        place = tf.stack([rows, tf.minimum(lengths + state.step, capacity - 1)], 1)
         found = finder.find(state.stop, token, state.running) if finder is not None else state.stop
         ended = state.running & (tf.reduce_any(token[:, None] == eos[None], 1) | found.found)
         count = state.count + tf.cast(state.running, tf.int32)

@@ -50,6 +50,10 @@ class Network:
         accepted = inspect.signature(self._stem.call).parameters
         if "past_key_values" not in accepted or not getattr(model.config, "use_cache", True):
             raise InputError(f"a model of type {model.config.model_type} has no cache and cannot be exported")
+        for layer in self._stem.submodules:
+            if hasattr(layer, "lower_triangle_mask"):
+                # GPT-J cuts its mask out of a table that ends with the context, and a cache has more slots.
+                layer.get_causal_mask = _causal_mask
         self._takes_positions = "position_ids" in accepted
         self._first_position = checkpoint.first_position(model)
         # TensorFlow's Mistral does not tell its embeddings.
@@ -211,6 +215,11 @@ class Network:
                 if not np.allclose(ours, tf.cast(theirs, tf.float32), rtol=1e-3, atol=1e-3):
                     return False
         return True
+
+
+def _causal_mask(keys: Tensor, queries: Tensor) -> Tensor:
+    """Which of the keys the last ones, the queries, may see; bool [1, 1, queries, keys]."""
+    return (tf.range(keys)[None] <= (keys - queries + tf.range(queries))[:, None])[None, None]
 
 
 def _matrix(layer: Any) -> Any:
