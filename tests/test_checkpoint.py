@@ -594,6 +594,7 @@ def test_create_depends_on_the_seed_alone() -> None:
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("mistral", MISTRAL | {"head_dim": 16}, "head_dim"),
         ("opt", OPT | {"enable_bias": False}, "enable_bias"),
+        ("roberta", ENCODER | {"pad_token_id": 0}, "pad_token_id=0"),
         ("mistral", MISTRAL | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
     ],
 )

@@ -23,7 +23,12 @@ FIXED: dict[str, dict[str, Any]] = {
     "mistral": {"rope_scaling": None},
     "openai-gpt": {"afn": "gelu"},
     "opt": {"enable_bias": True, "layer_norm_elementwise_affine": True},
-    **{encoder: {"position_embedding_type": "absolute"} for encoder in ENCODERS},
+    **{encoder: {"position_embedding_type": "absolute"} for encoder in ("bert", "rembert")},
+    # Their positions begin behind that of the padding, which TensorFlow takes for 1.
+    **{
+        encoder: {"position_embedding_type": "absolute", "pad_token_id": 1}
+        for encoder in ("camembert", "roberta", "roberta-prelayernorm", "xlm-roberta")
+    },
 }
 
 
