@@ -18,9 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from tfclm.settings import import_tensorflow
+
 __all__ = ["CanaryFailed", "Prompt", "Text", "make_prompts", "make_texts", "peak_memory_mib", "validate"]
 
 NEW_TOKENS = 8
+LONGEST = 2048  # tokens of a context that is filled; the attention of more takes gigabytes
 TIE = 1e-3  # difference of two logits below which rounding may choose either token
 TIMEOUT = 3600.0  # seconds; XLA compiles every size that is warmed up
 
@@ -68,7 +71,10 @@ def make_texts(tokenizer: Any, context: int) -> list[Text]:
 def make_prompts(
     model: Any, vocab_size: int, context: int, eos_ids: Sequence[int], limit: int = NEW_TOKENS
 ) -> list[Prompt]:
-    """Prompts of several lengths, with the tokens, `limit` at most, that transformers' greedy `generate` gives."""
+    """Prompts of several lengths, with the tokens, `limit` at most, that transformers' greedy `generate` gives.
+
+    The longest one and its tokens fill the context.
+    """
     import tensorflow as tf
 
     from tfclm.checkpoint import first_position
@@ -76,23 +82,23 @@ def make_prompts(
     rng = np.random.default_rng(0)
     new = min(NEW_TOKENS, limit, context - 1)
     prompts = []
-    for length in sorted({1, min(7, context - new), min(40, context - new)}):
+    for length in sorted({min(length, context - new) for length in (1, 7, 40, LONGEST - new)}):
         ids = rng.integers(0, vocab_size, [1, length]).astype(np.int32)
         # RoBERTa's own positions skip padding ids, wherever they stand.
         ids = np.where(ids == first_position(model) - 1, (ids + 1) % vocab_size, ids)
-        tokens = model.generate(
+        given = model.generate(
             tf.constant(ids),
             attention_mask=tf.ones_like(ids),
             max_new_tokens=new,
             do_sample=False,
             repetition_penalty=1.0,
             pad_token_id=eos_ids[0] if eos_ids else 0,
-        ).numpy()[:, length:]
-        whole = np.concatenate([ids, tokens], 1)
-        logits = model(tf.constant(whole), training=False).logits[0, length - 1 : -1].numpy().astype(np.float32)
-        allowed = [
-            np.flatnonzero(row >= row[token] - TIE).tolist() for row, token in zip(logits, tokens[0], strict=True)
-        ]
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        tokens = given.sequences[0, length:].numpy()
+        logits = [scores[0].numpy().astype(np.float32) for scores in given.scores]
+        allowed = [np.flatnonzero(row >= row[token] - TIE).tolist() for row, token in zip(logits, tokens, strict=True)]
         prompts.append(Prompt(ids[0].tolist(), new, allowed))
     return prompts
 
@@ -181,6 +187,7 @@ def _serve() -> None:
     import time
 
     request = json.load(sys.stdin)
+    import_tensorflow()
     import tensorflow as tf
     from tensorflow_serving.apis import prediction_log_pb2
 
