@@ -22,6 +22,7 @@ import pytest
 from conftest import LONG, tiny_config
 
 from tfclm import export, fit
+from tfclm.errors import InputError
 
 pytestmark = pytest.mark.slow
 
@@ -387,6 +388,9 @@ REFUSED = [
     ("--serving-dir NEW --from-hub me/x --file NEW --max-perplexity 30", "leave out --file"),
     ("--serving-dir NEW --from-hub me/x --compile xla", "leave out --compile"),
     ("--serving-dir NEW --model NEW --max-new-tokens 0", "--max-new-tokens 0: give 1 or more"),
+    ("--serving-dir NEW --model NEW --max-batch-size 5000", "--max-batch-size 5000: give 4096 at most"),
+    ("--serving-dir NEW --model NEW --split dev --max-perplexity 9", "--split goes with --dataset or --file"),
+    ("--serving-dir NEW --model NEW --text-column body", "--text-column goes with --dataset or --file"),
     ("--serving-dir NEW --model NEW --buckets 16", "--buckets goes with --compile xla"),
     ("--serving-dir NEW --model NEW --max-perplexity 0", "--max-perplexity 0.0: give 1 or more"),
     ("--serving-dir NEW --model UNKNOWN --max-perplexity 9", "the checkpoint has no results.json"),
@@ -423,6 +427,19 @@ def test_what_is_refused(console: Console, plain: Path, tmp_path: Path):
     for arguments, text in REFUSED:
         refuse(console(export, *fill(arguments).split()), fill(text))
         assert sorted(tmp_path.rglob("*")) == before, arguments
+
+
+def test_record_of_a_run_is_found_and_read(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A gate that says there is none, because the folder was given as a shell leaves it behind an equals sign."""
+    checkpoint = shutil.copytree(plain, tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    record = export.recorded("~/model", None)
+    assert record is not None
+    assert (record.perplexity, record.tokens) == (20.0, 1000)
+    for damaged in ('{"perplexity": 1e999, "tokens": 1e999, "protocol": {}}', '{"perplexity": "low"}', "{", "[]"):
+        (checkpoint / "results.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"model/results\.json is no record of tfclm\.fit"):
+            export.recorded("~/model", None)
 
 
 def test_beams_are_refused(console: Console, plain: Path, tmp_path: Path):

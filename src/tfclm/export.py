@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # What goes with a model that is exported already.
 TAKEN_FROM_HUB = {"from_hub", "revision", "serving_dir", "version", "keep_versions", "max_perplexity", "max_regression"}
 
+# What goes with a text alone.
+OF_TEXT = ("dataset_config", "dataset_revision", "text_column", "separator", "split")
+
 
 @dataclass(frozen=True)
 class ExportSettings(ServableSettings, SourceSettings):
@@ -72,7 +75,7 @@ def run(settings: ExportSettings) -> int:
     model, tokenizer = load(settings.model, revision=settings.revision)
     known = None
     if settings.dataset is None and not settings.file:
-        known = recorded(settings.model)
+        known = recorded(settings.model, settings.revision)
         # What the gate cannot decide by the records is known now.
         decide(limits, known, served_record(settings.serving_dir, limits))
         if known is not None and known.finite is None:
@@ -148,6 +151,11 @@ def preflight(settings: ExportSettings) -> Gate:
     from tfclm.savedmodel.publish import check_place
 
     settings.check()
+    if settings.dataset is None and not settings.file and settings.from_hub is None:
+        for name in OF_TEXT:
+            if getattr(settings, name) != getattr(ExportSettings, name):
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} goes with --dataset or --file, to measure the perplexity on: give one")
     if settings.keep_versions is not None and settings.keep_versions < 1:
         raise InputError(f"--keep-versions {settings.keep_versions}: give 1 or more")
     limits = Gate(settings.max_perplexity, settings.max_regression)
@@ -188,18 +196,21 @@ def measured(model: Any, tokenizer: Any, settings: ExportSettings) -> Measured |
     return Measured(result["perplexity"], result["tokens"], result["protocol"])
 
 
-def recorded(model: str) -> Measured | None:
+def recorded(model: str, revision: str | None) -> Measured | None:
     """The perplexity that `fit` wrote beside a checkpoint, if it did; not finite if the run diverged."""
+    from tfclm.checkpoint.files import locate
     from tfclm.savedmodel.gate import Measured
 
-    path = Path(model) / "results.json"
+    path = locate(model, revision) / "results.json"
     if not path.is_file():
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         perplexity = float("nan") if results["perplexity"] is None else float(results["perplexity"])
         return Measured(perplexity, int(results["tokens"]), dict(results["protocol"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        if not Path(model).expanduser().is_dir():
+            return None  # on the Hub, a file of that name may be anybody's
         raise InputError(f"{path} is no record of tfclm.fit: move it away, or train again") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -198,16 +199,24 @@ def test_what_generation_config_asks_in_vain():
         defaults(ServableSettings(max_new_tokens=64), GenerationConfig(), 63)
     for name, value, message in [
         ("top_k", 2**31, "--top-k 2147483648"),
-        ("top_k", "many", "many"),
+        ("top_k", "many", "top_k is 'many', no whole number"),
+        ("top_k", 0.5, "top_k is 0.5"),
+        ("top_k", True, "top_k is True"),
+        ("top_k", math.inf, "top_k is inf"),
+        ("max_new_tokens", 2.5, "max_new_tokens is 2.5"),
+        ("temperature", "hot", "temperature is 'hot', no number"),
+        ("temperature", 10**400, "too large"),
         ("temperature", 1e39, r"--temperature 1e\+39"),
         ("top_p", 1.5, "--top-p 1.5"),
     ]:
         with pytest.raises(InputError, match=f"has a value that no request may have: .*{message}"):
             defaults(ServableSettings(), GenerationConfig(do_sample=True, **{name: value}), 63)
-    for name in ("eos_token_id", "pad_token_id"):
+    with pytest.raises(InputError, match="do_sample is 'false', neither true nor false"):
+        defaults(ServableSettings(), GenerationConfig(do_sample="false"), 63)
+    for name, value in (("eos_token_id", 2**31), ("pad_token_id", 2**31), ("eos_token_id", "0"), ("eos_token_id", 0.5)):
         model = make_model()
-        setattr(model.generation_config, name, 2**31)
-        with pytest.raises(InputError, match="has the token id 2147483648"):
+        setattr(model.generation_config, name, value)
+        with pytest.raises(InputError, match=f"has the token id {value!r}"):
             Servable(model, make_wordpiece(), ServableSettings())
 
 
@@ -253,6 +262,8 @@ def test_canary_prompts_keep_to_the_limit():
     """An export that its own canary refuses, because it asks for more new tokens than the version gives."""
     prompts = canary.make_prompts(make_model(), 512, 64, [0], limit=3)
     assert {prompt.new for prompt in prompts} == {3}
+    # The longest one leaves nothing of the context.
+    assert [len(prompt.ids) for prompt in prompts] == [1, 7, 40, 61]
     assert all(len(prompt.allowed) <= 3 for prompt in prompts)
 
 

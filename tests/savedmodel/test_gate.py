@@ -102,6 +102,9 @@ def test_what_cannot_be_compared():
         ("files val.txt", {"validation_rows": 7}, "validation_rows"),
         ("split test", {"split": "train[:50]", "train_rows": 50}, None),
         ("split test", {"source": "me/other"}, "source"),
+        ("split test (the dataset's own)", {"validation": "split test"}, None),
+        ("split test", {"validation": "split dev"}, "validation"),
+        ("split test", {"validation": None}, "validation"),
         ("0.1 of the documents, drawn with seed 0", {"train_rows": 90}, "train_rows"),
     ],
 )

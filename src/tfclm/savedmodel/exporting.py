@@ -164,7 +164,7 @@ def publish_exported(
     entries = gate.read_record(str(exported))
     measured = None
     if entries.get("perplexity") is not None:
-        measured = Measured(entries["perplexity"], entries.get("tokens") or 0, entries.get("protocol") or {})
+        measured = Measured(entries["perplexity"], entries.get("tokens"), entries.get("protocol") or {})
     elif limits != Gate():
         raise InputError("the gate needs a perplexity, and the exported model's record has none: leave out the limits")
     verdicts = _Verdicts(where, {**(entries.get("source") or {}), **(source or {})})

@@ -54,7 +54,7 @@ class Measured:
     """A perplexity, which is not finite if the model has diverged, and how it was measured."""
 
     perplexity: float
-    tokens: int
+    tokens: int | None  # None where an old record does not say
     protocol: Mapping[str, Any]
 
     @property
@@ -154,13 +154,15 @@ def check_comparable(
 
 def _measured_text(protocol: Mapping[str, Any]) -> dict[str, Any]:
     """What a protocol says of the text that was measured; that of `fit` also tells what was trained on."""
-    if "validation" not in protocol or "drawn with seed" in protocol["validation"]:
+    # A split is the same one whether it was asked for or taken.
+    validation = str(protocol.get("validation", "")).removesuffix(" (the dataset's own)")
+    if not validation or "drawn with seed" in validation:
         training = {"train_dropped_tokens"}
     else:
         training = {"train_dropped_tokens", "split", "train_rows", "dropped_rows"}
-        if protocol["validation"].startswith("files "):
+        if validation.startswith("files "):
             training |= {"source", "dataset_config", "revision"}
-    return {name: value for name, value in protocol.items() if name not in training}
+    return {name: value for name, value in protocol.items() if name not in training} | {"validation": validation}
 
 
 def served_record(serving_dir: str, gate: Gate) -> dict[str, Any]:

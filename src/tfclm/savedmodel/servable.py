@@ -54,12 +54,12 @@ class Servable(tf.Module):
             raise InputError(f"--max-new-tokens-limit {self.limit}: the model's context leaves {context - 1} at most")
         self.defaults: Defaults = defaults(settings, model.generation_config, self.limit)
         eos = model.generation_config.eos_token_id
-        self.eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        self.eos_ids = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
         pad = model.generation_config.pad_token_id
         self._pad_id = pad if pad is not None else (self.eos_ids or [0])[0]
         for number in [*self.eos_ids, self._pad_id]:
-            if abs(number) > INT32:
-                raise InputError(f"generation_config.json has the token id {number}: give one of the vocabulary")
+            if not isinstance(number, int) or abs(number) > INT32:
+                raise InputError(f"generation_config.json has the token id {number!r}: give one of the vocabulary")
         self.tokenizer_problem: str | None = None
         self._tokenizer = self._detokenizer = self._finder = None
         try:

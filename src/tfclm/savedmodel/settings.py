@@ -12,6 +12,13 @@ from tfclm.settings import setting
 INT32 = 2**31 - 1
 # The largest and the smallest normal float32.
 LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
+# Of whole numbers, the smallest and the largest.
+RANGES = {
+    "max_new_tokens": (1, INT32),
+    "max_new_tokens_limit": (1, INT32),
+    "top_k": (0, INT32),
+    "max_batch_size": (1, 4096),
+}
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,12 @@ class ServableSettings:
 
     def check(self) -> None:
         """Raises InputError for a value out of its range, naming the flag."""
-        for name, low in {"max_new_tokens": 1, "max_new_tokens_limit": 1, "top_k": 0, "max_batch_size": 1}.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InputError(f"--{name.replace('_', '-')} {value}: give {low} or more")
-            if value is not None and value > INT32:
-                raise InputError(f"--{name.replace('_', '-')} {value}: give {INT32} at most")
+            if value is not None and value > high:
+                raise InputError(f"--{name.replace('_', '-')} {value}: give {high} at most")
         if self.temperature is not None and not 0 <= self.temperature <= LARGEST:
             raise InputError(f"--temperature {self.temperature}: give 0, which is greedy, or more, 3.4e38 at most")
         if self.top_p is not None and not SMALLEST <= self.top_p <= 1:
@@ -120,32 +127,40 @@ def defaults(settings: ServableSettings, generation_config: Any, limit: int) -> 
             raise InputError(
                 f"generation_config.json has {name} {value}, which an exported model does not do: take it out"
             )
-    sampling = bool(generation_config.do_sample)
-
-    def given(name: str, otherwise: Any, of_sampling: bool = True) -> Any:
-        value = getattr(settings, name)
-        if value is None and (sampling or not of_sampling):
-            value = getattr(generation_config, name, None)
-        return otherwise if value is None else value
-
-    new = given("max_new_tokens", None, of_sampling=False)
+    try:
+        made = _knobs(settings, generation_config, limit)
+        dataclasses.replace(settings, **vars(made)).check()
+    except (InputError, OverflowError) as error:
+        raise InputError(f"generation_config.json has a value that no request may have: {error}") from error
     # Its own default is 20.
-    if new is None and getattr(generation_config, "max_length", None) not in (None, 20):
+    given = settings.max_new_tokens or generation_config.max_new_tokens
+    if given is None and getattr(generation_config, "max_length", None) not in (None, 20):
         raise InputError(
             f"generation_config.json has max_length {generation_config.max_length}, which counts the prompt: give "
             "--max-new-tokens, which does not"
         )
     if settings.max_new_tokens is not None and settings.max_new_tokens > limit:
         raise InputError(f"--max-new-tokens {settings.max_new_tokens}: the limit is {limit}")
-    try:
-        made = Defaults(
-            max_new_tokens=min(limit, 100 if new is None else int(new)),
-            temperature=float(given("temperature", 1.0 if sampling else 0.0)),
-            top_k=int(given("top_k", 0)),
-            top_p=float(given("top_p", 1.0)),
-            repetition_penalty=float(given("repetition_penalty", 1.0, of_sampling=False)),
-        )
-        dataclasses.replace(settings, **vars(made)).check()
-    except (InputError, TypeError, ValueError) as error:
-        raise InputError(f"generation_config.json has a value that no request may have: {error}") from error
     return made
+
+
+def _knobs(settings: ServableSettings, generation_config: Any, limit: int) -> Defaults:
+    sampling = generation_config.do_sample
+    if sampling not in (True, False, None):
+        raise InputError(f"do_sample is {sampling!r}, neither true nor false")
+
+    def given(name: str, otherwise: Any, *, of_sampling: bool = True, whole: bool = False) -> Any:
+        value = getattr(settings, name)
+        if value is None and (sampling or not of_sampling):
+            value = getattr(generation_config, name, None)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else int | float)):
+                raise InputError(f"{name} is {value!r}, no {'whole number' if whole else 'number'}")
+        return otherwise if value is None else value
+
+    return Defaults(
+        max_new_tokens=min(limit, given("max_new_tokens", 100, of_sampling=False, whole=True)),
+        temperature=float(given("temperature", 1.0 if sampling else 0.0)),
+        top_k=given("top_k", 0, whole=True),
+        top_p=float(given("top_p", 1.0)),
+        repetition_penalty=float(given("repetition_penalty", 1.0, of_sampling=False)),
+    )
