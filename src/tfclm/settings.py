@@ -126,6 +126,8 @@ def import_tensorflow() -> None:
     """Imports TensorFlow for a command: without the lines in which it announces itself, which would bury ours."""
     # Its modules and graphs are millions of objects that stay, and the collector would walk them time and again.
     gc.set_threshold(200_000, 20, 100)
+    # Or it would import Keras 3 beside tf_keras.
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -267,7 +267,7 @@ def test_canary_prompts_keep_to_the_limit():
     assert all(len(prompt.allowed) <= 3 for prompt in prompts)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_canary_sees_a_text_that_ends_elsewhere(tokens: tuple[Path, list[canary.Prompt]]):
     """An EOS that the graph does not know, or a version that gives no token at all."""
     folder, prompts = tokens
@@ -276,7 +276,7 @@ def test_canary_sees_a_text_that_ends_elsewhere(tokens: tuple[Path, list[canary.
         canary.validate(folder, longer, xla=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_canary_refuses_a_version_without_variables(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
     """A version that a server takes for available and that fails every request."""
     folder = shutil.copytree(tokens[0], tmp_path / "broken")
@@ -298,7 +298,7 @@ def spoil_record(version: Path, target: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_canary_says_what_a_warmup_record_met(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
     """A record that stops a server's start, or a message that names a node of the graph alone."""
     folder = spoil_record(tokens[0], tmp_path / "broken")

@@ -523,8 +523,9 @@ from tensorflow.python.framework import op_def_registry
 ctypes.CDLL(str(Path(tf.__file__).parent / "libtensorflow_cc.so.2"))._ZN10tensorflow21DisableXlaCompilationEv()
 request = json.load(sys.stdin)
 answers = {"unknown": [op for op in request["ops"] if op_def_registry.get(op) is None], "texts": []}
+loaded = {folder: tf.saved_model.load(folder) for folder in {folder for folder, _ in request["requests"]}}
 for folder, inputs in request["requests"]:
-    generate = tf.saved_model.load(folder).signatures["generate"]
+    generate = loaded[folder].signatures["generate"]
     tensors = {name: tf.constant(value, dtype) for name, (value, dtype) in inputs.items()}
     try:
         answers["texts"].append([data.hex() for data in generate(**tensors)["completion_bytes"].numpy()])

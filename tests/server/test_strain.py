@@ -156,7 +156,7 @@ def answer_to(port: int, request: bytes, pause: float, ends: bool) -> int | None
 
 def test_malformed_requests(models, start_server, client, caplog):
     """A request that ends the server, hangs it, is its own fault by its answer (5xx), or fills the log with stacks."""
-    count, callers = (20_000, 64) if LONG else (1_500, 32)
+    count, callers = (20_000, 64) if LONG else (800, 32)
     base = str(models / "half_plus_two")
     # What is incomplete is waited for this long; a caller waits for ten seconds.
     server = start_server(model_base_path=base, model_name="m", request_read_seconds=1.0, port=0)

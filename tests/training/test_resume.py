@@ -117,7 +117,7 @@ def test_killed_at_random_moments(runs: Runs):
     """Dropout, data order, moments or the schedule that do not go on where they were, in or between epochs."""
     moments = random.Random(7)
     kills = 0
-    while kills < 3:
+    while kills < 2:
         process = runs.start("killed")
         if not runs.wait_for("killed", "resume/state/checkpoint", process):
             break
