@@ -128,6 +128,8 @@ def import_tensorflow() -> None:
     gc.set_threshold(200_000, 20, 100)
     # Or it would import Keras 3 beside tf_keras.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    # Where PyTorch is installed, transformers would import it, which some of its versions do not survive (triton).
+    os.environ.setdefault("USE_TORCH", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
