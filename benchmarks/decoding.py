@@ -207,11 +207,12 @@ def products(rows: int, length: int, compiled: bool, *, cast: bool = False) -> C
 
     width = 768
     shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * 6 + [(VOCABULARY, width)]
+    shapes = shapes if compiled else [shape[::-1] for shape in shapes]
     kind = tf.bfloat16 if cast else tf.float32
     variables = [tf.Variable(tf.cast(tf.random.stateless_normal(shape, [0, 0], stddev=0.02), kind)) for shape in shapes]
 
     def forward(hidden: Any, layers: list[Any], few: bool) -> Any:
-        options = {"few": few, "compiled": compiled}
+        options = {"turned": compiled, "few": few, "compiled": compiled}
         for qkv, out, up, down in zip(*(iter(layers),) * 4, strict=True):
             heads = tf.add_n(tf.split(product(hidden, qkv, **options), 3, 1))
             hidden += product(heads, out, **options)
@@ -225,7 +226,7 @@ def products(rows: int, length: int, compiled: bool, *, cast: bool = False) -> C
             *weights, hidden = xla_optimization_barrier(input=[*stored, hidden]) if cast else [*stored, hidden]
             *layers, head = weights
             # The logits are used, so that they are not left out.
-            logits = product(hidden, head, few=True, compiled=compiled)
+            logits = product(hidden, head, turned=compiled, few=True, compiled=compiled)
             return number + 1, forward(hidden + tf.reduce_max(logits) * 1e-6, layers, True)
 
         # Of all the prompt's rows, or the compiler would leave out those that nothing is made of.

@@ -58,7 +58,8 @@ CONFIGS: dict[str, Any] = {
 @pytest.mark.parametrize(("architecture", "dtype"), [*((each, "float32") for each in CONFIGS), ("xglm", "bfloat16")])
 def test_cached_logits_are_the_models_own(architecture: str, dtype: str) -> None:
     """A layer that takes its kernel, its past or its positions in a way of its own: making the network compares."""
-    kept = {variable.dtype for variable in Network(create(CONFIGS[architecture]()), dtype).variables}
+    network = Network(create(CONFIGS[architecture]()), dtype, turned=dtype != "float32")
+    kept = {variable.dtype for variable in network.variables}
     assert kept == {tf.float32, tf.as_dtype(dtype)}
 
 
@@ -79,7 +80,7 @@ def test_the_context_begins_behind_the_padding() -> None:
 def test_rows_of_any_length_reach_the_end_of_the_context(architecture: str) -> None:
     """A table that ends before the cache does, which fails the long row and with it the short one beside it."""
     model = create(CONFIGS[architecture]())
-    network = Network(model)
+    network = Network(model, turned=True)  # as it is compiled; above, as it is not
     context = network.context
     ids = tf.random.stateless_uniform([2, context - 3], [0, 2], 2, 300, tf.int32)
     lengths = tf.constant([context - 3, 5])

@@ -1,7 +1,8 @@
-"""The matrix products of a decoding: matrices kept as [out, in], and taken in the order that is fast for few rows.
+"""The matrix products of a decoding, in the order that is fast for few rows.
 
-A step multiplies a large matrix with a row for each prompt, so that most of its time goes into reading and packing the
-matrix. With it on the left, TensorFlow's and XLA's kernels pack it in the order in which it is stored.
+A step multiplies a large matrix with a row for each prompt, so that most of its time goes into reading the matrix.
+TensorFlow's kernels are fastest with a matrix [in, out] on the right, whatever they are built with; XLA's, for one row,
+with a matrix that is turned, [out, in], on the left.
 """
 
 # No postponed annotations here: the dispatch of TensorFlow reads the real ones.
@@ -17,7 +18,7 @@ Tensor = Any
 
 
 class Kernel(tf.experimental.ExtensionType):
-    """A dense layer's kernel as the layer expects it, [in, out], around the `matrix` [out, in] that is kept.
+    """A dense layer's kernel as the layer expects it, [in, out], around the turned `matrix` [out, in] that is kept.
 
     `few`: its products are of few rows. `compiled`: they are to be compiled.
     """
@@ -32,9 +33,11 @@ class Kernel(tf.experimental.ExtensionType):
         return tf.TensorShape(self.matrix.shape[::-1])
 
 
-def product(rows: Tensor, matrix: Tensor, *, few: bool, compiled: bool) -> Tensor:
-    """rows [N, in] times the transpose of matrix [out, in], which is cast to their type; [N, out]."""
+def product(rows: Tensor, matrix: Tensor, *, turned: bool, few: bool, compiled: bool) -> Tensor:
+    """Rows [N, in] times a matrix [in, out], or one that is turned, [out, in], cast to their type; [N, out]."""
     matrix = tf.cast(matrix, rows.dtype)
+    if not turned:
+        return tf.matmul(rows, matrix)
     if not few:
         return tf.matmul(rows, matrix, transpose_b=True)
     turned = tf.matmul(matrix, rows, transpose_b=True)
@@ -73,7 +76,7 @@ def _tensordot(a: Any, b: Any, axes: Any, name: str | None = None) -> Tensor:
 
 def _dense(inputs: Tensor, kernel: Kernel) -> Tensor:
     rows = tf.reshape(inputs, [-1, inputs.shape[-1]])
-    outputs = product(rows, kernel.matrix, few=kernel.few, compiled=kernel.compiled)
+    outputs = product(rows, kernel.matrix, turned=True, few=kernel.few, compiled=kernel.compiled)
     result = tf.reshape(outputs, tf.concat([tf.shape(inputs)[:-1], [kernel.matrix.shape[0]]], 0))
     result.set_shape([*inputs.shape[:-1], kernel.matrix.shape[0]])
     return result

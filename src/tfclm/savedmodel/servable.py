@@ -39,7 +39,7 @@ class Servable(tf.Module):
         super().__init__()
         settings.check()
         self.settings = settings
-        self.network = Network(model, settings.weights)
+        self.network = Network(model, settings.weights, turned=settings.compile == "xla")
         if len(tokenizer) > self.network.vocab_size:
             raise InputError(
                 f"the tokenizer has {len(tokenizer)} entries but the model's vocab_size is {self.network.vocab_size}; "
