@@ -283,7 +283,9 @@ def profile(record: dict[str, Any], rows: int, length: int) -> None:
             for event in (event for line in plane.lines for event in line.events):
                 # An op's event is named "name:type".
                 name = plane.event_metadata[event.metadata_id].name.rpartition(":")[2]
-                if plane.name == "/host:CPU" and name in {*dir(tf.raw_ops), "_FusedMatMul"}:
+                # Those of oneDNN begin so, where TensorFlow uses it.
+                known = name in {*dir(tf.raw_ops), "_FusedMatMul"} or name.startswith("_Mkl")
+                if plane.name == "/host:CPU" and known:
                     spent[name] = spent.get(name, 0.0) + event.duration_ps / 1e9
         return spent
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -145,6 +146,24 @@ def test_import_does_not_import_tensorflow():
     code = "import sys, tfclm, tfclm.fit, tfclm.corpus, tfclm.checkpoint; print('tensorflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.slow
+def test_commands_do_not_import_pytorch(tmp_path: Path):
+    """A version of it that ends the process when it is imported behind TensorFlow, as transformers does unasked."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("import os\nos._exit(9)\n")
+    (tmp_path / "torch-2.9.0.dist-info").mkdir()
+    (tmp_path / "torch-2.9.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.0\n")
+    code = (
+        "from tfclm.settings import import_tensorflow; import_tensorflow(); "
+        "from transformers import TFAutoModelForCausalLM; print('done')"
+    )
+    # So this check can fail.
+    for asked, expected in (({"USE_TORCH": "1"}, (9, "")), ({}, (0, "done\n"))):
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)} | asked
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout) == expected, done.stderr
 
 
 def test_public_names():
