@@ -1,8 +1,8 @@
 """The matrix products of a decoding, in the order that is fast for few rows.
 
 A step multiplies a large matrix with a row for each prompt, so that most of its time goes into reading the matrix.
-TensorFlow's kernels are fastest with a matrix [in, out] on the right, whatever they are built with; XLA's, for one row,
-with a matrix that is turned, [out, in], on the left.
+TensorFlow's kernels of two rows and more are fastest with a matrix [in, out] on the right, with oneDNN and without it;
+XLA's, for one row, with a matrix that is turned, [out, in], on the left.
 """
 
 # No postponed annotations here: the dispatch of TensorFlow reads the real ones.
@@ -40,11 +40,11 @@ def product(rows: Tensor, matrix: Tensor, *, turned: bool, few: bool, compiled: 
         return tf.matmul(rows, matrix)
     if not few:
         return tf.matmul(rows, matrix, transpose_b=True)
-    turned = tf.matmul(matrix, rows, transpose_b=True)
+    columns = tf.matmul(matrix, rows, transpose_b=True)
     if compiled:
         # XLA would take the transposition into the product, and with it the other order.
-        (turned,) = xla_optimization_barrier(input=[turned])
-    return tf.transpose(turned)
+        (columns,) = xla_optimization_barrier(input=[columns])
+    return tf.transpose(columns)
 
 
 @tf.experimental.dispatch_for_api(tf.matmul, {"b": Kernel})
