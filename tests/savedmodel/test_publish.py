@@ -256,7 +256,10 @@ def test_remote_exports_at_once_get_a_version_each(where: str):
 
     with ThreadPoolExecutor(4) as pool:
         numbers = list(pool.map(run, range(4)))
-    assert sorted(number for those in numbers for number in those) == versions(where) == list(range(1, 21))
+    got = sorted(number for those in numbers for number in those)
+    # Not always 1 to 20: who sees a claim that is withdrawn just then takes the number behind it.
+    assert got == versions(where)
+    assert len(set(got)) == 20
     import tensorflow as tf
 
     for name, those in enumerate(numbers):

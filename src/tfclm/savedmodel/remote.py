@@ -2,7 +2,7 @@
 
 A folder is a version there if it holds saved_model.pb. All that such stores promise is that a listing shows what was
 written before it. So who wants a number writes an object with a name of its own into `.claims`, and then looks whose
-others are there: of two at once, the one that looks last sees the other's, and steps back.
+others are there: of two at once, the one that looks last sees the other's, and steps back. That may skip a number.
 """
 
 from __future__ import annotations
