@@ -35,11 +35,17 @@ class Kernel(tf.experimental.ExtensionType):
 
 def product(rows: Tensor, matrix: Tensor, *, turned: bool, few: bool, compiled: bool) -> Tensor:
     """Rows [N, in] times a matrix [in, out], or one that is turned, [out, in], cast to their type; [N, out]."""
+    smaller = matrix.dtype != rows.dtype
     matrix = tf.cast(matrix, rows.dtype)
     if not turned:
         return tf.matmul(rows, matrix)
     if not few:
         return tf.matmul(rows, matrix, transpose_b=True)
+    if compiled and smaller:
+        # XLA casts the matrix within the product's loop, and would compute the rows there too, anew for each output.
+        # It leaves a division out of a loop that repeats it; that this one is by 1 it does not see.
+        flat, one = xla_optimization_barrier(input=[tf.reshape(rows, [-1]), tf.constant(1, rows.dtype)])
+        rows = tf.reshape(flat / one, tf.shape(rows))
     columns = tf.matmul(matrix, rows, transpose_b=True)
     if compiled:
         # XLA would take the transposition into the product, and with it the other order.
