@@ -24,7 +24,7 @@ long: $(INSTALLED)-dev  ## the tests with all their numbers, and those that are 
 	TFCLM_LONG_TESTS=1 $(BIN)/python $(PYTEST)
 
 lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## the journey from text to model on the lowest versions that pyproject.toml allows, and what the highest exports
-	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/test_checkpoint.py tests/savedmodel/test_detokenizer.py tests/savedmodel/test_decoding.py
+	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/test_checkpoint.py tests/savedmodel/test_detokenizer.py tests/savedmodel/test_decoding.py tests/savedmodel/test_products.py
 	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k stock_servers
 
 readme: $(INSTALLED)-dev  ## print the tables of settings for the README

@@ -238,6 +238,41 @@ def products(rows: int, length: int, compiled: bool, *, cast: bool = False) -> C
     return lambda: traced(prompt).numpy()
 
 
+def reading(rows: int) -> float:
+    """How many times as fast float32 products of `rows` rows, compiled, can get at most if half as much is read.
+
+    From matrices that are read from memory at each step, and one, as often, that stays in the processor's cache: the
+    difference is what reading takes.
+    """
+    import tensorflow as tf
+    from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
+
+    from tfclm.savedmodel.products import product
+
+    width, count, steps = 768, 64, 20
+    matrices = [tf.Variable(tf.random.stateless_normal([width] * 2, [0, n], stddev=0.02)) for n in range(count)]
+
+    def repeat(different: int) -> Callable[[], Any]:
+        def run(hidden: Any) -> Any:
+            read = [matrix.read_value() for matrix in matrices[:different]]
+
+            def step(number: Any, hidden: Any) -> tuple[Any, Any]:
+                for _ in range(count // different):
+                    *stored, hidden = xla_optimization_barrier(input=[*read, hidden])
+                    for matrix in stored:
+                        hidden = product(hidden, matrix, turned=True, few=True, compiled=True)
+                return number + 1, hidden / tf.norm(hidden)
+
+            return tf.while_loop(lambda number, hidden: number < steps, step, [0, hidden])[1]
+
+        traced = tf.function(run, jit_compile=True)
+        hidden = tf.random.stateless_normal([rows, width], [1, 0])
+        return lambda: traced(hidden).numpy()
+
+    times = rounds({"memory": repeat(count), "cache": repeat(1)}, 5)
+    return times["memory"] / (times["cache"] + max(0.0, times["memory"] - times["cache"]) / 2)
+
+
 def ids_of(rows: int, length: int) -> np.ndarray[Any, Any]:
     """Random prompts."""
     return np.random.default_rng(0).integers(0, VOCABULARY - 1, [rows, length]).astype(np.int32)
@@ -371,6 +406,7 @@ def compiled(folder: Path, written: dict[str, Path], count: int) -> None:
         limit = max(1.0, times["products"] / times["cast"])
         report(f"xla bfloat16 / xla float32, {shape}", times["xla"] / times["bfloat16"], 1.5, limit)
         report("    its products alone, cast at each step / float32", times["products"] / times["cast"], None)
+    report("    float32 products of 8 rows, were half as much read for them", reading(8), None)
 
 
 def first_call(version: Path, name: str) -> None:
