@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tfclm.corpus.settings import SourceSettings
 from tfclm.errors import InputError
 from tfclm.savedmodel.settings import ServableSettings
-from tfclm.settings import command, setting
+from tfclm.settings import command, say, setting
 
 if TYPE_CHECKING:
     from tfclm.savedmodel.gate import Gate, Measured
@@ -240,11 +240,6 @@ def show(serving_dir: str) -> int:
     for number in incomplete(where):
         say(f"tfclm.export: {explain_incomplete(where, number)}")
     return code
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

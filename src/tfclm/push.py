@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
-from tfclm.settings import command, setting
+from tfclm.settings import command, say, setting
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,6 @@ def check_complete(folder: Path) -> None:
     choose_weights(str(folder), names)
     if not {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"} & names:
         raise InputError(f"--model {folder} has no tokenizer: save it beside the model")
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -115,6 +115,11 @@ def command(
         sys.exit(1)
 
 
+def say(line: str) -> None:
+    """Progress goes to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def _scrubbed(text: str) -> str:
     """Without the Hub's token, which a message may quote: a proxy's, or about a flag that it was given to."""
     from tfclm.hub.repository import scrubbed
