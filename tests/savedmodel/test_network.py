@@ -75,6 +75,23 @@ def test_the_context_begins_behind_the_padding() -> None:
         model(tf.concat([ids, ids[:, :1]], 1))
 
 
+def test_padding_ids_within_a_text_are_not_counted() -> None:
+    """A text with <pad> in it, whose score is another than its perplexity."""
+    model = create(RobertaPreLayerNormConfig(**BERT))
+    network = Network(model)
+    ids = np.array([[5, 1, 1, 7, 8, 1], [9, 8, 7, 6, 5, 4]], np.int32)
+    weights = network.weights()
+    out = network.hidden(tf.constant(ids), weights)
+    logits = network.logits(out.last_hidden_state, weights, few=False)
+    np.testing.assert_allclose(logits, model(ids).logits, atol=1e-4)
+    # With a cache, the next token's position is the text's length.
+    cached = model(ids[:, :5], use_cache=True).past_key_values
+    own = model(ids[:, 5:], past_key_values=cached).logits[:, 0]
+    _, buffers = network.prefill(tf.constant(ids[:, :5]), tf.constant([5, 5]), 7, weights)
+    after, _ = network.step(tf.constant(ids[:, 5]), tf.constant([5, 5]), buffers, weights)
+    np.testing.assert_allclose(after, own, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_rows_of_any_length_reach_the_end_of_the_context(architecture: str) -> None:

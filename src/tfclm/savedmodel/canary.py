@@ -77,15 +77,11 @@ def make_prompts(
     """
     import tensorflow as tf
 
-    from tfclm.checkpoint import first_position
-
     rng = np.random.default_rng(0)
     new = min(NEW_TOKENS, limit, context - 1)
     prompts = []
     for length in sorted({min(length, context - new) for length in (1, 7, 40, LONGEST - new)}):
         ids = rng.integers(0, vocab_size, [1, length]).astype(np.int32)
-        # RoBERTa's own positions skip padding ids, wherever they stand.
-        ids = np.where(ids == first_position(model) - 1, (ids + 1) % vocab_size, ids)
         given = model.generate(
             tf.constant(ids),
             attention_mask=tf.ones_like(ids),

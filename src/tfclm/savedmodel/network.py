@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,10 +55,6 @@ class Network:
         accepted = inspect.signature(self._stem.call).parameters
         if "past_key_values" not in accepted or not getattr(model.config, "use_cache", True):
             raise InputError(f"a model of type {model.config.model_type} has no cache and cannot be exported")
-        for layer in self._stem.submodules:
-            if hasattr(layer, "lower_triangle_mask"):
-                # GPT-J cuts its mask out of a table that ends with the context, and a cache has more slots.
-                layer.get_causal_mask = _causal_mask
         self._takes_positions = "position_ids" in accepted
         self._first_position = checkpoint.first_position(model)
         # TensorFlow's Mistral does not tell its embeddings.
@@ -74,13 +71,7 @@ class Network:
         self._layers = [
             self._keep(layer[name], turned=turned) if dense else layer[name] for layer, name, dense in self._slots
         ]
-        old = get_tf_activation("gelu_new")
-        self._activations = [
-            (vars(layer), name)
-            for layer in self._stem.submodules
-            for name, value in vars(layer).items()
-            if value is old
-        ]
+        self._functions = list(_functions(self._stem))
         self.autograph = False
         # Embeddings that are scaled, say, are left to the model.
         self._embeds = True
@@ -123,7 +114,11 @@ class Network:
 
     def hidden(self, ids: Tensor, weights: Weights) -> Any:
         """The stem's output for ids int32 [B, L]: last_hidden_state [B, L, D] and what a cache starts with."""
-        return self._call(ids, weights, use_cache=True, **self._positions(tf.range(tf.shape(ids)[1])[None]))
+        places = tf.range(tf.shape(ids)[1])[None]
+        if self._first_position:
+            # RoBERTa and its kin do not count padding ids, wherever they stand.
+            places = tf.cumsum(tf.cast(ids != self._first_position - 1, tf.int32), 1) - 1
+        return self._call(ids, weights, use_cache=True, **self._positions(ids, places))
 
     def prefill(
         self, ids: Tensor, lengths: Tensor, capacity: Tensor, weights: Weights, *, xla: bool = False
@@ -159,25 +154,24 @@ class Network:
                 past_key_values=past,
                 attention_mask=tf.cast(seen, tf.int32),
                 use_cache=False,
-                **self._positions(positions[:, None]),
+                **self._positions(tokens[:, None], positions[:, None]),
             )
         return self.logits(out.last_hidden_state[:, 0], weights, few=True, xla=xla), after
 
-    def _positions(self, positions: Tensor) -> dict[str, Tensor]:
-        return {"position_ids": positions + self._first_position} if self._takes_positions else {}
+    def _positions(self, ids: Tensor, places: Tensor) -> dict[str, Tensor]:
+        if not self._takes_positions:
+            return {}
+        positions = places + self._first_position
+        if self._first_position:
+            positions = tf.where(ids == self._first_position - 1, ids, positions)
+        return {"position_ids": positions}
 
     def _call(self, ids: Tensor, weights: Weights, *, few: bool = False, xla: bool = False, **options: Any) -> Any:
-        given = [
-            Kernel(few, xla, tensor) if dense and self._turned else tensor
-            for (_, _, dense), tensor in zip(self._slots, weights.layers, strict=True)
+        matrices = [
+            (layer, name, Kernel(few, xla, tensor) if dense and self._turned else tensor)
+            for (layer, name, dense), tensor in zip(self._slots, weights.layers, strict=True)
         ]
-        own = [layer[name] for layer, name, _ in self._slots]
-        try:
-            # Past the layers' own __setattr__, which would keep track of it.
-            for (layer, name, _), tensor in zip(self._slots, given, strict=True):
-                layer[name] = tensor
-            for layer, name in self._activations:
-                layer[name] = _gelu_new
+        with _replaced([*matrices, *self._functions]):
             if weights.embedding is None:
                 return self._stem(ids, training=False, **options)
             if self._columns:
@@ -186,11 +180,6 @@ class Network:
                 embeds = tf.gather(weights.embedding, ids)
             embeds = tf.cast(embeds, tf.float32)
             return self._stem(None, inputs_embeds=embeds, training=False, **options)
-        finally:
-            for (layer, name, _), variable in zip(self._slots, own, strict=True):
-                layer[name] = variable
-            for layer, name in self._activations:
-                layer[name] = get_tf_activation("gelu_new")
 
     def _keep(self, variable: Any, *, turned: bool = False) -> Any:
         """A variable as the graph keeps it, in its type and layout; what is rounded is so in the model too."""
@@ -206,7 +195,7 @@ class Network:
         """Whether cached logits equal the model's own uncached ones, for rows of different lengths."""
         size = max(2, min(9, self.context - 2))
         ids = np.random.default_rng(0).integers(0, self.vocab_size, [2, size]).astype(np.int32)
-        # RoBERTa's own positions skip padding ids, wherever they stand.
+        # Behind a padding id, RoBERTa's own positions depend on whether there is a cache.
         ids[ids == self._first_position - 1] = self.vocab_size - 1
         lengths = np.array([size - 1, size // 2], np.int32)
 
@@ -285,6 +274,32 @@ def _slots(stem: Any, embedding: Any) -> Iterator[tuple[dict[str, Any], str, boo
             if isinstance(value, tf.Variable) and value is not embedding:
                 dense = (type(layer), name) in ((tf_keras.layers.Dense, "kernel"), (TFConv1D, "weight"))
                 yield vars(layer), name, dense
+
+
+def _functions(stem: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The layers' functions that others stand in for: of which layer, the name, and the other one."""
+    slow = get_tf_activation("gelu_new")
+    for layer in stem.submodules:
+        yield from ((vars(layer), name, _gelu_new) for name, value in vars(layer).items() if value is slow)
+        if hasattr(layer, "lower_triangle_mask"):
+            # GPT-J cuts its mask out of a table that ends with the context, and a cache has more slots.
+            yield vars(layer), "get_causal_mask", _causal_mask
+
+
+@contextmanager
+def _replaced(attributes: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Gives layers other attributes for a while, past their own __setattr__, which would keep track of it."""
+    own = [layer.get(name) for layer, name, _ in attributes]
+    try:
+        for layer, name, other in attributes:
+            layer[name] = other
+        yield
+    finally:
+        for (layer, name, _), value in zip(attributes, own, strict=True):
+            if value is None:  # the class has it
+                layer.pop(name, None)
+            else:
+                layer[name] = value
 
 
 def _copy(model: Any) -> Any:
