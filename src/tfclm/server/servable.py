@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.client import pywrap_tf_session
 from tensorflow_serving.apis import (
@@ -23,13 +22,13 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from tfclm.server.messages import classifications, read_tensors, regressions
 from tfclm.server.metrics import Metrics
 from tfclm.server.status import Code, StatusError, from_tensorflow, invalid
 
 DEFAULT_SIGNATURE = "serving_default"
 CLASSIFY, REGRESS, PREDICT = (f"tensorflow/serving/{method}" for method in ("classify", "regress", "predict"))
 MAX_WARMUP_RECORDS = 1000
-MAX_ELEMENTS = 2**27  # of a tensor in a request
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Servable:
         signature = self._signature_of_examples(signature_name)
         self._check_classify(signature)
         count, outputs = self._run_examples([signature], examples, timeout_ms, "Classify")
-        return _classifications(signature, count, outputs)
+        return classifications(signature, count, outputs)
 
     def regress(
         self, signature_name: str, examples: input_pb2.Input, *, timeout_ms: int = 0
@@ -135,7 +134,7 @@ class Servable:
         signature = self._signature_of_examples(signature_name)
         self._check_regress(signature)
         count, outputs = self._run_examples([signature], examples, timeout_ms, "Regress")
-        return _regressions(signature, count, outputs)
+        return regressions(signature, count, outputs)
 
     def multi_inference(
         self, tasks: Iterable[inference_pb2.InferenceTask], examples: input_pb2.Input, *, timeout_ms: int = 0
@@ -170,9 +169,9 @@ class Servable:
             result.model_spec.name, result.model_spec.signature_name = self.name, name
             result.model_spec.version.value = self.version
             if method == CLASSIFY:
-                result.classification_result.CopyFrom(_classifications(signature, count, outputs))
+                result.classification_result.CopyFrom(classifications(signature, count, outputs))
             else:
-                result.regression_result.CopyFrom(_regressions(signature, count, outputs))
+                result.regression_result.CopyFrom(regressions(signature, count, outputs))
             results.append(result)
         return results
 
@@ -304,26 +303,6 @@ class Servable:
             raise StatusError(Code.UNIMPLEMENTED, f"Unsupported log_type for warmup: {kind}")
 
 
-def read_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of TensorProtos.
-
-    Raises:
-        StatusError: INVALID_ARGUMENT, for one that is not well-formed.
-    """
-    arrays = {}
-    for name, proto in inputs.items():
-        try:
-            shape = [dim.size for dim in proto.tensor_shape.dim]
-            size = int(np.prod(shape, dtype=object))
-            # The last value given is repeated for the rest; a small message must not ask for all memory that way.
-            if proto.tensor_shape.unknown_rank or min(shape, default=0) < 0 or size > MAX_ELEMENTS:
-                raise ValueError(shape)
-            arrays[name] = tf.make_ndarray(proto)
-        except (TypeError, ValueError) as error:
-            raise invalid(f"tensor parsing error: {name}") from error
-    return arrays
-
-
 def _array(value: Any) -> Any:
     """An output as an array: a scalar string comes as bytes, of which NumPy would drop NULs at the end."""
     if not isinstance(value, bytes):
@@ -331,35 +310,6 @@ def _array(value: Any) -> Any:
     array = np.empty((), object)
     array[()] = value
     return array
-
-
-def write_tensor(array: Any, proto: Any) -> None:
-    """Fills a TensorProto, one value a field entry, as clients that do not link TensorFlow read it."""
-    array = np.asarray(array)
-    dtype = tf.as_dtype(array.dtype)
-    proto.dtype = dtype.as_datatype_enum
-    proto.tensor_shape.CopyFrom(tf.TensorShape(array.shape).as_proto())
-    field = _FIELDS.get(dtype)
-    if field is None:
-        proto.CopyFrom(tf.make_tensor_proto(array))
-    else:
-        getattr(proto, field).extend(array.ravel().tolist())
-
-
-_FIELDS = {
-    tf.float32: "float_val",
-    tf.float64: "double_val",
-    tf.int8: "int_val",
-    tf.uint8: "int_val",
-    tf.int16: "int_val",
-    tf.uint16: "int_val",
-    tf.int32: "int_val",
-    tf.int64: "int64_val",
-    tf.uint32: "uint32_val",
-    tf.uint64: "uint64_val",
-    tf.bool: "bool_val",
-    tf.string: "string_val",
-}
 
 
 def _names(names: Iterable[str]) -> str:
@@ -378,57 +328,3 @@ def _chosen(outputs: Mapping[str, Any], only: Sequence[str]) -> Mapping[str, Any
             raise invalid(f"duplicate output tensor alias: {name}")
         chosen[name] = outputs[name]
     return chosen or outputs
-
-
-def _classifications(signature: Any, count: int, outputs: Mapping[str, Any]) -> classification_pb2.ClassificationResult:
-    found = {}
-    for output, dtype in (("classes", tf.string), ("scores", tf.float32)):
-        if output not in signature.outputs:
-            continue
-        array = found[output] = np.asarray(outputs[signature.outputs[output].name])
-        actual = tf.as_dtype(array.dtype)
-        if array.ndim != 2:
-            raise invalid(f"Expected Tensor shape: [batch_size num_classes] but got {_shape_string(array)}")
-        if actual != dtype:
-            raise invalid(f"Expected {output} Tensor of {_type_enum(dtype)}. Got: {_type_enum(actual)}")
-        if len(array) != count:
-            raise invalid(f"Expected {output} output batch size of {count}. Got: {len(array)}")
-    classes, scores = found.get("classes"), found.get("scores")
-    if classes is not None and scores is not None and classes.shape[1] != scores.shape[1]:
-        raise invalid(
-            f"Tensors class and score should match in dim_size(1). Got {classes.shape[1]} vs. {scores.shape[1]}"
-        )
-    result = classification_pb2.ClassificationResult()
-    for row in range(count):
-        added = result.classifications.add()
-        for column in range(next(iter(found.values())).shape[1]):
-            each = added.classes.add()
-            if classes is not None:
-                # A label is text in this message; what is no UTF-8 cannot be carried.
-                each.label = classes[row, column].decode("utf-8", "replace")
-            if scores is not None:
-                each.score = scores[row, column]
-    return result
-
-
-def _regressions(signature: Any, count: int, outputs: Mapping[str, Any]) -> regression_pb2.RegressionResult:
-    array = np.asarray(outputs[signature.outputs["outputs"].name])
-    if array.ndim != 1 and not (array.ndim == 2 and array.shape[1] == 1):
-        raise invalid(
-            f"Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got {_shape_string(array)}"
-        )
-    if len(array) != count:
-        raise invalid(f"Input batch size did not match output batch size: {count} vs. {len(array)}")
-    if array.dtype != np.float32:
-        raise invalid(f"Expected output Tensor of DT_FLOAT.  Got: {_type_enum(tf.as_dtype(array.dtype))}")
-    return regression_pb2.RegressionResult(
-        regressions=[regression_pb2.Regression(value=value) for value in array.ravel().tolist()]
-    )
-
-
-def _shape_string(array: Any) -> str:
-    return f"[{','.join(map(str, array.shape))}]"
-
-
-def _type_enum(dtype: tf.DType) -> str:
-    return str(types_pb2.DataType.Name(dtype.as_datatype_enum))

@@ -17,8 +17,9 @@ from tensorflow_serving.apis import (
 )
 
 from tfclm.server.manager import Manager
+from tfclm.server.messages import read_tensors, write_tensor
 from tfclm.server.metrics import Metrics
-from tfclm.server.servable import DEFAULT_SIGNATURE, Servable, read_tensors, write_tensor
+from tfclm.server.servable import DEFAULT_SIGNATURE, Servable
 from tfclm.server.status import Code, StatusError, invalid
 
 METADATA_FIELD = "signature_def"
