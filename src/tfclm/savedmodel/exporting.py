@@ -116,6 +116,7 @@ def export_saved_model(
             "settings": {name: value for name, value in record(settings).items() if hasattr(ServableSettings, name)},
             "defaults": vars(servable.defaults),
             "max_new_tokens_limit": servable.limit,
+            "max_request_tokens": servable.max_request_tokens,
             "context": network.context,
             "buckets": servable.buckets,
             "gate": verdict,

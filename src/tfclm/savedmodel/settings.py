@@ -18,6 +18,8 @@ RANGES = {
     "max_new_tokens_limit": (1, INT32),
     "top_k": (0, INT32),
     "max_batch_size": (1, 4096),
+    "max_request_rows": (1, 2**20),
+    "max_request_tokens": (1, 2**24),
 }
 
 
@@ -38,6 +40,12 @@ class ServableSettings:
     )
     max_batch_size: int = setting(8, "rows that are decoded together, of one request or several")
     batch_timeout: float = setting(30.0, "milliseconds that a request waits for others to be decoded with")
+    max_request_rows: int = setting(4096, "rows that one request may have; the model refuses more")
+    max_request_tokens: int | None = setting(
+        None,
+        "tokens that one request may have: its rows times the longest of them, and for texts 4 bytes per token; "
+        "1048576, or a batch of full contexts if that is more",
+    )
     compile: Literal["none", "xla"] = setting(
         "none", "xla is faster, and for servers with --xla_cpu_compilation_enabled only"
     )
