@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ from tfclm.checkpoint.files import read_object, why_unreadable
 from tfclm.errors import InputError, first_line
 
 # What transformers 5 writes into tokenizer_config.json about the machine and itself, not about the tokenizer.
-OF_VERSION_5 = {"backend", "is_local", "local_files_only", "tokenizer_class", "extra_special_tokens", "auto_map"}
+OF_VERSION_5 = {
+    "auto_map",
+    "backend",
+    "extra_special_tokens",
+    "is_local",
+    "local_files_only",
+    "model_specific_special_tokens",
+    "tokenizer_class",
+}
 
 
 def read_tokenizer(where: str, folder: Path) -> Any:
@@ -75,27 +84,26 @@ def _read_version_5(where: str, folder: Path, settings: dict[str, Any]) -> Any:
     def token(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        if not isinstance(value.get("content"), str):
+            raise InputError(
+                f"{where}: tokenizer_config.json has {json.dumps(value)}, which is no token: give it content"
+            )
         return AddedToken(**{key: item for key, item in value.items() if key != "__type"})
 
     options = {
-        key: token(value)
+        key: token(value) if key.endswith("_token") else value
         for key, value in settings.items()
-        if key not in OF_VERSION_5 and key != "model_specific_special_tokens"
+        if key not in OF_VERSION_5 and key not in named
     }
-    # GPT-2 would add embeddings for the token types that PreTrainedTokenizerFast gives by default.
+    options["additional_special_tokens"] = [token(value) for value in extra]
+    options["extra_special_tokens"] = {key: token(value) for key, value in named.items()}
+    # GPT-2 would add embeddings for the token types that a tokenizer of no class gives.
     known = getattr(transformers, f"{name.removesuffix('Fast')}Fast", PreTrainedTokenizerFast)
-    if known is PreTrainedTokenizerFast:
-        options.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    else:
-        options.setdefault("model_input_names", list(known.model_input_names))
+    untyped = known is PreTrainedTokenizerFast
+    options.setdefault("model_input_names", ["input_ids", "attention_mask"] if untyped else known.model_input_names)
     if (folder / "chat_template.jinja").is_file():
         options["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     try:
-        return PreTrainedTokenizerFast(
-            tokenizer_file=str(path),
-            additional_special_tokens=[token(value) for value in extra],
-            extra_special_tokens={key: token(value) for key, value in named.items()},
-            **options,
-        )
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), **options)
     except Exception as error:  # tokenizers' own, which are of no type, and Python's for settings of another
         raise InputError(f"{where}: tokenizer.json cannot be used: {why_unreadable(path, error)}") from error
