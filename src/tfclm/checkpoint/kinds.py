@@ -61,6 +61,11 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     ),
     (r"checkpoint-\d+/.*", "a folder with checkpoints of a training", "give one of them, such as {name}"),
     (
+        r"openvino_model.*|shared_vocabulary\.(json|txt)|.*\.tflite|.*\.mlmodel|.*\.mlpackage|.*\.engine|.*\.pte|.*\.nemo",
+        "a model that was converted for another runtime",
+        "give the checkpoint that it was made from, with config.json and model.safetensors",
+    ),
+    (
         r"pytorch_model\.bin.*|pytorch_model-\d.*|.*\.pth?|.*\.bin|.*\.ckpt",
         "PyTorch's pickled weights",
         CONVERT,
@@ -73,17 +78,12 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     ),
     (r"rust_model\.ot", "weights of rust-bert", "give the checkpoint that they were made from, with model.safetensors"),
     (
-        r"(openvino_model.*\.(xml|bin))|.*\.tflite|.*\.mlmodel|.*\.mlpackage|.*\.engine|.*\.pte|.*\.nemo",
-        "a model that was converted for another runtime",
-        "give the checkpoint that it was made from, with config.json and model.safetensors",
-    ),
-    (
         r"(weights|model)\.npz|.*\.distcp|zero_to_fp32\.py",
         "weights in a format that transformers does not read",
         "convert them to model.safetensors",
     ),
     (
-        r"(?!model(-\d+-of-\d+)?\.).*\.safetensors",
+        r"(?!model(-\d+-of-\d+)?\.safetensors).*\.safetensors",
         "{name}, weights under a name that transformers does not look for",
         "give a checkpoint with model.safetensors",
     ),
@@ -122,7 +122,7 @@ def explain(where: str, given: Path | Iterable[str]) -> str | None:
     complete = any(re.match(r"(tf_)?model\.(safetensors|h5)", name) for name in names)
     for pattern, what, remedy in KINDS if complete else KINDS + ALONE:
         for name in names:
-            if re.fullmatch(pattern, name):
+            if re.fullmatch(pattern, name) and ("/" in pattern or "/" not in name):
                 return f"{where} holds {what.format(name=name)}: {remedy.format(name=name.split('/')[0])}"
     for name in names:
         if re.fullmatch(r"[^/]+/config\.json", name):
