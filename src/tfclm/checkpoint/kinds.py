@@ -12,12 +12,19 @@ CONVERT = (
 )
 
 # A pattern of file names (with one folder at most), what they are, and what to do. The first that matches is taken.
-KINDS: tuple[tuple[str, str, str], ...] = (
+BESIDE_WEIGHTS: tuple[tuple[str, str, str], ...] = (
     (
         r"adapter_(config\.json|model\..*)",
         "a LoRA adapter, which is no model of its own",
         "merge it into its base model with PEFT (merge_and_unload, then save_pretrained) and give that folder",
     ),
+    (
+        r"modules\.json|config_sentence_transformers\.json",
+        "a sentence-transformers model, which gives vectors and no text",
+        "give a causal language model's folder or Hub id",
+    ),
+)
+WITHOUT_WEIGHTS: tuple[tuple[str, str, str], ...] = (
     (
         r"(\d+/)?saved_model\.pb",
         "a SavedModel, which is for serving and cannot be trained or exported again",
@@ -27,11 +34,6 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     (
         r"model_index\.json",
         "a diffusers pipeline, which makes images or sound",
-        "give a causal language model's folder or Hub id",
-    ),
-    (
-        r"modules\.json|config_sentence_transformers\.json",
-        "a sentence-transformers model, which gives vectors and no text",
         "give a causal language model's folder or Hub id",
     ),
     (
@@ -66,7 +68,7 @@ KINDS: tuple[tuple[str, str, str], ...] = (
         "give the checkpoint that it was made from, with config.json and model.safetensors",
     ),
     (
-        r"pytorch_model\.bin.*|pytorch_model-\d.*|.*\.pth?|.*\.bin|.*\.ckpt",
+        r"pytorch_model.*|(?!training_args|optimizer|scheduler|scaler|rng_state).*\.(bin|pth?|ckpt)",
         "PyTorch's pickled weights",
         CONVERT,
     ),
@@ -93,9 +95,6 @@ KINDS: tuple[tuple[str, str, str], ...] = (
         "an archive, {name}",
         "unpack it and give the folder with config.json",
     ),
-)
-# The same, for a folder that has nothing but these.
-ALONE: tuple[tuple[str, str, str], ...] = (
     (
         r"tokenizer(_config)?\.json|vocab\.(json|txt)|merges\.txt|spiece\.model|tokenizer\.model",
         "a tokenizer and no model",
@@ -120,7 +119,7 @@ def explain(where: str, given: Path | Iterable[str]) -> str | None:
             f"{where} is an empty folder: give a checkpoint's folder or a Hub id" if isinstance(given, Path) else None
         )
     complete = any(re.match(r"(tf_)?model\.(safetensors|h5)", name) for name in names)
-    for pattern, what, remedy in KINDS if complete else KINDS + ALONE:
+    for pattern, what, remedy in BESIDE_WEIGHTS if complete else BESIDE_WEIGHTS + WITHOUT_WEIGHTS:
         for name in names:
             if re.fullmatch(pattern, name) and ("/" in pattern or "/" not in name):
                 return f"{where} holds {what.format(name=name)}: {remedy.format(name=name.split('/')[0])}"
@@ -132,8 +131,8 @@ def explain(where: str, given: Path | Iterable[str]) -> str | None:
 
 def explain_file(where: str, file: Path) -> str:
     """One line that says what to give instead of a file."""
-    for pattern, what, remedy in KINDS:
-        if re.fullmatch(pattern, file.name):
+    for pattern, what, remedy in BESIDE_WEIGHTS + WITHOUT_WEIGHTS:
+        if re.fullmatch(pattern, file.name) and file.suffix not in (".json", ".txt", ".model"):
             return f"{where} is a file that holds {what.format(name=file.name)}: {remedy}"
     return f"{where} is a file: give the folder that holds it"
 
