@@ -15,18 +15,6 @@ from tfclm.errors import InputError, first_line
 # In the order of preference; the first that is there is read.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "tf_model.h5", "tf_model.h5.index.json")
 
-# What a checkpoint has besides its weights, which does not tell why they are missing.
-COMPANIONS = {
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "requirements.txt",
-}
-
 
 def locate(where: str, revision: str | None) -> Path:
     """The local folder of a checkpoint; what a Hub id needs, and no more, is downloaded into the Hub's cache."""
@@ -100,9 +88,8 @@ def choose_weights(where: str, files: Collection[str]) -> str:
             return name
     if any(name.startswith("pytorch_model") for name in files):
         raise InputError(f"{where} has only pytorch_model.bin, which {CONVERT}")
-    raise InputError(
-        explain(where, set(files) - COMPANIONS) or f"{where} has no weights: expected one of {', '.join(WEIGHTS)}"
-    )
+    there = {"config.json", *files}  # so that a tokenizer is not taken for all that there is
+    raise InputError(explain(where, there) or f"{where} has no weights: expected one of {', '.join(WEIGHTS)}")
 
 
 def read_object(where: str, path: Path) -> dict[str, Any]:

@@ -95,6 +95,9 @@ WITHOUT_WEIGHTS: tuple[tuple[str, str, str], ...] = (
         "an archive, {name}",
         "unpack it and give the folder with config.json",
     ),
+)
+# The same, where there is no config.json either.
+WITHOUT_CONFIG: tuple[tuple[str, str, str], ...] = (
     (
         r"tokenizer(_config)?\.json|vocab\.(json|txt)|merges\.txt|spiece\.model|tokenizer\.model",
         "a tokenizer and no model",
@@ -118,8 +121,10 @@ def explain(where: str, given: Path | Iterable[str]) -> str | None:
         return (
             f"{where} is an empty folder: give a checkpoint's folder or a Hub id" if isinstance(given, Path) else None
         )
-    complete = any(re.match(r"(tf_)?model\.(safetensors|h5)", name) for name in names)
-    for pattern, what, remedy in BESIDE_WEIGHTS if complete else BESIDE_WEIGHTS + WITHOUT_WEIGHTS:
+    kinds = BESIDE_WEIGHTS
+    if not any(re.match(r"(tf_)?model\.(safetensors|h5)", name) for name in names):
+        kinds += WITHOUT_WEIGHTS if "config.json" in names else WITHOUT_WEIGHTS + WITHOUT_CONFIG
+    for pattern, what, remedy in kinds:
         for name in names:
             if re.fullmatch(pattern, name) and ("/" in pattern or "/" not in name):
                 return f"{where} holds {what.format(name=name)}: {remedy.format(name=name.split('/')[0])}"
