@@ -122,7 +122,7 @@ def _read_generation_config(model: TFPreTrainedModel, where: str, folder: Path) 
     from transformers import GenerationConfig
 
     path = folder / "generation_config.json"
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return  # it stays what the model's config implies
     fields = read_object(where, path)
     # Else TensorFlow's generate goes by config.json again, and not by this file.

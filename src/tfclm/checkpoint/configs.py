@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,7 +86,7 @@ def read_config(where: str, folder: Path) -> PretrainedConfig:
     a key or value that TensorFlow would ignore.
     """
     path = folder / "config.json"
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         raise InputError(
             explain(where, folder) or f"{where} has no config.json: give a checkpoint's folder or a Hub id"
         )

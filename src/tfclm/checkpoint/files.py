@@ -25,6 +25,7 @@ def locate(where: str, revision: str | None) -> Path:
         if folder.is_dir():
             if revision is not None:
                 raise InputError(f"{where} is a folder, and a revision ({revision}) applies to Hub ids only")
+            next(folder.iterdir(), None)  # whether it can be listed
             return folder
         if folder.exists():
             raise InputError(explain_file(where, folder))

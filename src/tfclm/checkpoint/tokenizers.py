@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def read_tokenizer(where: str, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     settings = {}
-    if _is_there(folder / "tokenizer_config.json"):
+    if os.path.lexists(folder / "tokenizer_config.json"):
         settings = read_object(where, folder / "tokenizer_config.json")
-    if _is_there(folder / "tokenizer.json"):
+    if os.path.lexists(folder / "tokenizer.json"):
         read_object(where, folder / "tokenizer.json")
     try:
         if _is_of_version_5(settings):
@@ -49,10 +50,6 @@ def read_tokenizer(where: str, folder: Path) -> Any:
     if not tokenizer.is_fast:
         raise InputError(f"{where}: {type(tokenizer).__name__} has no fast version: provide a tokenizer.json")
     return tokenizer
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
 
 
 def _is_of_version_5(settings: dict[str, Any]) -> bool:
@@ -74,7 +71,7 @@ def _read_version_5(where: str, folder: Path, settings: dict[str, Any]) -> Any:
 
     path = folder / "tokenizer.json"
     name = str(settings.get("tokenizer_class"))
-    if not _is_there(path):
+    if not os.path.lexists(path):
         raise InputError(f"{where}: its {name} of transformers 5 has no tokenizer.json: provide one")
     extra: Any = settings.get("extra_special_tokens") or []
     named: Any = settings.get("model_specific_special_tokens") or {}
