@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
-from tfclm.errors import InputError
+from tfclm.errors import InputError, first_line
+
+# What generation_config.json may ask for and TensorFlow's `generate` ignores, fails on or does instead of sampling,
+# with the value that asks for nothing. The rest it obeys: penalties, suppressed and forced tokens.
+UNSUPPORTED: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0.0,
+    "typical_p": 1.0,
+    "min_p": 0.0,
+    "top_h": None,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "sequence_bias": None,
+    "force_words_ids": None,
+    "constraints": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "stop_strings": None,
+    "max_time": None,
+    "watermarking_config": None,
+    "dola_layers": None,
+    "token_healing": False,
+    "custom_generate": None,
+}
 
 
 def sample(
@@ -31,8 +60,8 @@ def sample(
         seed: the same seed gives the same text; None is fresh.
 
     Raises:
-        InputError: a value out of range, a prompt that leaves no room in the model's context, or an empty one where the
-            tokenizer has no token to begin with.
+        InputError: a value out of range, a prompt that leaves no room in the model's context, an empty one where the
+            tokenizer has no token to begin with, or a generation_config that asks for what is not done here.
     """
     import tensorflow as tf
 
@@ -60,12 +89,92 @@ def sample(
     if seed is not None:
         # generate's own `seed` draws with the same numbers at every step.
         tf.random.set_seed(seed)
-    drawing = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    output = model.generate(
-        tf.constant([ids], tf.int32),
-        attention_mask=tf.ones((1, len(ids)), tf.int32),
+    config, processors = _obeyed(model, len(ids))
+    vars(config).update(
         max_new_tokens=max_new_tokens or min(100, room),
+        max_length=None,  # which counts the prompt
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **(drawing if temperature else {"do_sample": False}),
+        do_sample=bool(temperature),
     )
+    if temperature:
+        vars(config).update(temperature=float(temperature), top_k=top_k, top_p=float(top_p))
+    try:
+        output = model.generate(
+            tf.constant([ids], tf.int32),
+            generation_config=config,
+            logits_processor=processors,
+            attention_mask=tf.ones((1, len(ids)), tf.int32),
+        )
+    except (ValueError, TypeError) as error:  # of its processors, for values that they do not take
+        raise InputError(f"generation_config.json has a value that cannot be used: {first_line(error)}") from error
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _obeyed(model: Any, prompt_length: int) -> tuple[Any, Any]:
+    """The generation_config for TensorFlow's `generate`, and processors for what `generate` does not do rightly."""
+    from transformers.generation.tf_logits_process import TFLogitsProcessorList
+
+    config = copy.deepcopy(model.generation_config)
+    for name, off in UNSUPPORTED.items():
+        value = getattr(config, name, None)
+        if value not in (None, off):
+            raise InputError(f"generation_config.json has {name} {value}, which generate does not do: take it out")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < model.config.vocab_size:
+                raise InputError(f"generation_config.json has {name} {number!r}: give a token id of the vocabulary")
+    lengths = []
+    for name, counted in (("min_length", 0), ("min_new_tokens", prompt_length)):
+        value = getattr(config, name, None) or 0
+        if not isinstance(value, int) or value < 0:
+            raise InputError(f"generation_config.json has {name} {value!r}: give a number of tokens")
+        lengths.append(value + counted if value else 0)
+    penalty = config.repetition_penalty
+    if penalty is not None:
+        if not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
+            raise InputError(
+                f"generation_config.json has repetition_penalty {penalty!r}: give a number above 0; 1 is off"
+            )
+        config.repetition_penalty = float(penalty)
+    vars(config).update(
+        # TensorFlow's own takes one EOS alone, refuses a minimum above the maximum, and knows no min_new_tokens.
+        min_length=0,
+        min_new_tokens=None,
+        # Where a file says null, generate finds no way to go.
+        num_beams=1,
+        num_beam_groups=1,
+        num_return_sequences=1,
+        # The form of the output.
+        return_dict_in_generate=False,
+        output_scores=False,
+        output_attentions=False,
+        output_hidden_states=False,
+        use_cache=True,
+    )
+    processors = TFLogitsProcessorList()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if max(lengths) and ends != [None]:
+        processors.append(_minimum_length()(max(lengths), ends))
+    return config, processors
+
+
+@functools.cache
+def _minimum_length() -> Any:
+    """The class of a processor that keeps a text from ending; made on the first use to import no TensorFlow before."""
+    import tensorflow as tf
+    from transformers.generation.tf_logits_process import TFLogitsProcessor
+
+    class MinimumLength(TFLogitsProcessor):
+        """No EOS before the text, with its prompt, has so many tokens."""
+
+        def __init__(self, length: int, ends: list[int]) -> None:
+            self.length = length
+            self.ends = ends
+
+        def __call__(self, input_ids: Any, scores: Any, cur_len: Any) -> Any:
+            vocabulary = tf.range(scores.shape[-1])
+            end = tf.reduce_any(vocabulary[:, None] == tf.constant(self.ends), axis=1)
+            return tf.where(end & (cur_len < self.length), scores.dtype.min, scores)
+
+    return MinimumLength
