@@ -306,6 +306,57 @@ def test_generate_prints_the_text_alone(console: Console, fitted: Path):
     assert json.loads(out)["generated_text"].startswith("The")
 
 
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
+    """A checkpoint with one NaN among its weights, in a place that every text comes by."""
+    model, tokenizer = load(str(checkpoints["gpt2"]))
+    (variable,) = (each for each in model.trainable_variables if "ln_f/gamma" in each.name)
+    variable.assign(variable + tf.one_hot(3, 32) * float("nan"))
+    folder = tmp_path_factory.mktemp("broken") / "nan"
+    save(model, tokenizer, folder)
+    return folder
+
+
+def test_what_is_not_finite_is_said(console: Console, broken: Path, corpus_file: Path, tmp_path: Path):
+    """Weights with NaN that have perplexity "inf ± nan" and exit code 0, JSON that is none, and a text of NaN."""
+    text = ("--file", corpus_file, "--text-column", "answers.text", "--block-size", 32)
+    for protocol in ((), ("--stride", 16)):
+        code, out, err = console(evaluate, "--model", broken, *text, *protocol)
+        assert (code, out) == (1, "")
+        (said,) = err.splitlines()[-1:]
+        assert said.startswith(f"tfclm.evaluate: the perplexity of {broken} is not finite: its weights")
+    code, out, err = console(evaluate, "--model", broken, *text, "--json")
+    result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (code, result["perplexity"], result["standard_error"], result["loss"]) == (1, None, None, None)
+    assert result["tokens"] > 1000
+    assert "is not finite" in err
+    for drawing in ((), ("--temperature", 0)):
+        code, out, err = console(generate, "--model", broken, "--prompt", "The", *drawing)
+        assert (code, out) == (1, "")
+        assert err.splitlines()[-1].startswith(f"tfclm.generate: {broken}: the model's logits are not finite")
+    code, out, err = console(fit, *arguments(broken, corpus_file, tmp_path / "run"))
+    assert (code, out) == (2, "")
+    assert "loss on the validation text is not finite before any training" in err.splitlines()[-1]
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_perplexity_beyond_all_numbers_is_said(
+    console: Console, checkpoints: dict, corpus_file: Path, tmp_path: Path
+):
+    """A loss that is known and a perplexity that overflows: the loss is told, and the perplexity is no number."""
+    model, tokenizer = load(str(checkpoints["gpt2"]))
+    for variable in model.trainable_variables:
+        if "ln_f/gamma" in variable.name:
+            variable.assign(variable * 1e5)
+    save(model, tokenizer, tmp_path / "sharp")
+    text = ("--file", corpus_file, "--text-column", "answers.text", "--block-size", 32)
+    code, out, err = console(evaluate, "--model", tmp_path / "sharp", *text, "--json")
+    result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (code, result["perplexity"], result["standard_error"]) == (1, None, None)
+    assert result["loss"] > 710
+    assert f"exp of the mean loss {result['loss']:.4f} is beyond the largest number" in err
+
+
 def test_evaluate_equals_a_plain_loop(console: Console, fitted: Path, documents: list[str], tmp_path: Path):
     """Blocks or windows that are not what the protocol says; the references below are written out."""
     model, tokenizer = load(fitted)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tfclm.errors import InputError
 from tfclm.prompts import read_prompt
-from tfclm.settings import command, setting
+from tfclm.settings import command, say, setting
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class GenerateSettings:
     json: bool = setting(False, "print a JSON object")
 
 
-def run(settings: GenerateSettings) -> None:
-    """Prints the prompt and its continuation."""
+def run(settings: GenerateSettings) -> int:
+    """Prints the prompt and its continuation; 1 if the model computes none."""
     from tfclm.checkpoint import load
     from tfclm.sampling import sample
 
@@ -35,17 +35,22 @@ def run(settings: GenerateSettings) -> None:
         raise InputError("--model is missing: give the folder or Hub id of a checkpoint")
     prompt = read_prompt(settings.prompt, sys.stdin)
     model, tokenizer = load(settings.model, revision=settings.revision)
-    text = sample(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=settings.seed,
-    )
+    try:
+        text = sample(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=settings.seed,
+        )
+    except FloatingPointError as error:
+        say(f"tfclm.generate: {settings.model}: {error}")
+        return 1
     print(json.dumps({"generated_text": text}, ensure_ascii=False) if settings.json else text)
+    return 0
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from tfclm.finite import exp
+
 IGNORED = -100  # the label that the collators of transformers give to a position that counts for nothing
 
 
@@ -29,8 +31,8 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp(loss): infinite where that overflows, NaN where the loss is."""
+        return exp(self.loss)
 
     @property
     def standard_error(self) -> float:

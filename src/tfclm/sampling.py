@@ -33,6 +33,7 @@ def sample(
     Raises:
         InputError: a value out of range, a prompt that leaves no room in the model's context, or an empty one where the
             tokenizer has no token to begin with.
+        FloatingPointError: the model's logits are not finite.
     """
     import tensorflow as tf
 
@@ -61,11 +62,23 @@ def sample(
         # generate's own `seed` draws with the same numbers at every step.
         tf.random.set_seed(seed)
     drawing = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    from transformers import TFLogitsProcessorList
+
     output = model.generate(
         tf.constant([ids], tf.int32),
         attention_mask=tf.ones((1, len(ids)), tf.int32),
         max_new_tokens=max_new_tokens or min(100, room),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        logits_processor=TFLogitsProcessorList([_check_finite]),
         **(drawing if temperature else {"do_sample": False}),
     )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _check_finite(input_ids: Any, scores: Any, cur_len: int) -> Any:
+    """Of NaN every token is drawn alike, and a text of them looks like one."""
+    import tensorflow as tf
+
+    if tf.reduce_any(tf.math.is_nan(scores)) or not tf.math.is_finite(tf.reduce_max(scores)):
+        raise FloatingPointError("the model's logits are not finite: its weights hold NaN or infinity, or overflow")
+    return scores

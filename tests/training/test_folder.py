@@ -10,6 +10,7 @@ import pytest
 
 from tfclm.errors import InputError
 from tfclm.training.folder import RunFolder
+from tfclm.training.report import curve
 from tfclm.training.run import TrainingRecord
 
 SETTINGS = {
@@ -131,6 +132,31 @@ def test_results_are_json(tmp_path: Path):
     assert results == returned
     assert [results[name] for name in ("initial_perplexity", "perplexity", "loss")] == [None, None, None]
     assert results["train"]["epochs"] == [epochs[0] | {"loss": None, "val_perplexity": None}]
+
+
+def test_card_and_curve_of_what_is_not_finite(tmp_path: Path):
+    """A card that says "inf" and "nan", or a curve that fails for them when the training is over."""
+    epochs = [{"epoch": 1, "step": 8, "loss": math.nan, "val_loss": 800.0, "val_perplexity": math.inf}]
+    complete(tmp_path, initial_loss=800.0, best_loss=math.nan, epochs=epochs)
+    card = (tmp_path / "README.md").read_text()
+    assert "Validation perplexity **not finite** (not finite before training)" in card
+    assert "| 1 | 8 | not finite | 800.0000 | not finite |" in card
+    assert not {"nan", "inf"} & set(card.lower().replace("*", " ").split())
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_curve_of_the_perplexity_can_be_read():
+    """A fall from 5000 to 5 on a linear axis, along which everything after the first epoch is flat."""
+    losses = [math.log(value) for value in (500, 50, 20, 5)]
+    epochs = [{"epoch": i + 1, "step": 8 * (i + 1), "loss": loss, "val_loss": loss} for i, loss in enumerate(losses)]
+    figure = curve(done(initial_loss=math.log(5000), epochs=epochs))
+    axes = {each.get_title(): each for each in figure.axes}
+    below = axes["Validation perplexity"]
+    assert below.get_yscale() == "log"
+    assert below.lines[0].get_ydata() == pytest.approx([5000, 500, 50, 20, 5])
+    assert axes["Loss"].get_yscale() == "linear"
+    figure.draw_without_rendering()
+    assert {"10", "100", "1000"} <= {label.get_text() for label in below.get_yticklabels()}
 
 
 @pytest.mark.parametrize(

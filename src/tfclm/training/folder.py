@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tfclm.errors import InputError
+from tfclm.finite import exp, plain
 from tfclm.settings import to_yaml
 from tfclm.training.report import draw_curve, model_card, versions
 
@@ -128,8 +129,6 @@ class RunFolder:
         Returns:
             What `results.json` holds: a number that is not finite is None there.
         """
-        from tfclm.training.callbacks import exp
-
         self._remove_former(files)
         results = {
             "perplexity": exp(done.best_loss),
@@ -160,8 +159,7 @@ class RunFolder:
 
     def record(self, results: dict[str, Any]) -> dict[str, Any]:
         """Writes `results.json`; the results as they are there."""
-        # Python would write NaN and Infinity, which are no JSON.
-        results = json.loads(json.dumps(results), parse_constant=lambda name: None)
+        results = plain(results)
         write(self._results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -66,8 +67,8 @@ def finetune(
         A `TrainingRecord`; `diverged` says why the run ended early if the loss was no longer finite.
 
     Raises:
-        InputError: settings out of range or not those that the model was made under, no block, or the state in
-            `output_dir` is of another run or broken.
+        InputError: settings out of range or not those that the model was made under, no block, a model whose loss is
+            not finite, or the state in `output_dir` is of another run or broken.
         Interrupted: Ctrl-C or SIGTERM came; the state is saved.
     """
     settings = settings or TrainingSettings()
@@ -134,6 +135,11 @@ def finetune(
 
         if progress.best_step is None:
             progress.initial_loss = validate([keeper])
+            if not math.isfinite(progress.initial_loss):
+                raise InputError(
+                    "the model's loss on the validation text is not finite before any training: its weights, or what "
+                    "it computes from them, hold NaN or infinity; begin with another checkpoint"
+                )
             snapshots.keep_best(progress, progress.initial_loss)
             keeper.save()
 
