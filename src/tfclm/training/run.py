@@ -150,10 +150,9 @@ def finetune(
             if progress.step and progress.steps == min((progress.epoch + 1) * steps_per_epoch, total_steps):
                 # Interrupted after an epoch's last step, before its validation was over: what is left of the epoch is,
                 # for the callbacks, a fit of its own.
-                total, tokens = progress.loss_sums
                 rest = tf_keras.callbacks.CallbackList(watching, model=model)
                 rest.on_train_begin()
-                rest.on_epoch_end(progress.epoch, {"loss": total / tokens, "val_loss": validate(rest)})
+                rest.on_epoch_end(progress.epoch, {"loss": progress.loss, "val_loss": validate(rest)})
                 rest.on_train_end()
             if not keeper.finished:
                 model.step_state.start = (progress.epoch, progress.step)
