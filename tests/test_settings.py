@@ -141,6 +141,75 @@ def test_help_answers_within_a_second(verb: str):
     assert min(seconds) < 1.0
 
 
+def shell(command: str, **environment: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a line of the shell, in which PYTHON is this one."""
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "", **environment}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+# A command of its own, as cheap as can be; all commands go the same way.
+PRINTING = (
+    "from dataclasses import dataclass; from tfclm.settings import command, say, setting\n"
+    "@dataclass(frozen=True)\n"
+    "class Settings:\n"
+    "    times: int = setting(1, 'times 六')\n"
+    "def run(settings):\n"
+    "    say('progress')\n"
+    "    [print('é 六 \\U0001f600') for _ in range(settings.times)]\n"
+    "command(Settings, run, verb='print', description='', tensorflow=False)"
+)
+
+
+@pytest.mark.parametrize("verb", [*COMMANDS, "serve"])
+def test_a_closed_stderr_is_no_error(verb: str):
+    """An error that is printed among the results, because print takes a stream that is None for stdout."""
+    assert shell(f'"$PYTHON" -m tfclm.{verb} --nope 2>&-') == (2, "", "")
+
+
+@pytest.mark.slow
+def test_commands_with_closed_streams(tmp_path: Path):
+    """An AttributeError for a stream that is None, or TensorFlow's messages in a file that has got its number."""
+    assert shell('"$PYTHON" -m tfclm.generate --model nowhere/at-all --prompt x >&- 2>&-') == (2, "", "")
+    code, out, err = shell('"$PYTHON" -m tfclm.generate --model nowhere/at-all <&-')
+    assert (code, out, err) == (2, "", "tfclm.generate: standard input is closed: give --prompt\n")
+
+
+def test_closed_streams_of_a_command(tmp_path: Path):
+    """A prompt that is None, results that go where they should not, or a file that is taken for a closed stream."""
+    code, out, err = shell('"$PYTHON" -m tfclm.query <&-')
+    assert (code, out, err) == (2, "", "tfclm.query: standard input is closed: give --prompt\n")
+    printing = {"PRINTING": PRINTING}
+    assert shell('"$PYTHON" -c "$PRINTING" >&-', **printing) == (0, "", "progress\n")
+    assert shell('"$PYTHON" -c "$PRINTING" 2>&-', **printing) == (0, "é 六 \U0001f600\n", "")
+    assert shell('"$PYTHON" -c "$PRINTING" <&- >&- 2>&-', **printing) == (0, "", "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_text_is_printed_as_utf8(encoding: str):
+    """A UnicodeEncodeError, or a ? for a character, where the locale's encoding is a small one."""
+    found = shell('"$PYTHON" -c "$PRINTING"', PRINTING=PRINTING, PYTHONIOENCODING=encoding)
+    assert found == (0, "é 六 \U0001f600\n", "progress\n")
+    code, out, err = shell('"$PYTHON" -c "$PRINTING" --help', PRINTING=PRINTING, PYTHONIOENCODING=encoding)
+    assert (code, "times 六" in out, err) == (0, True, "")
+
+
+@pytest.mark.parametrize("arguments", ["", "--times 100000", "--help"])
+def test_a_reader_that_has_gone(arguments: str):
+    """A traceback, or Python's "Exception ignored … BrokenPipeError", behind `| head`."""
+    line = f'{{ sleep 0.2; exec "$PYTHON" -c "$PRINTING" {arguments}; }} | true; exit ${{PIPESTATUS[0]}}'
+    code, out, err = shell(line, PRINTING=PRINTING)
+    assert (code, out, err.replace("progress\n", "")) == (1, "", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux'")
+@pytest.mark.parametrize("arguments", ["", "--times 100000"])
+def test_a_full_disk_is_one_line(arguments: str):
+    """A result that is not written, with exit code 0 or 120, or a traceback."""
+    code, _, err = shell(f'"$PYTHON" -c "$PRINTING" {arguments} >/dev/full', PRINTING=PRINTING)
+    assert (code, err) == (1, "progress\ntfclm.print: No space left on device\n")
+
+
 def test_import_does_not_import_tensorflow():
     """Whoever imports tfclm for its client or its settings must not wait for TensorFlow."""
     code = "import sys, tfclm, tfclm.fit, tfclm.corpus, tfclm.checkpoint; print('tensorflow' in sys.modules)"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
+import errno
 import gc
 import importlib
+import io
 import logging
 import os
 import sys
@@ -19,6 +22,9 @@ from typing import Any, Literal, NoReturn, TypeVar
 from tfclm.errors import InputError
 
 T = TypeVar("T")
+
+# What a disk says that is full or broken: nothing that a traceback would explain.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def setting(default: Any, help: str, *, recorded: bool = True, literal: bool = False) -> Any:
@@ -95,11 +101,18 @@ def command(
 ) -> NoReturn:
     """Runs a command as `python -m tfclm.VERB` does and exits: 0 done, 2 for what the user gave, 1 for the rest."""
     prog = f"python -m tfclm.{verb}"
+    _mend_streams()
     try:
-        values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
-        if tensorflow:
-            import_tensorflow()
-        sys.exit(run(values) or 0)
+        try:
+            values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
+            if tensorflow:
+                import_tensorflow()
+            code: Any = run(values) or 0
+        except SystemExit as end:  # --help
+            code = end.code
+        # Here, where it can still be told that what was printed has not arrived.
+        sys.stdout.flush()
+        sys.exit(code)
     except InputError as error:
         print(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(2)
@@ -107,12 +120,46 @@ def command(
         print(f"tfclm.{verb}: interrupted", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of stdout has gone (`| head`); Python must not complain about it again while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_output()  # its reader has gone (`| head`)
         sys.exit(1)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            _leave_output()
+            where = f": {error.filename}" if error.filename else ""
+            print(_scrubbed(f"tfclm.{verb}: {error.strerror}{where}"), file=sys.stderr)
+            sys.exit(1)
         print(_scrubbed(traceback.format_exc()), file=sys.stderr, end="")
         sys.exit(1)
+
+
+def _mend_streams() -> None:
+    """Gives the process the streams that all code expects, where it was started with others."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Closed (`2>&-`): the next file that is opened would have its number, and get what is printed.
+            os.open(os.devnull, os.O_RDWR)
+    # A closed standard input stays None: who wants to read from it can say so.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Prompts are read as UTF-8, and texts have characters that an ASCII or Latin-1 terminal's encoding has not.
+        if not codecs.lookup(sys.stdout.encoding).name.startswith("utf"):
+            sys.stdout.reconfigure(encoding="utf-8")
+        if sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _leave_output() -> None:
+    """Gives up what is still to be printed: Python must not complain about it again while it exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(nowhere, 1)
 
 
 def say(line: str) -> None:

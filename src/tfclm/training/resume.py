@@ -46,7 +46,7 @@ class Progress:
     def loss(self) -> float:
         """Of the present epoch: mean negative log-likelihood a token, as `TokenLoss` gives it."""
         total, tokens = (sum(sums) for sums in zip(*self.loss_sums, strict=True))
-        return total / tokens
+        return float(total / tokens)
 
 
 def seed_dropout(model: Any, seed: int) -> list[tf.random.Generator]:
@@ -121,7 +121,10 @@ class Snapshots:
 
     def restore_loss(self, progress: Progress) -> None:
         """Goes on with the sums of an epoch's loss; Keras resets them when an epoch begins."""
-        for variables, values in zip(self._sums(), progress.loss_sums, strict=True):
+        replicas, sums = self._sums(), progress.loss_sums
+        if len(sums) != len(replicas):  # the run goes on with another number of devices
+            sums = [[sum(each) for each in zip(*sums, strict=True)], *([[0.0, 0.0]] * (len(replicas) - 1))]
+        for variables, values in zip(replicas, sums, strict=True):
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(tf.constant(value, variable.dtype))
 
