@@ -15,7 +15,7 @@ from tfclm.destinations import check_export, export, is_unpushed, push, push_cal
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
 from tfclm.savedmodel.publish import address, is_remote
-from tfclm.settings import command, parse, record, say, setting
+from tfclm.settings import command, parse, record, say, setting, to_yaml
 from tfclm.training.settings import TrainingSettings
 
 SCRATCH = "scratch"
@@ -119,27 +119,41 @@ def preset(given: Mapping[str, Any]) -> dict[str, Any]:
     A run that goes on from a state of the Hub has the settings that lie beside it.
     """
     if given.get("resume_from") is not None:
-        return resumed(given["resume_from"], given.get("output_dir"), given.get("branch"))
+        return resumed(given)
     return {} if {"model", "dataset", "train_file"} & given.keys() else QUICKSTART
 
 
-def resumed(repo_id: str, output_dir: str | None, branch: str | None) -> dict[str, Any]:
+def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
     """Brings a run's state from the Hub, unless the folder goes on with it already; the run's settings.
+
+    They may be somebody else's. So of their values only those count that a run records, which do not say what is
+    overwritten, exported or fetched; and it is pushed to no other repository than the one that it comes from.
 
     Raises:
         InputError: no folder is given, or one that holds something else, or the Hub has no state there.
     """
     from tfclm.hub import fetch_run
+    from tfclm.training.folder import write
 
+    repo_id, output_dir = str(given["resume_from"]), given.get("output_dir")
     if output_dir is None:
         raise InputError("--resume-from needs --output-dir, the folder that the run goes on in")
     folder = Path(output_dir)
-    if not (folder / "fit.yaml").is_file():
+    fetched = not (folder / "fit.yaml").is_file()
+    if fetched:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"--output-dir {folder} is there already and holds no run: give another folder")
-        fetch_run(repo_id, folder, revision=branch)
-    values = vars(parse(FitSettings, ["--config", str(folder / "fit.yaml")], prog="fit", description=""))
-    return {name: value for name, value in values.items() if name not in ("output_dir", "resume_from")}
+        fetch_run(repo_id, folder, revision=given.get("branch"))
+    settings = parse(FitSettings, ["--config", str(folder / "fit.yaml")], prog="fit", description="")
+    target = settings.push_to_hub
+    if "push_to_hub" in given:
+        settings = dataclasses.replace(settings, push_to_hub=given["push_to_hub"])
+    elif target is not None and target not in (repo_id, repo_id.split("/")[-1]):
+        say(f"the run of {repo_id} was pushed to {target}, and is not from here; --push-to-hub says where to push")
+        settings = dataclasses.replace(settings, push_to_hub=None)
+    if fetched:
+        write(folder / "fit.yaml", to_yaml(record(settings)))
+    return {name: getattr(settings, name) for name in record(settings) if name != "output_dir"}
 
 
 def run(settings: FitSettings) -> int:
