@@ -73,8 +73,7 @@ def measure(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str,
         tokens = corpus.tokenize(split.texts, tokenizer, settings.num_proc)
         packed = corpus.pack(tokens, settings.block_size, settings.separator_ids(tokenizer))
         corpus.check_vocabulary(packed.largest_id, model.config.vocab_size)
-        blocks = packed.blocks.with_format("numpy")[:]["input_ids"]
-        score = perplexity(model, blocks, batch_size=settings.batch_size)
+        score = perplexity(model, packed.blocks, batch_size=settings.batch_size)
         protocol: dict[str, Any] = {
             "block_size": settings.block_size,
             "separator": settings.separator,

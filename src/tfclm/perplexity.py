@@ -85,8 +85,9 @@ def perplexity(
 
     Args:
         model: a TensorFlow causal language model of transformers.
-        input_ids: int [N, L], blocks that are scored each on its own, L - 1 tokens a block; or int [T], one text
-            that is scored by the strided protocol.
+        input_ids: int [N, L], or a dataset of such blocks as `tfclm.pack` makes them, which is read as it is scored:
+            blocks are scored each on its own, L - 1 tokens a block. Or int [T], one text that is scored by the strided
+            protocol.
         window: tokens that the model sees at once when a text is strided.
         stride: tokens by which the window moves, window by default. Each token is scored once, in the first window
             that holds it, with at least window - stride tokens before it (after the first window): T - 1 tokens in
@@ -101,9 +102,11 @@ def perplexity(
 
     Source: the fixed-length protocol of transformers' "Perplexity of fixed-length models".
     """
-    ids = np.asarray(input_ids)
-    if ids.ndim == 2:
-        rows: Iterable[tuple[np.ndarray, np.ndarray]] = ((row, row) for row in ids)
+    rows: Iterable[tuple[np.ndarray, np.ndarray]]
+    if hasattr(input_ids, "with_format"):
+        rows = ((row, row) for row in _rows(input_ids))
+    elif (ids := np.asarray(input_ids)).ndim == 2:
+        rows = ((row, row) for row in ids)
     elif window is None:
         raise ValueError("one text of [T] tokens is scored in windows: give window")
     else:
@@ -128,6 +131,12 @@ def perplexity(
     mean = total / tokens
     variance = max(squares / tokens - mean * mean, 0.0) * tokens / max(tokens - 1, 1)
     return Perplexity(loss=float(mean), tokens=int(tokens), loss_standard_error=float(math.sqrt(variance / tokens)))
+
+
+def _rows(blocks: Any) -> Iterator[np.ndarray]:
+    """The rows of a dataset, of which a few at a time are in memory."""
+    for some in blocks.with_format("numpy").iter(batch_size=1000):
+        yield from some["input_ids"]
 
 
 def _windows(ids: np.ndarray, window: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
