@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import gc
 import gzip
 import io
@@ -380,6 +382,22 @@ def test_compressed_text_under_another_name(tmp_path: Path) -> None:
     """Catches advice to convert the encoding of a file that is compressed."""
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"text": "one"}'))
     refused("a.jsonl is compressed by gzip", "ends in .gz", files=[str(tmp_path / "a.jsonl")])
+
+
+# For ENOSYS, some versions of filelock have locks of another kind to fall back on.
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_cache_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Catches advice about the data where the place of the cache is to blame. Local files need no lock."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "folder").mkdir()
+    path = write_rows(tmp_path / "folder" / "train.jsonl", ["one"])
+    assert texts_of(path) == ["one"]
+    what = ("has no file locks", "HF_DATASETS_CACHE name a folder on a local disk")
+    refused(*what, one=True, dataset=str(path.parent), split="train")
 
 
 def test_no_room_for_the_cache(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,41 @@ def test_only_files_inside_of_the_folder_are_removed(tmp_path: Path):
     (tmp_path / "run" / "results.json").write_text(json.dumps(results))
     complete(tmp_path / "run", overwrite=True)
     assert outside.read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+def test_a_filesystem_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+):
+    """A run that cannot be had on a network's filesystem, or one that is not told what is not checked there."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    complete(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["perplexity"] == pytest.approx(math.exp(2.0))
+    (said,) = capfd.readouterr().err.splitlines()
+    assert f"{tmp_path / 'run'} has no file locks ({os.strerror(number)})" in said
+
+
+def test_a_lock_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A failing disk that is taken for a filesystem without locks."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(InputError, match="Input/output error"):
+        interrupted(tmp_path / "run")
+
+
+def test_a_locked_folder_is_in_use(tmp_path: Path):
+    """Two runs that write into one folder."""
+    with RunFolder(tmp_path / "run", SETTINGS, overwrite=False):
+        with pytest.raises(InputError, match="in use by another run"):
+            interrupted(tmp_path / "run")
+        (tmp_path / "run" / "kept").touch()
 
 
 def test_results_are_json(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import yaml
 
 from tfclm.errors import InputError
 from tfclm.finite import exp, plain
-from tfclm.settings import to_yaml
+from tfclm.settings import say, to_yaml
 from tfclm.training.report import draw_curve, model_card, versions
 
 if TYPE_CHECKING:
@@ -178,8 +179,15 @@ class RunFolder:
         remove(entry for entry in self.path.iterdir() if entry.name in left)
 
 
+# What filesystems say that have no such locks, or not of folders: NFS, FUSE and those of clusters.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
+
+
 class Lock:
-    """One run a folder: a lock that ends with its process, however that ends."""
+    """One run a folder: a lock that ends with its process, however that ends.
+
+    Where the filesystem has no locks, that is said, and the folder is used without.
+    """
 
     def __init__(self, folder: Path) -> None:
         import fcntl
@@ -191,6 +199,14 @@ class Lock:
         except BlockingIOError as error:
             os.close(self._handle)
             raise InputError(f"{folder} is in use by another run: wait for it, or give another --output-dir") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(self._handle)
+                raise
+            say(
+                f"the filesystem of {folder} has no file locks ({error.strerror}): it cannot be seen whether another "
+                "run uses the folder; see to it that none does"
+            )
 
     def release(self) -> None:
         """Lets the folder go."""
