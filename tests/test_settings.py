@@ -16,7 +16,7 @@ import pytest
 
 import tfclm
 from tfclm.errors import InputError
-from tfclm.settings import parse, record, setting, table, to_yaml
+from tfclm.settings import flags, parse, record, setting, table, to_yaml
 
 COMMANDS = ["evaluate", "export", "fit", "generate", "push", "query"]
 
@@ -126,6 +126,57 @@ def test_bad_flag_is_refused(arguments: list[str]):
     """An unknown or shortened flag must not be guessed at."""
     with pytest.raises(InputError, match="--help"):
         read(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("verb", "argument", "meant"),
+    [
+        ("fit", "--lr", "--learning-rate"),
+        ("fit", "-lr", "--learning-rate"),
+        ("fit", "--LR=1e-3", "--learning-rate"),
+        ("fit", "--epoch", "--epochs"),
+        ("fit", "--num_train_epochs", "--epochs"),
+        ("fit", "--batch", "--batch-size"),
+        ("fit", "--per_device_train_batch_size", "--batch-size"),
+        ("fit", "--bs", "--block-size or --batch-size"),
+        ("fit", "--model_name_or_path", "--model"),
+        ("fit", "--file", "--train-file or --validation-file"),
+        ("fit", "--learning-rte", "--learning-rate"),
+        ("generate", "--temp", "--temperature"),
+        ("generate", "--max_tokens", "--max-new-tokens"),
+        ("evaluate", "--train-file", "--file"),
+        ("serve", "--rest-port", "--port or --rest-api-port"),
+    ],
+)
+def test_the_flag_that_is_meant_is_named(verb: str, argument: str, meant: str):
+    """A list of sixty flags to look through for the one whose name was not quite right."""
+    settings = getattr(importlib.import_module(f"tfclm.{verb}"), f"{verb.capitalize()}Settings")
+    with pytest.raises(InputError) as error:
+        parse(settings, [argument, "3"], prog=verb, description="")
+    assert str(error.value) == f"unrecognized arguments: {argument} 3 (did you mean {meant}?); see {verb} --help"
+
+
+def test_a_setting_that_is_like_none_is_not_guessed_at(tmp_path: Path):
+    """A suggestion that has nothing to do with what was written; or none for a line of a file."""
+    for stray in ("--xyzzy", "stray", "-"):
+        with pytest.raises(InputError) as error:
+            read(stray)
+        assert str(error.value) == f"unrecognized arguments: {stray}; see example --help"
+    (tmp_path / "run.yaml").write_text("block: 3\n")
+    with pytest.raises(InputError, match=r"block is no setting \(did you mean block_size\?\); there are rate, "):
+        read("--config", str(tmp_path / "run.yaml"))
+
+
+def test_flags_give_the_settings_again():
+    """A command to go on with that leaves out, or misspells, what the run was told."""
+    for settings in (
+        Example(),
+        Example(rate=2e-5, block_size=7, kind="none", train_file=("a b", "c"), jit_compile=False, again=True),
+        Example(prompt="two words", precision="16"),
+    ):
+        names = [field.name for field in dataclasses.fields(Example)]
+        assert read(*flags(settings, names)) == settings
+    assert flags(Example(rate=2.0, block_size=7), ["block_size", "kind"]) == ["--block-size", "7"]
 
 
 @pytest.mark.parametrize("verb", COMMANDS)

@@ -15,10 +15,16 @@ from tfclm.destinations import check_export, export, is_unpushed, push, push_cal
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
 from tfclm.savedmodel.publish import address, is_remote
-from tfclm.settings import command, parse, record, say, setting, to_yaml
+from tfclm.settings import command, flags, parse, record, say, setting, to_yaml
 from tfclm.training.settings import TrainingSettings
 
 SCRATCH = "scratch"
+# Settings by which a text is read, and by which it is split into training and validation.
+READING = ("text_column", "block_size", "separator")
+SPLITTING = (
+    *("dataset", "dataset_config", "dataset_revision", "train_split", "validation_split", "train_file"),
+    *("validation_file", "validation_fraction", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -314,15 +320,24 @@ def show(results: dict[str, Any], settings: FitSettings, note: str | None = None
     before, after = results["initial_perplexity"], results["perplexity"]
     shown = [f"{perplexity:.2f}" if perplexity else "not finite" for perplexity in (before, after)]
     gain = f" ({before / after:.1f} times lower)" if before and after else ""
+    # The text is read, and in a training that follows split, as the run did it.
+    reading = flags(settings, READING)
+    evaluating = shlex.join(["--file", "FILE", *reading])
+    further = shlex.join([*flags(settings, SPLITTING), *reading, "--output-dir", f"{settings.output_dir}-2"])
     lines = [
         *([note] if note else []),
         f"validation perplexity {shown[0]} before, {shown[1]} after{gain}, in {settings.output_dir}",
         *([f"sample: {results['sample']!r}"] if results["sample"] is not None else []),
+        *still_falling(results["train"]["epochs"], settings),
         "go on with:",
         f'  {python} -m tfclm.generate --model {folder} --prompt "…"',
-        f"  {python} -m tfclm.evaluate --model {folder} --file FILE",
-        f"  {python} -m tfclm.export --model {folder} --serving-dir serving_models/{shlex.quote(own_name(settings))}",
+        f"  {python} -m tfclm.evaluate --model {folder} {evaluating}",
     ]
+    # With --export-to the run itself exports the model, if the gate lets it; one without a perplexity is none to serve.
+    if settings.export_to is None and after:
+        where = f"serving_models/{shlex.quote(own_name(settings))}"
+        lines.append(f"  {python} -m tfclm.export --model {folder} --serving-dir {where}")
+    lines += ["train it further with:", f"  {python} -m tfclm.fit --model {folder} {further}"]
     if results["train"]["diverged"]:
         lines.insert(
             0,
@@ -331,6 +346,22 @@ def show(results: dict[str, Any], settings: FitSettings, note: str | None = None
         )
     say("\n".join(lines))
     return 1 if results["train"]["diverged"] else 0
+
+
+def still_falling(epochs: Sequence[Mapping[str, Any]], settings: FitSettings) -> list[str]:
+    """A line if the validation loss fell in the last epoch by so much that the training has probably ended too early.
+
+    Two hundredths are two percent of the perplexity; of an epoch at the end of most schedules, that is much.
+    """
+    losses = [epoch["val_loss"] for epoch in epochs]
+    if len(losses) < 2 or None in losses or not losses[-2] - losses[-1] >= 0.02:
+        return []
+    length = f"--max-steps ({settings.max_steps} here)" if settings.max_steps else f"--epochs ({settings.epochs} here)"
+    return [
+        f"the validation loss was still falling at the end ({losses[-2]:.3f} to {losses[-1]:.3f} in the last epoch): "
+        f"more {length} or a higher --learning-rate ({settings.learning_rate:g} here) will probably lower the "
+        "perplexity"
+    ]
 
 
 def own_name(settings: FitSettings) -> str:

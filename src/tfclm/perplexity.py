@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from tfclm.corpus import check_ids
 from tfclm.finite import exp
 
 IGNORED = -100  # the label that the collators of transformers give to a position that counts for nothing
@@ -98,14 +99,17 @@ def perplexity(
         A `Perplexity`; sums are kept in float64.
 
     Raises:
-        ValueError: no token to score, or a window or stride that does not fit.
+        ValueError: no token ids, no token to score, or a window or stride that does not fit.
 
     Source: the fixed-length protocol of transformers' "Perplexity of fixed-length models".
     """
     rows: Iterable[tuple[np.ndarray, np.ndarray]]
-    if hasattr(input_ids, "with_format"):
+    if hasattr(input_ids, "column_names"):
+        check_ids(input_ids, "input_ids")
         rows = ((row, row) for row in _rows(input_ids))
-    elif (ids := np.asarray(input_ids)).ndim == 2:
+    elif not np.issubdtype((ids := np.asarray(input_ids)).dtype, np.integer):
+        raise ValueError(f"input_ids is {ids.dtype}: give the ids that the model's tokenizer makes of a text")
+    elif ids.ndim == 2:
         rows = ((row, row) for row in ids)
     elif window is None:
         raise ValueError("one text of [T] tokens is scored in windows: give window")

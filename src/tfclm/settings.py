@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import dataclasses
+import difflib
 import errno
 import gc
 import importlib
@@ -16,7 +17,7 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 from tfclm.errors import InputError
@@ -61,6 +62,21 @@ def parse(
     path = given.pop("config", None)
     values = {**(vars(parser.parse_args(_from_yaml(settings, path))) if path else {}), **given}
     return settings(**{**preset(values), **values})
+
+
+def flags(settings: Any, names: Iterable[str]) -> list[str]:
+    """The arguments that give these settings again: of those that are not the defaults."""
+    arguments = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in names or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            arguments += [flag, *map(str, value if isinstance(value, tuple) else ["none" if value is None else value])]
+    return arguments
 
 
 def record(settings: Any) -> dict[str, Any]:
@@ -202,7 +218,37 @@ def import_tensorflow() -> None:
                     print(line, file=sys.stderr)
 
 
+def _meant(name: str, fields: Iterable[str], spell: Callable[[str], str]) -> str:
+    """A question that names the fields that are probably meant by a name that is none; empty if none is like it."""
+    names = [field.replace("_", "-") for field in fields]
+    name = name.replace("_", "-").lower()
+    words = set(name.split("-"))
+
+    def likeness(other: str) -> float:
+        parts = other.split("-")
+        if name == "".join(part[0] for part in parts) or other.startswith(name) or name.startswith(other):
+            return 1.0
+        if words > set(parts):
+            return 0.9
+        # Of names with several words, one word that both have says much, the more of them the more.
+        shared = len(words & set(parts)) / max(len(words), len(parts))
+        return max(difflib.SequenceMatcher(None, name, other).ratio(), 0.5 + shared / 2 if shared else 0.0)
+
+    like = sorted(((likeness(other), other) for other in names), key=lambda each: -each[0])
+    chosen = [spell(other) for value, other in like if value >= max(0.7, like[0][0] - 0.1)][:3]
+    return f" (did you mean {' or '.join(chosen)}?)" if name and chosen else ""
+
+
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((each for each in unknown if each.startswith("-")), "")
+            names = dict.fromkeys(action.dest for action in self._actions)
+            meant = _meant(flag.lstrip("-").partition("=")[0], names, "--{}".format)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
 
@@ -284,7 +330,8 @@ def _from_yaml(settings: type, path: str) -> list[str]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise InputError(f"--config {path}: {key} is no setting; there are {', '.join(known)}")
+            meant = _meant(name, known, lambda field: field.replace("-", "_"))
+            raise InputError(f"--config {path}: {key} is no setting{meant}; there are {', '.join(known)}")
         field, kind = known[name]
         flag = f"--{name.replace('_', '-')}"
         if kind is bool:

@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from tfclm.corpus import check_ids
 from tfclm.errors import InputError
 from tfclm.training.callbacks import Diverged, EventLog, ProgressBar, RunKeeper
 from tfclm.training.feed import feed, run_order
@@ -67,8 +68,8 @@ def finetune(
         A `TrainingRecord`; `diverged` says why the run ended early if the loss was no longer finite.
 
     Raises:
-        InputError: settings out of range or not those that the model was made under, no block, a model whose loss is
-            not finite, or the state in `output_dir` is of another run or broken.
+        InputError: settings out of range or not those that the model was made under, no block or no token ids, a model
+            whose loss is not finite, or the state in `output_dir` is of another run or broken.
         Interrupted: Ctrl-C or SIGTERM came; the state is saved.
     """
     settings = settings or TrainingSettings()
@@ -83,6 +84,8 @@ def finetune(
             "strategy 'mirrored' needs the model made under it: load it inside of "
             "tf.distribute.MirroredStrategy().scope(), and give that strategy to finetune"
         )
+    check_ids(train, "train")
+    check_ids(validation, "validation")
     if output_dir is None:
         with tempfile.TemporaryDirectory() as folder:
             return finetune(
