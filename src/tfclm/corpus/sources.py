@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfclm.corpus.cache import made_by
 from tfclm.corpus.columns import is_blank, locate, texts_of
 from tfclm.corpus.files import Split, digest, read_files, resolve
 from tfclm.errors import InputError
@@ -299,7 +300,13 @@ def _take(splits: datasets.DatasetDict, source: str, expression: str, named: str
     texts = (
         rows.select_columns([head])
         .with_format("arrow")
-        .map(_text_only, batched=True, remove_columns=[head], fn_kwargs={"head": head, "rest": rest}, desc="reading")
+        .map(
+            _text_only,
+            batched=True,
+            remove_columns=[head],
+            fn_kwargs={"head": head, "rest": rest, "made_by": made_by()},
+            desc="reading",
+        )
         .with_format(None)
     )
     if not len(texts):
@@ -310,7 +317,7 @@ def _take(splits: datasets.DatasetDict, source: str, expression: str, named: str
     return Split(texts, {"source": source, "split": expression, "rows": len(texts), "dropped_rows": dropped})
 
 
-def _text_only(table: pa.Table, head: str, rest: str) -> pa.Table:
+def _text_only(table: pa.Table, head: str, rest: str, made_by: Any) -> pa.Table:
     import pyarrow as pa
 
     texts = [text for text in texts_of(table[head], rest) if not is_blank(text)]
