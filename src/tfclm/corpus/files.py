@@ -43,6 +43,7 @@ def resolve(patterns: Sequence[str], flag: str) -> list[Path]:
     A file keeps the name that it is given by, also where that is a link to another: the name says how to read it.
     """
     paths: list[Path] = []
+    seen: set[Path] = set()
     for pattern in patterns:
         try:
             found = _matches(Path(pattern).expanduser(), f"{flag} {pattern}")
@@ -53,8 +54,9 @@ def resolve(patterns: Sequence[str], flag: str) -> list[Path]:
         for name in found:
             if _extension(name) not in _READERS:
                 raise InputError(f"{name} is of no known kind: give {EXTENSIONS}")
-            if any(name.samefile(path) for path in paths):
+            if name.resolve() in seen:
                 raise InputError(f"{flag} names {name} twice: give each file once")
+            seen.add(name.resolve())
             paths.append(name.parent.resolve() / name.name)
     return paths
 

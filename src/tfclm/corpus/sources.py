@@ -148,14 +148,15 @@ def _check_source(
         raise InputError(f"--dataset and {flag} exclude each other: give one of them")
     if not dataset and not files:
         raise InputError(f"no text to read: give --dataset or {flag}")
+    folder = Path(dataset or "")
     try:
-        if dataset and Path(dataset).is_file():
+        saved = _is_saved(folder)
+        if dataset and folder.is_file():
             raise InputError(f"--dataset {dataset} is a file: give it as {flag} {dataset}")
     except OSError as error:
         raise InputError(f"--dataset {dataset}: {error.strerror}") from error
-    folder = Path(dataset or "")
     for option, value, applies in (
-        ("--dataset-config", config, dataset and dataset != PYTHON_DOCS and not _is_saved(folder)),
+        ("--dataset-config", config, dataset and dataset != PYTHON_DOCS and not saved),
         ("--dataset-revision", revision, dataset and dataset != PYTHON_DOCS and not folder.is_dir()),
     ):
         if value is not None and not applies:

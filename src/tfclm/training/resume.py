@@ -102,7 +102,11 @@ class Snapshots:
             return None
         with _reading(folder):
             tf.train.Checkpoint(progress=self._progress).read(newest).expect_partial()
-            progress = Progress(**json.loads(self._progress.numpy()))
+            values = json.loads(self._progress.numpy())
+            sums = values["loss_sums"]
+            if sums and not isinstance(sums[0], list):
+                values["loss_sums"] = [sums]  # one pair for all replicas, as older versions have written it
+            progress = Progress(**values)
         if progress.best_step is not None:
             # Read here already: that they are lost should not come out when the run is over.
             self.restore_best(progress)
