@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from tfclm.errors import InputError, first_line
@@ -36,15 +37,50 @@ UNSUPPORTED: dict[str, Any] = {
 }
 
 
+def resolve_parameters(generation_config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that hold: those that are given and, for each that is None, the checkpoint's.
+
+    Args:
+        generation_config: the checkpoint's. Where it does not sample, the temperature is 0 (greedy), top_k 0 (off) and
+            top_p 1 (off).
+        given: any of temperature, top_k, top_p, repetition_penalty and max_new_tokens, by name. A max_new_tokens that
+            neither gives stays None.
+
+    Raises:
+        InputError: generation_config has a value of another type than the parameter's.
+    """
+    drawn = generation_config.do_sample
+    if drawn not in (True, False, None):
+        raise InputError(f"do_sample is {drawn!r}, neither true nor false")
+    # Name: value if neither gives one, whether it is a whole number, whether it counts for greedy decoding too.
+    known: dict[str, tuple[Any, bool, bool]] = {
+        "temperature": (1.0 if drawn else 0.0, False, False),
+        "top_k": (0, True, False),
+        "top_p": (1.0, False, False),
+        "repetition_penalty": (1.0, False, True),
+        "max_new_tokens": (None, True, True),
+    }
+    resolved = {}
+    for name, value in given.items():
+        otherwise, whole, always = known[name]
+        if value is None and (drawn or always):
+            value = getattr(generation_config, name, None)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else int | float)):
+                raise InputError(f"{name} is {value!r}, no {'whole number' if whole else 'number'}")
+        value = otherwise if value is None else value
+        resolved[name] = value if whole else float(value)
+    return resolved
+
+
 def sample(
     model: Any,
     tokenizer: Any,
     prompt: str,
     *,
     max_new_tokens: int | None = None,
-    temperature: float = 1.0,
-    top_k: int = 50,
-    top_p: float = 0.95,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
 ) -> str:
     """The prompt and its continuation.
@@ -54,7 +90,8 @@ def sample(
         tokenizer: its tokenizer.
         prompt: what to go on from; empty begins a text of its own.
         max_new_tokens: tokens at most; 100, or what the context leaves, if not given.
-        temperature: 1e-6 to 1e6; 0 is greedy.
+        temperature: 1e-6 to 1e6; 0 is greedy. It, top_k and top_p are the model's generation_config's if not given, as
+            in an exported model.
         top_k: draw from this many of the likeliest tokens; 0 is off.
         top_p: draw from the likeliest tokens that together have this probability; 1 is off.
         seed: the same seed gives the same text; None is fresh.
@@ -62,9 +99,17 @@ def sample(
     Raises:
         InputError: a value out of range, a prompt that leaves no room in the model's context, an empty one where the
             tokenizer has no token to begin with, or a generation_config that asks for what is not done here.
+        FloatingPointError: the model's logits are not finite.
     """
     import tensorflow as tf
 
+    try:
+        chosen = resolve_parameters(
+            model.generation_config, {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        )
+    except (InputError, OverflowError) as error:
+        raise InputError(f"generation_config.json has a value that cannot be used: {error}") from error
+    temperature, top_k, top_p = chosen.values()
     if temperature != 0 and not 1e-6 <= temperature <= 1e6:  # beyond, logits overflow or vanish
         raise InputError(f"--temperature {temperature}: give 0 (greedy) or a number from 1e-6 to 1e6")
     if not 0 < top_p <= 1:
@@ -97,7 +142,7 @@ def sample(
         do_sample=bool(temperature),
     )
     if temperature:
-        vars(config).update(temperature=float(temperature), top_k=top_k, top_p=float(top_p))
+        vars(config).update(temperature=temperature, top_k=top_k, top_p=top_p)
     try:
         output = model.generate(
             tf.constant([ids], tf.int32),
@@ -108,6 +153,15 @@ def sample(
     except (ValueError, TypeError) as error:  # of its processors, for values that they do not take
         raise InputError(f"generation_config.json has a value that cannot be used: {first_line(error)}") from error
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _check_finite(input_ids: Any, scores: Any, cur_len: int) -> Any:
+    """Of NaN every token is drawn alike, and a text of them looks like one."""
+    import tensorflow as tf
+
+    if tf.reduce_any(tf.math.is_nan(scores)) or not tf.math.is_finite(tf.reduce_max(scores)):
+        raise FloatingPointError("the model's logits are not finite: its weights hold NaN or infinity, or overflow")
+    return scores
 
 
 def _obeyed(model: Any, prompt_length: int) -> tuple[Any, Any]:
@@ -152,7 +206,7 @@ def _obeyed(model: Any, prompt_length: int) -> tuple[Any, Any]:
         output_hidden_states=False,
         use_cache=True,
     )
-    processors = TFLogitsProcessorList()
+    processors = TFLogitsProcessorList([_check_finite])
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if max(lengths) and ends != [None]:
         processors.append(_minimum_length()(max(lengths), ends))

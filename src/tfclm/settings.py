@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
+import difflib
+import errno
 import gc
 import importlib
+import io
 import logging
 import os
 import sys
@@ -13,12 +17,15 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 from tfclm.errors import InputError
 
 T = TypeVar("T")
+
+# What a disk says that is full or broken: nothing that a traceback would explain.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def setting(default: Any, help: str, *, recorded: bool = True, literal: bool = False) -> Any:
@@ -55,6 +62,21 @@ def parse(
     path = given.pop("config", None)
     values = {**(vars(parser.parse_args(_from_yaml(settings, path))) if path else {}), **given}
     return settings(**{**preset(values), **values})
+
+
+def flags(settings: Any, names: Iterable[str]) -> list[str]:
+    """The arguments that give these settings again: of those that are not the defaults."""
+    arguments = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in names or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            arguments += [flag, *map(str, value if isinstance(value, tuple) else ["none" if value is None else value])]
+    return arguments
 
 
 def record(settings: Any) -> dict[str, Any]:
@@ -95,11 +117,18 @@ def command(
 ) -> NoReturn:
     """Runs a command as `python -m tfclm.VERB` does and exits: 0 done, 2 for what the user gave, 1 for the rest."""
     prog = f"python -m tfclm.{verb}"
+    _mend_streams()
     try:
-        values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
-        if tensorflow:
-            import_tensorflow()
-        sys.exit(run(values) or 0)
+        try:
+            values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
+            if tensorflow:
+                import_tensorflow()
+            code: Any = run(values) or 0
+        except SystemExit as end:  # --help
+            code = end.code
+        # Here, where it can still be told that what was printed has not arrived.
+        sys.stdout.flush()
+        sys.exit(code)
     except InputError as error:
         print(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(2)
@@ -107,12 +136,46 @@ def command(
         print(f"tfclm.{verb}: interrupted", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of stdout has gone (`| head`); Python must not complain about it again while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_output()  # its reader has gone (`| head`)
         sys.exit(1)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            _leave_output()
+            where = f": {error.filename}" if error.filename else ""
+            print(_scrubbed(f"tfclm.{verb}: {error.strerror}{where}"), file=sys.stderr)
+            sys.exit(1)
         print(_scrubbed(traceback.format_exc()), file=sys.stderr, end="")
         sys.exit(1)
+
+
+def _mend_streams() -> None:
+    """Gives the process the streams that all code expects, where it was started with others."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Closed (`2>&-`): the next file that is opened would have its number, and get what is printed.
+            os.open(os.devnull, os.O_RDWR)
+    # A closed standard input stays None: who wants to read from it can say so.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Prompts are read as UTF-8, and texts have characters that an ASCII or Latin-1 terminal's encoding has not.
+        if not codecs.lookup(sys.stdout.encoding).name.startswith("utf"):
+            sys.stdout.reconfigure(encoding="utf-8")
+        if sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _leave_output() -> None:
+    """Gives up what is still to be printed: Python must not complain about it again while it exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(nowhere, 1)
 
 
 def say(line: str) -> None:
@@ -155,7 +218,37 @@ def import_tensorflow() -> None:
                     print(line, file=sys.stderr)
 
 
+def _meant(name: str, fields: Iterable[str], spell: Callable[[str], str]) -> str:
+    """A question that names the fields that are probably meant by a name that is none; empty if none is like it."""
+    names = [field.replace("_", "-") for field in fields]
+    name = name.replace("_", "-").lower()
+    words = set(name.split("-"))
+
+    def likeness(other: str) -> float:
+        parts = other.split("-")
+        if name == "".join(part[0] for part in parts) or other.startswith(name) or name.startswith(other):
+            return 1.0
+        if words > set(parts):
+            return 0.9
+        # Of names with several words, one word that both have says much, the more of them the more.
+        shared = len(words & set(parts)) / max(len(words), len(parts))
+        return max(difflib.SequenceMatcher(None, name, other).ratio(), 0.5 + shared / 2 if shared else 0.0)
+
+    like = sorted(((likeness(other), other) for other in names), key=lambda each: -each[0])
+    chosen = [spell(other) for value, other in like if value >= max(0.7, like[0][0] - 0.1)][:3]
+    return f" (did you mean {' or '.join(chosen)}?)" if name and chosen else ""
+
+
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((each for each in unknown if each.startswith("-")), "")
+            names = dict.fromkeys(action.dest for action in self._actions)
+            meant = _meant(flag.lstrip("-").partition("=")[0], names, "--{}".format)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
 
@@ -237,7 +330,8 @@ def _from_yaml(settings: type, path: str) -> list[str]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise InputError(f"--config {path}: {key} is no setting; there are {', '.join(known)}")
+            meant = _meant(name, known, lambda field: field.replace("-", "_"))
+            raise InputError(f"--config {path}: {key} is no setting{meant}; there are {', '.join(known)}")
         field, kind = known[name]
         flag = f"--{name.replace('_', '-')}"
         if kind is bool:

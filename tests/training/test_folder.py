@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from tfclm.errors import InputError
 from tfclm.training.folder import RunFolder
+from tfclm.training.report import curve
 from tfclm.training.run import TrainingRecord
 
 SETTINGS = {
@@ -119,6 +123,41 @@ def test_only_files_inside_of_the_folder_are_removed(tmp_path: Path):
     assert outside.read_text() == "mine"
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+def test_a_filesystem_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+):
+    """A run that cannot be had on a network's filesystem, or one that is not told what is not checked there."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    complete(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["perplexity"] == pytest.approx(math.exp(2.0))
+    (said,) = capfd.readouterr().err.splitlines()
+    assert f"{tmp_path / 'run'} has no file locks ({os.strerror(number)})" in said
+
+
+def test_a_lock_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A failing disk that is taken for a filesystem without locks."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(InputError, match="Input/output error"):
+        interrupted(tmp_path / "run")
+
+
+def test_a_locked_folder_is_in_use(tmp_path: Path):
+    """Two runs that write into one folder."""
+    with RunFolder(tmp_path / "run", SETTINGS, overwrite=False):
+        with pytest.raises(InputError, match="in use by another run"):
+            interrupted(tmp_path / "run")
+        (tmp_path / "run" / "kept").touch()
+
+
 def test_results_are_json(tmp_path: Path):
     """NaN and Infinity, which Python writes and no other reader takes."""
 
@@ -131,6 +170,31 @@ def test_results_are_json(tmp_path: Path):
     assert results == returned
     assert [results[name] for name in ("initial_perplexity", "perplexity", "loss")] == [None, None, None]
     assert results["train"]["epochs"] == [epochs[0] | {"loss": None, "val_perplexity": None}]
+
+
+def test_card_and_curve_of_what_is_not_finite(tmp_path: Path):
+    """A card that says "inf" and "nan", or a curve that fails for them when the training is over."""
+    epochs = [{"epoch": 1, "step": 8, "loss": math.nan, "val_loss": 800.0, "val_perplexity": math.inf}]
+    complete(tmp_path, initial_loss=800.0, best_loss=math.nan, epochs=epochs)
+    card = (tmp_path / "README.md").read_text()
+    assert "Validation perplexity **not finite** (not finite before training)" in card
+    assert "| 1 | 8 | not finite | 800.0000 | not finite |" in card
+    assert not {"nan", "inf"} & set(card.lower().replace("*", " ").split())
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_curve_of_the_perplexity_can_be_read():
+    """A fall from 5000 to 5 on a linear axis, along which everything after the first epoch is flat."""
+    losses = [math.log(value) for value in (500, 50, 20, 5)]
+    epochs = [{"epoch": i + 1, "step": 8 * (i + 1), "loss": loss, "val_loss": loss} for i, loss in enumerate(losses)]
+    figure = curve(done(initial_loss=math.log(5000), epochs=epochs))
+    axes = {each.get_title(): each for each in figure.axes}
+    below = axes["Validation perplexity"]
+    assert below.get_yscale() == "log"
+    assert below.lines[0].get_ydata() == pytest.approx([5000, 500, 50, 20, 5])
+    assert axes["Loss"].get_yscale() == "linear"
+    figure.draw_without_rendering()
+    assert {"10", "100", "1000"} <= {label.get_text() for label in below.get_yticklabels()}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tfclm.errors import InputError
-from tfclm.settings import to_yaml
+from tfclm.finite import exp, plain
+from tfclm.settings import say, to_yaml
 from tfclm.training.report import draw_curve, model_card, versions
 
 if TYPE_CHECKING:
@@ -128,8 +130,6 @@ class RunFolder:
         Returns:
             What `results.json` holds: a number that is not finite is None there.
         """
-        from tfclm.training.callbacks import exp
-
         self._remove_former(files)
         results = {
             "perplexity": exp(done.best_loss),
@@ -160,8 +160,7 @@ class RunFolder:
 
     def record(self, results: dict[str, Any]) -> dict[str, Any]:
         """Writes `results.json`; the results as they are there."""
-        # Python would write NaN and Infinity, which are no JSON.
-        results = json.loads(json.dumps(results), parse_constant=lambda name: None)
+        results = plain(results)
         write(self._results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         return results
 
@@ -180,8 +179,15 @@ class RunFolder:
         remove(entry for entry in self.path.iterdir() if entry.name in left)
 
 
+# What filesystems say that have no such locks, or not of folders: NFS, FUSE and those of clusters.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
+
+
 class Lock:
-    """One run a folder: a lock that ends with its process, however that ends."""
+    """One run a folder: a lock that ends with its process, however that ends.
+
+    Where the filesystem has no locks, that is said, and the folder is used without.
+    """
 
     def __init__(self, folder: Path) -> None:
         import fcntl
@@ -193,6 +199,14 @@ class Lock:
         except BlockingIOError as error:
             os.close(self._handle)
             raise InputError(f"{folder} is in use by another run: wait for it, or give another --output-dir") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(self._handle)
+                raise
+            say(
+                f"the filesystem of {folder} has no file locks ({error.strerror}): it cannot be seen whether another "
+                "run uses the folder; see to it that none does"
+            )
 
     def release(self) -> None:
         """Lets the folder go."""

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfclm.errors import InputError, first_line
+from tfclm.finite import exp
 from tfclm.settings import to_yaml
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tfclm.training.run import TrainingRecord
 
 PACKAGES = ("tfclm", "tensorflow", "tf-keras", "transformers", "tokenizers", "datasets", "huggingface-hub")
@@ -23,7 +26,14 @@ INHERITED = ("license", "license_name", "license_link", "language")
 def draw_curve(done: TrainingRecord, path: Path) -> None:
     """Draws training and validation loss, and perplexity, over optimizer steps as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(curve(done)).print_png(str(path))
+
+
+def curve(done: TrainingRecord) -> Figure:
+    """The figure of `draw_curve`; the perplexity's axis is logarithmic, so that its fall can be seen to the end."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     steps = [epoch["step"] for epoch in done.epochs]
     losses = [done.initial_loss, *(epoch["val_loss"] for epoch in done.epochs)]
@@ -33,11 +43,13 @@ def draw_curve(done: TrainingRecord, path: Path) -> None:
     above.plot(steps, [epoch["loss"] for epoch in done.epochs], "o--", label="training (mean of the epoch)")
     above.set(ylabel="loss (nats a token)", title="Loss")
     above.legend()
-    below.plot([0, *steps], [math.exp(loss) if loss < 700 else math.inf for loss in losses], "o-")
-    below.set(xlabel="optimizer step", ylabel="perplexity", title="Validation perplexity")
+    below.plot([0, *steps], [exp(loss) for loss in losses], "o-")
+    below.set(xlabel="optimizer step", ylabel="perplexity", title="Validation perplexity", yscale="log")
+    below.yaxis.set_major_formatter(LogFormatter())
+    below.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(str(path))
+    return figure
 
 
 def versions() -> dict[str, str]:
@@ -208,14 +220,16 @@ def _table(epochs: Sequence[Mapping[str, Any]], before: float | None) -> str:
         rows.append(f"| 0 | 0 | | {_number(math.log(before), 4)} | {_number(before)} |")
     for epoch in epochs:
         loss, own = epoch.get("val_loss"), epoch.get("loss")
-        perplexity = None if loss is None else math.exp(loss) if loss < 700 else math.inf
+        perplexity = None if loss is None else exp(loss)
         shown = (_number(own, 4), _number(loss, 4), _number(perplexity))
         rows.append(f"| {epoch['epoch']} | {epoch['step']} | {' | '.join(shown)} |")
     return "\n".join(rows)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
 
 
 def _weights(train: Mapping[str, Any]) -> str:
