@@ -431,6 +431,7 @@ def test_grpc_asks_again_where_unavailable(code: str):
     metadata = messages.message("tensorflow.serving.GetModelMetadataResponse")()
     signatures = messages.message("tensorflow.serving.SignatureDefMap")()
     signatures.signature_def["s"].inputs["x"].dtype = 7
+    signatures.signature_def["s"].outputs["y"].dtype = 7
     metadata.metadata["signature_def"].Pack(signatures)
     done = messages.message("tensorflow.serving.PredictResponse")()
     done.outputs["y"].CopyFrom(messages.to_tensor([b"done"], "DT_STRING"))
