@@ -9,6 +9,7 @@ from typing import Any
 from tfclm.corpus.settings import SourceSettings
 from tfclm.errors import InputError
 from tfclm.settings import command, setting
+from tfclm.terminal import print_result
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ def run(settings: EvaluateSettings) -> None:
     model, tokenizer = load(settings.model, revision=settings.revision)
     result = measure(model, tokenizer, settings)
     if settings.json:
-        print(json.dumps(result))
+        print_result(json.dumps(result))
     else:
         error = result["standard_error"]
-        print(f"perplexity {result['perplexity']:.4f} ± {error:.4f} over {result['tokens']} tokens")
+        print_result(f"perplexity {result['perplexity']:.4f} ± {error:.4f} over {result['tokens']} tokens")
 
 
 def measure(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tfclm.errors import InputError
 from tfclm.prompts import read_prompt
 from tfclm.settings import command, setting
+from tfclm.terminal import print_result
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def run(settings: GenerateSettings) -> None:
         top_p=settings.top_p,
         seed=settings.seed,
     )
-    print(json.dumps({"generated_text": text}, ensure_ascii=False) if settings.json else text)
+    print_result(json.dumps({"generated_text": text}, ensure_ascii=False) if settings.json else text)
 
 
 def main() -> None:

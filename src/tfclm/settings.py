@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 from tfclm.errors import InputError
+from tfclm.terminal import abandon_stdout
+from tfclm.terminal import say as say  # for the commands
 
 T = TypeVar("T")
 
@@ -99,25 +101,23 @@ def command(
         values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
         if tensorflow:
             import_tensorflow()
-        sys.exit(run(values) or 0)
+        code = run(values) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.exit(code)
     except InputError as error:
-        print(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"), file=sys.stderr)
+        say(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"))
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"tfclm.{verb}: interrupted", file=sys.stderr)
+        say(f"tfclm.{verb}: interrupted")
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of stdout has gone (`| head`); Python must not complain about it again while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of stdout has gone (`| head`).
+        abandon_stdout()
         sys.exit(1)
     except Exception:
-        print(_scrubbed(traceback.format_exc()), file=sys.stderr, end="")
+        say(_scrubbed(traceback.format_exc().rstrip()))
         sys.exit(1)
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _scrubbed(text: str) -> str:
@@ -152,7 +152,7 @@ def import_tensorflow() -> None:
             for line in said.read().decode(errors="replace").splitlines():
                 # Informational lines begin with I and a date; this one says that they are not in the log file yet.
                 if not line.startswith(("I0000", "WARNING: All log messages before absl")):
-                    print(line, file=sys.stderr)
+                    say(line)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tfclm.errors import InputError
-from tfclm.settings import to_yaml
+from tfclm.settings import say, to_yaml
 from tfclm.training.report import draw_curve, model_card, versions
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ class RunFolder:
             names = read_results(self._former)["files"]
         except InputError:
             text = f"the former results.json cannot be read: files of its checkpoint may be left in {self.path}"
-            print(text, file=sys.stderr)
+            say(text)
             return
         left = {name.split("/")[0] for name in names} - {name.split("/")[0] for name in files}
         # From what is in the folder, so that no name leads out of it.
