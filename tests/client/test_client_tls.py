@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +21,7 @@ import pytest
 
 from tfclm.client import Client, ServerError
 from tfclm.errors import InputError
+from tfclm.server.configs import read_tls
 
 from .doubles import (
     GENERATED,
@@ -284,3 +289,68 @@ def test_tls_files_for_a_plain_url(authority: Authority):
         InputError, match=r"URL http://127\.0\.0\.1:1: ca_file, cert_file and key_file go with https://"
     ):
         Client("http://127.0.0.1:1", ca_file=authority.ca_file)
+
+
+# serving/README.md
+
+
+SERVING_README = Path(__file__).parent.parent.parent / "serving" / "README.md"
+
+
+def commands() -> list[str]:
+    """The shell blocks of the README's section on TLS: make, serve and ask; make for clients, ask; ask over REST."""
+    section = SERVING_README.read_text(encoding="utf-8").partition("\n## TLS\n")[2].partition("\n## ")[0]
+    return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme(tmp_path: Path):
+    """Commands that make files which the server or the client cannot read, or flags that are none."""
+    make, start, make_client, ask_as_client, ask_over_rest = commands()
+    serve, ask = start.splitlines()
+    program = "from server.serving_models import Text, tf; module = Text(); "
+    program += (
+        "tf.saved_model.save(module, 'serving_models/quickstart/1', signatures={'serving_default': module.complete})"
+    )
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
+
+    def shell(script: str, port: int = 0) -> subprocess.CompletedProcess[str]:
+        for written, ours in (("python -m", f"{sys.executable} -m"), (":8500", f":{port}"), (":8443", f":{port}")):
+            script = script.replace(written, ours)
+        given = ["bash", "-euc", script]
+        return subprocess.run(given, cwd=tmp_path, env=here, capture_output=True, text=True, timeout=120)
+
+    @contextmanager
+    def serving() -> Iterator[int]:
+        line = [sys.executable, *serve.split()[1:], "--port=-1", "--rest_api_port=0"]
+        with subprocess.Popen(line, cwd=tmp_path, env=here, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            try:
+                for logged in process.stderr:
+                    if "listening" in logged:
+                        yield int(re.search(r"gRPC (\d+)", logged)[1])
+                        return
+                raise AssertionError("the server ended")
+            finally:
+                process.terminate()
+                process.stderr.read()
+
+    assert shell(f"{sys.executable} -c {shlex.quote(program)}").returncode == 0
+    done = shell(make)
+    assert done.returncode == 0, done.stderr
+    # The server's own reading of the file; a second server would take its time.
+    tls = read_tls(str(tmp_path / "ssl.config"))
+    assert tls is not None
+    with grpc_server(HANDLERS, grpc.ssl_server_credentials([(tls.key, tls.certificate)])) as port:
+        assert shell(ask, port).stdout == "The é\n"
+    done = shell(make.partition("\n\n")[2] + make_client)
+    assert done.returncode == 0, done.stderr
+    with serving() as port:
+        # The model has one signature.
+        done = shell(ask_as_client.rstrip() + " --signature serving_default", port)
+        assert (done.stdout, done.stderr) == ("The import world\n", "")
+        assert "wants a client certificate: give --cert-file and --key-file" in shell(ask, port).stderr
+    pair = (str(tmp_path / "server.crt"), str(tmp_path / "server.key"))
+    with secure_server("https", pair) as address:
+        done = shell(ask_over_rest, int(address.rpartition(":")[2]))
+        assert (done.returncode, done.stdout) == (0, "The é\n"), done.stderr
