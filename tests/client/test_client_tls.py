@@ -29,6 +29,7 @@ from .doubles import (
     grpc_predictions,
     grpc_server,
     http_reply,
+    read_request,
     rest_metadata,
     rest_predictions,
     rest_server,
@@ -129,7 +130,7 @@ def said(url: str, **arguments: Any) -> str:
     with Client(url, timeout=20, **arguments) as client, pytest.raises(ServerError) as error:
         client.generate("a")
     assert "\n" not in str(error.value)
-    assert str(error.value).startswith((url, f"no server answers at {url}"))
+    assert str(error.value).startswith((url, f"no server answers at {url}", "the proxy "))
     return str(error.value).replace(url, "URL")
 
 
@@ -289,6 +290,71 @@ def test_tls_files_for_a_plain_url(authority: Authority):
         InputError, match=r"URL http://127\.0\.0\.1:1: ca_file, cert_file and key_file go with https://"
     ):
         Client("http://127.0.0.1:1", ca_file=authority.ca_file)
+
+
+# Proxies, which the environment names
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that names none."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch
+
+
+def test_a_proxy(no_proxy: pytest.MonkeyPatch):
+    """Connections of our own that ask the server directly, which the proxy alone can reach."""
+    with rest_server(answer) as proxy, Client("http://models.invalid:8501", timeout=20) as client:
+        no_proxy.setenv("http_proxy", proxy)
+        assert client.generate("a").completion == " é"
+
+
+def test_a_tunnel_through_a_proxy(no_proxy: pytest.MonkeyPatch, authority: Authority, pair: tuple[str, str]):
+    """As above, with TLS to the server within; what the proxy sends has no longer than the call either."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*pair)
+
+    def tunnel(connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        with context.wrap_socket(connection, server_side=True) as inner:
+            while path := read_request(inner)[0]:
+                inner.sendall(answer(path, b""))
+
+    def stall(connection: socket.socket) -> None:
+        read_request(connection)
+        for _ in range(100):
+            time.sleep(0.1)
+            connection.sendall(b"H")
+
+    for serve, timeout in ((tunnel, 20.0), (stall, 1.0)):
+        with (
+            tcp_server(serve) as port,
+            Client("https://127.0.0.1:1", timeout=timeout, ca_file=authority.ca_file) as client,
+        ):
+            no_proxy.setenv("https_proxy", f"http://127.0.0.1:{port}")
+            if serve is tunnel:
+                assert client.generate("a").completion == " é"
+            else:
+                with pytest.raises(ServerError, match="did not answer within 1 s"):
+                    client.generate("a")
+
+
+def test_a_proxy_that_is_not_there(no_proxy: pytest.MonkeyPatch):
+    """The server is said not to answer, and the proxy's password is in the message."""
+    no_proxy.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    told = said("http://models.invalid:8501")
+    assert "the proxy 127.0.0.1:9 does not answer" in told
+    assert "secret" not in told
+
+
+def test_a_password_in_the_url(no_proxy: pytest.MonkeyPatch):
+    """Messages end up in logs, with the password of the URL."""
+    with Client("http://me:secret@127.0.0.1:9") as client, pytest.raises(ServerError) as error:
+        client.generate("a")
+    assert str(error.value).startswith("no server answers at http://127.0.0.1:9: ")
 
 
 # serving/README.md
