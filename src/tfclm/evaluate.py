@@ -11,6 +11,7 @@ from tfclm.corpus.settings import SourceSettings
 from tfclm.errors import InputError
 from tfclm.finite import plain
 from tfclm.settings import command, say, setting
+from tfclm.terminal import print_result
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ def run(settings: EvaluateSettings) -> int:
     result = measure(model, tokenizer, settings)
     finite = all(math.isfinite(result[name]) for name in ("perplexity", "standard_error", "loss"))
     if settings.json:
-        print(json.dumps(plain(result)))
+        print_result(json.dumps(plain(result)))
     elif finite:
         error = result["standard_error"]
-        print(f"perplexity {result['perplexity']:.4f} ± {error:.4f} over {result['tokens']} tokens")
+        print_result(f"perplexity {result['perplexity']:.4f} ± {error:.4f} over {result['tokens']} tokens")
     if not finite:
         why = "its weights, or what it computes from them, hold NaN or infinity"
         if math.isfinite(result["loss"]):

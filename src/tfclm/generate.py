@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tfclm.errors import InputError
 from tfclm.prompts import read_prompt
 from tfclm.settings import command, say, setting
+from tfclm.terminal import print_result
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ def run(settings: GenerateSettings) -> int:
     model, tokenizer = load(settings.model, revision=settings.revision)
     idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p") if getattr(settings, name) is not None]
     if idle and settings.temperature is None and not model.generation_config.do_sample:
-        print(
+        say(
             f"tfclm.generate: {' and '.join(idle)} changes nothing at temperature 0, which this checkpoint's "
-            "generation_config asks for: give --temperature",
-            file=sys.stderr,
+            "generation_config asks for: give --temperature"
         )
     try:
         text = sample(
@@ -56,7 +56,7 @@ def run(settings: GenerateSettings) -> int:
     except FloatingPointError as error:
         say(f"tfclm.generate: {settings.model}: {error}")
         return 1
-    print(json.dumps({"generated_text": text}, ensure_ascii=False) if settings.json else text)
+    print_result(json.dumps({"generated_text": text}, ensure_ascii=False) if settings.json else text)
     return 0
 
 

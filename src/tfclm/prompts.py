@@ -12,7 +12,7 @@ def read_prompt(prompt: str | None, stdin: TextIO | None, file: str | None = Non
     """The prompt that is given, else the file's or standard input's without the newline that editors put at the end.
 
     Raises:
-        InputError: it is not UTF-8, the file cannot be read, both are given, or standard input is closed (None).
+        InputError: it is not UTF-8, the file or standard input cannot be read or is closed (None), or both are given.
     """
     if prompt is not None and file is not None:
         raise InputError("--prompt and --prompt-file exclude each other: give one of them")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import dataclasses
 import difflib
 import errno
 import gc
 import importlib
-import io
 import logging
 import os
 import sys
@@ -21,6 +19,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 from tfclm.errors import InputError
+from tfclm.terminal import abandon_stdout, mend_streams
+from tfclm.terminal import say as say  # for the commands
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ def command(
 ) -> NoReturn:
     """Runs a command as `python -m tfclm.VERB` does and exits: 0 done, 2 for what the user gave, 1 for the rest."""
     prog = f"python -m tfclm.{verb}"
-    _mend_streams()
+    mend_streams()
     try:
         try:
             values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
@@ -130,57 +130,22 @@ def command(
         sys.stdout.flush()
         sys.exit(code)
     except InputError as error:
-        print(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"), file=sys.stderr)
+        say(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"))
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"tfclm.{verb}: interrupted", file=sys.stderr)
+        say(f"tfclm.{verb}: interrupted")
         sys.exit(1)
     except BrokenPipeError:
-        _leave_output()  # its reader has gone (`| head`)
+        abandon_stdout()  # its reader has gone (`| head`)
         sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            _leave_output()
+            abandon_stdout()
             where = f": {error.filename}" if error.filename else ""
-            print(_scrubbed(f"tfclm.{verb}: {error.strerror}{where}"), file=sys.stderr)
+            say(_scrubbed(f"tfclm.{verb}: {error.strerror}{where}"))
             sys.exit(1)
-        print(_scrubbed(traceback.format_exc()), file=sys.stderr, end="")
+        say(_scrubbed(traceback.format_exc().rstrip()))
         sys.exit(1)
-
-
-def _mend_streams() -> None:
-    """Gives the process the streams that all code expects, where it was started with others."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            # Closed (`2>&-`): the next file that is opened would have its number, and get what is printed.
-            os.open(os.devnull, os.O_RDWR)
-    # A closed standard input stays None: who wants to read from it can say so.
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Prompts are read as UTF-8, and texts have characters that an ASCII or Latin-1 terminal's encoding has not.
-        if not codecs.lookup(sys.stdout.encoding).name.startswith("utf"):
-            sys.stdout.reconfigure(encoding="utf-8")
-        if sys.stdout.errors == "strict":
-            sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _leave_output() -> None:
-    """Gives up what is still to be printed: Python must not complain about it again while it exits."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(nowhere, 1)
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _scrubbed(text: str) -> str:
@@ -215,7 +180,7 @@ def import_tensorflow() -> None:
             for line in said.read().decode(errors="replace").splitlines():
                 # Informational lines begin with I and a date; this one says that they are not in the log file yet.
                 if not line.startswith(("I0000", "WARNING: All log messages before absl")):
-                    print(line, file=sys.stderr)
+                    say(line)
 
 
 def _meant(name: str, fields: Iterable[str], spell: Callable[[str], str]) -> str:

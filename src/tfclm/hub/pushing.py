@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tfclm.hub.repository import FIRST_WAIT, Repository, next_wait, said, wait_for
+from tfclm.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -141,4 +142,5 @@ def complain(line: str) -> None:
     """A line on stderr, above the bar of a training."""
     from tqdm.auto import tqdm
 
-    tqdm.write(line, file=sys.stderr)
+    if sys.stderr is not None:
+        tqdm.write(printable(line, sys.stderr), file=sys.stderr)

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -172,7 +171,7 @@ class RunFolder:
             names = read_results(self._former)["files"]
         except InputError:
             text = f"the former results.json cannot be read: files of its checkpoint may be left in {self.path}"
-            print(text, file=sys.stderr)
+            say(text)
             return
         left = {name.split("/")[0] for name in names} - {name.split("/")[0] for name in files}
         # From what is in the folder, so that no name leads out of it.
