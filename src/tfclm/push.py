@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tfclm.disk import write
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
 from tfclm.settings import command, say, setting
@@ -27,7 +28,7 @@ def run(settings: PushSettings) -> int:
     from tfclm.hub.delivery import deliver, marked
     from tfclm.hub.fetching import newest_version
     from tfclm.hub.repository import Unreachable, preflight
-    from tfclm.training.folder import Lock, write
+    from tfclm.training.folder import Lock
     from tfclm.training.report import plain_card
 
     settings.check_hub()

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tfclm.disk import write
 from tfclm.errors import InputError
 from tfclm.hub.pushing import Pusher, State, complain
 from tfclm.hub.repository import Repository, files_of, said
-from tfclm.training.folder import write
 
 MARKER = "unpushed.json"
 STAGING = "resume/push"

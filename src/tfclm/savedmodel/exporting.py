@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tfclm.disk import copy_folder
 from tfclm.errors import InputError
 from tfclm.savedmodel import canary, gate, saving, warmup
 from tfclm.savedmodel.canary import CanaryFailed
@@ -171,7 +171,7 @@ def publish_exported(
     verdict = gate.decide(limits, measured, gate.served_record(where, limits))
     verdicts.require(verdict)
     with staged(where, say) as folder:
-        shutil.copytree(exported, folder, dirs_exist_ok=True)
+        copy_folder(exported, folder)
         say("asking it in a process of its own")
         with verdicts.of_canary(verdict):
             canary.validate(folder, xla=(entries.get("settings") or {}).get("compile") == "xla")
