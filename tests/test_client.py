@@ -369,6 +369,20 @@ def test_503_is_asked_again_and_nothing_else():
         assert len(asked) == seen, status
 
 
+def test_a_server_cannot_make_a_caller_wait_for_hours():
+    """A program that hangs, past its own timeout, because a busy server or a proxy has named an hour."""
+    full = '{"error": "full"}'
+    for asked in ("3600", "Fri, 31 Dec 9999 23:59:59 GMT"):
+        began = time.monotonic()
+        with (
+            http_server(lambda handler, number, asked=asked: reply(handler, 503, full, Retry_After=asked)) as url,
+            Client(url, "m", retries=1, timeout=0.5) as client,
+            pytest.raises(ServerError, match="answered HTTP 503, too many requests"),
+        ):
+            client.generate("a")
+        assert 0.5 <= time.monotonic() - began < 20
+
+
 def test_overload_ends():
     """A client that asks for ever."""
     with (

@@ -76,7 +76,7 @@ def test_lost_data_is_an_error(tmp_path: Path, number: int):
 
 
 def test_mount_without_locks(tmp_path: Path):
-    """An export refused for want of locks; or another's half-written version removed, because nothing says it is in use."""
+    """An export refused for want of locks; or a half-written version of another one removed, which may be in use."""
     (tmp_path / ".staging-other").mkdir()
     changed = "fcntl.flock = refuse(errno.ENOLCK)"
     done = on_a_mount(PUBLISH, tmp_path, changed=changed)
@@ -86,7 +86,7 @@ def test_mount_without_locks(tmp_path: Path):
 
 
 def test_versions_on_another_layer_are_removed(tmp_path: Path):
-    """A rollback refused inside of a container, whose image holds the versions: a folder of a lower layer cannot move."""
+    """A rollback refused in a container whose image holds the versions: a lower layer's folder cannot move."""
     for number in (1, 2, 3):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "saved_model.pb").write_text("graph")
@@ -125,7 +125,7 @@ def test_run_ends_well_on_such_a_mount(tmp_path: Path):
 
 
 def test_copies_without_modes_and_times(tmp_path: Path):
-    """A state from the Hub, or a version from elsewhere, whose copy fails at the last step: `shutil.copytree` sets modes."""
+    """A version from elsewhere whose copy fails at its last step, because `shutil.copytree` sets modes."""
     (tmp_path / "from" / "a" / "empty").mkdir(parents=True)
     (tmp_path / "blob").write_text("content")
     (tmp_path / "from" / "a" / "link").symlink_to(tmp_path / "blob")

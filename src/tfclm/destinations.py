@@ -50,7 +50,7 @@ def export(settings: FitSettings) -> tuple[int, Path | None]:
     if settings.export_to is None:
         return 0, None
     from tfclm.export import run
-    from tfclm.hub.fetching import newest_version
+    from tfclm.hub.archive import newest_version
 
     with _named_export_to():
         code = run(_export_settings(settings))

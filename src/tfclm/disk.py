@@ -18,7 +18,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["LOCK_PATIENCE", "FolderLock", "copy_folder", "reason", "set_mode", "staging", "sync", "sync_folder", "write"]
+__all__ = [
+    "LOCK_PATIENCE",
+    "FolderLock",
+    "copy_folder",
+    "reason",
+    "set_mode",
+    "staging",
+    "sync",
+    "sync_folder",
+    "write",
+]
 
 # How file systems say that they have no such operation. EBADF: of a handle that is open, but not for writing.
 _UNSUPPORTED = frozenset(

@@ -17,13 +17,14 @@ from tfclm.client.transport import Model, ServerError, Signature, not_available,
 from tfclm.errors import InputError
 
 CONNECT_SECONDS = 5
+LONGEST_PAUSE = 10.0  # seconds that a server's Retry-After may make a caller wait
 
 
 class RestTransport:
     """One model at `address`, such as http://localhost:8501; a path before /v1 is kept, as gateways have one.
 
     A reply of 503, which says that nothing was run, is asked again up to `retries` times, after a growing pause or what
-    the server's Retry-After says. Nothing else is.
+    the server's Retry-After says, no longer than ten seconds or the timeout. Nothing else is.
     """
 
     def __init__(self, address: str, model: Model, timeout: float, retries: int) -> None:
@@ -39,7 +40,14 @@ class RestTransport:
             self._path += f"/versions/{model.version}"
         if model.label is not None:
             self._path += f"/labels/{quote(model.label, safe='')}"
-        again = Retry(
+
+        class Bounded(Retry):
+            """Waits no longer than a caller does, whatever the server asks for."""
+
+            def parse_retry_after(self, retry_after: str) -> float:
+                return min(super().parse_retry_after(retry_after), timeout, LONGEST_PAUSE)
+
+        again = Bounded(
             total=None,
             connect=0,
             read=False,  # raises what it was, where 0 would wrap it
