@@ -80,8 +80,8 @@ class Faults:
 
     refused: nobody listens for half a second. reset: the connection breaks at once; half: in the middle of what is
     sent; lost: after the request was obeyed, so that its answer is missing. 429 asks for `retry_after`, seconds or a
-    date. hang: no answer within `hang` seconds. Requests that `path` does not find ("POST /api/models/me/x/commit/main")
-    are spared.
+    date. hang: no answer within `hang` seconds. Spared are requests that `path` does not find, such as
+    "POST /api/models/me/x/commit/main".
     """
 
     def __init__(
