@@ -277,8 +277,8 @@ def _use(settings: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     where = hub or _last(settings["output_dir"])
     served = f"serving_models/{_name(settings)}"
     if hub:
-        serve = f"""a version that a stock server hosts. If this repository has a `saved_model.zip`, that is one, ready \
-to serve: `python -m tfclm.serve --hub {hub}`, or unpacked into the server's model folder."""
+        serve = f"""a version that a stock server hosts. If this repository has a `saved_model.zip`, that is one, \
+ready to serve: `python -m tfclm.serve --hub {hub}`, or unpacked into the server's model folder."""
     else:
         serve = f"""a version that a stock server hosts, or `python -m tfclm.serve --model_name={_name(settings)} \
 --model_base_path={served}`."""
