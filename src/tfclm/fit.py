@@ -138,8 +138,8 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: no folder is given, or one that holds something else, or the Hub has no state there.
     """
+    from tfclm.disk import write
     from tfclm.hub import fetch_run
-    from tfclm.training.folder import write
 
     repo_id, output_dir = str(given["resume_from"]), given.get("output_dir")
     if output_dir is None:

@@ -149,7 +149,10 @@ def command(
 
 
 def _scrubbed(text: str) -> str:
-    """Without the Hub's token, which a message may quote: a proxy's, or about a flag that it was given to."""
+    """Without the Hub's token, which a message may quote: a proxy's, or about a flag that it was given to.
+
+    Never fails: it is the last step between an error and its line.
+    """
     from tfclm.hub.repository import scrubbed
 
     return scrubbed(text)

@@ -13,7 +13,7 @@ import pytest
 
 from tfclm.errors import InputError
 from tfclm.training.folder import RunFolder
-from tfclm.training.report import curve
+from tfclm.training.report import curve, model_card
 from tfclm.training.run import TrainingRecord
 
 SETTINGS = {
@@ -133,10 +133,11 @@ def test_a_filesystem_without_locks(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr("tfclm.disk._noted", set())  # it is said once a process
     complete(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["perplexity"] == pytest.approx(math.exp(2.0))
     (said,) = capfd.readouterr().err.splitlines()
-    assert f"{tmp_path / 'run'} has no file locks ({os.strerror(number)})" in said
+    assert said.startswith(f"tfclm: {tmp_path / 'run'}: no locks here ({os.strerror(number)}); do not let two commands")
 
 
 def test_a_lock_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -195,6 +196,60 @@ def test_the_curve_of_the_perplexity_can_be_read():
     assert axes["Loss"].get_yscale() == "linear"
     figure.draw_without_rendering()
     assert {"10", "100", "1000"} <= {label.get_text() for label in below.get_yticklabels()}
+
+
+def card(settings: dict, protocol: dict, base: dict | None = None) -> str:
+    """The card of a short run."""
+    results = {
+        **{"perplexity": 7.4, "initial_perplexity": 54.6, "tokens": 100, "versions": {"python": "3.11"}},
+        "protocol": PROTOCOL | protocol,
+        "train": {**vars(done()), "corpus_tokens": 720},
+    }
+    return model_card(results, SETTINGS | {"train_file": [], "validation_file": []} | settings, base or {})
+
+
+def test_card_of_local_files_is_fit_to_be_seen():
+    """Somebody's home folder on the Hub, a Python list, "split None", or a repository that there is none of."""
+    text = card(
+        {"model": "/home/ann/first", "output_dir": "/home/ann/second", "train_file": ["/home/ann/tickets.jsonl"]},
+        {
+            "source": ["/home/ann/tickets.jsonl"],
+            "split": None,
+            "validation": "files /home/ann/a.jsonl, /home/ann/b.jsonl",
+        },
+    )
+    for words in (
+        "Fine-tuned from the local model first on the file tickets.jsonl.",
+        "* Source: the file tickets.jsonl, column text.",
+        "* Validation: 2 files: a.jsonl, b.jsonl; 1 document.",
+        "The card of the local model first names no licence",
+        "name: the file tickets.jsonl",
+        "model: first\n",
+        "train_file:\n- tickets.jsonl\n",
+        "output_dir: second\n",
+        'pipeline("text-generation", model="second"',
+        "`python -m tfclm.export --model second --serving-dir serving_models/second` makes a version that a stock "
+        "server hosts, or `python -m tfclm.serve --model_name=second --model_base_path=serving_models/second`.",
+    ):
+        assert words in text, words
+    for words in ("/home", "None", "['", "--hub", "saved_model.zip"):
+        assert words not in text.replace("torch_dtype=None", "").replace("hence the None", ""), words
+
+
+def test_card_names_some_of_many_files_and_a_dataset_as_it_is():
+    """A card that is a list of a thousand files, or one that shortens the name of a dataset or model of the Hub."""
+    text = card({"push_to_hub": "me/x"}, {"source": [f"/data/{number}.txt" for number in range(1000)], "split": None})
+    assert "on 1000 files: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 995 more." in text
+    assert "`python -m tfclm.serve --hub me/x`" in text
+    protocol = {"source": "some/texts", "split": "train[:9]", "validation": "split test (the dataset's own)"}
+    text = card(
+        {"dataset": "some/texts", "model": "base/tiny"}, protocol, {"base_model": "base/tiny", "license": "mit"}
+    )
+    assert "Fine-tuned from base/tiny on some/texts, split train[:9]." in text
+    assert "The licence is that of base/tiny: mit." in text
+    assert "model: base/tiny\n" in text
+    assert "* Validation: split test (the dataset's own); 1 document." in text
+    assert "Python's own documentation (python-docs), split" in card({"model": "scratch"}, {"source": "python-docs"})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfclm import disk
 from tfclm.checkpoint.configs import config_json, read_config
 from tfclm.checkpoint.files import choose_weights, locate, read_object
 from tfclm.checkpoint.model import build, context_size, first_position, is_tied, tie
@@ -91,7 +92,7 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)  # what a killed save left
         staging.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write to the folder {folder}: {error.strerror}") from error
+        raise InputError(f"cannot write to the folder {folder}: {disk.reason(error)}") from error
     try:
         if tokenizer is not None:
             with _quiet():
@@ -107,12 +108,12 @@ def save(
         names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
         mode = (staging / "config.json").stat().st_mode
         for name in names:
-            os.chmod(staging / name, mode)  # safetensors' own files are for their owner alone
-            _sync(staging / name)
+            disk.set_mode(staging / name, mode)  # safetensors' own files are for their owner alone
+            disk.sync(staging / name)
         for name in sorted(names, key=lambda name: name.endswith(".safetensors")):
             (folder / name).parent.mkdir(exist_ok=True)
             os.replace(staging / name, folder / name)
-        _sync(folder)
+        disk.sync(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return names
@@ -131,15 +132,6 @@ def _read_generation_config(model: TFPreTrainedModel, where: str, folder: Path) 
         model.generation_config = GenerationConfig.from_dict(fields)
     except Exception as error:
         raise InputError(f"{where}: generation_config.json cannot be used: {first_line(error)}") from error
-
-
-def _sync(path: Path) -> None:
-    """Onto the disk, so that a rename after it never outlives the content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

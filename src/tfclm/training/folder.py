@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tfclm.disk import FolderLock, write
 from tfclm.errors import InputError
 from tfclm.finite import exp, plain
 from tfclm.settings import say, to_yaml
@@ -154,7 +154,7 @@ class RunFolder:
         draw_curve(done, self.path / "loss.png")
         write(self.path / "README.md", model_card(results, {**self.settings, "push_to_hub": repo_id}, base))
         results = self.record(results)
-        shutil.rmtree(self._resume)
+        shutil.rmtree(self._resume, ignore_errors=True)  # the run is complete; the next one removes what is left
         return results
 
     def record(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -178,38 +178,14 @@ class RunFolder:
         remove(entry for entry in self.path.iterdir() if entry.name in left)
 
 
-# What filesystems say that have no such locks, or not of folders: NFS, FUSE and those of clusters.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
-
-
-class Lock:
-    """One run a folder: a lock that ends with its process, however that ends.
-
-    Where the filesystem has no locks, that is said, and the folder is used without.
-    """
+class Lock(FolderLock):
+    """One run a folder: a lock that ends with its process, however that ends."""
 
     def __init__(self, folder: Path) -> None:
-        import fcntl
-
-        # The folder itself is locked: a lock file would be one file too many in the result.
-        self._handle = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            super().__init__(folder)
         except BlockingIOError as error:
-            os.close(self._handle)
             raise InputError(f"{folder} is in use by another run: wait for it, or give another --output-dir") from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                os.close(self._handle)
-                raise
-            say(
-                f"the filesystem of {folder} has no file locks ({error.strerror}): it cannot be seen whether another "
-                "run uses the folder; see to it that none does"
-            )
-
-    def release(self) -> None:
-        """Lets the folder go."""
-        os.close(self._handle)
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -227,13 +203,3 @@ def remove(entries: Iterable[Path]) -> None:
     """Removes files and folders."""
     for entry in list(entries):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
