@@ -18,7 +18,7 @@ from conftest import ARCHITECTURES, tiny_config
 
 from tfclm import evaluate, fit, generate
 from tfclm.checkpoint import create, load, save
-from tfclm.perplexity import perplexity
+from tfclm.metrics import perplexity
 from tfclm.settings import parse
 
 TOKENIZER_FILES = {"merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}

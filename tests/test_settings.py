@@ -295,12 +295,39 @@ def test_public_names():
         tfclm.nothing  # noqa: B018
 
 
-def test_perplexity_is_module_and_function():
-    """`tfclm.perplexity` is a submodule once that is imported; it must stay callable as the public function."""
-    importlib.import_module("tfclm.perplexity")
-    assert callable(tfclm.perplexity)
-    with pytest.raises(ValueError, match="window"):
-        tfclm.perplexity(None, [1, 2, 3])
+def test_the_commands_are_listed():
+    """`python -m tfclm` that says there is no __main__, or a command that is missing from what it lists."""
+    program = f'"{Path(sys.executable).parent / "tfclm"}"'
+    for given in ("", " --help"):
+        code, out, err = shell(f'"$PYTHON" -m tfclm{given}')
+        assert (code, err) == (0, "")
+        listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+        assert listed == ["fit", "evaluate", "generate", "export", "serve", "query", "push"]
+    assert shell(f"{program} --version") == (0, f"tfclm {tfclm.__version__}\n", "")
+    code, out, err = shell(f"{program} serv")
+    assert (code, out) == (2, "")
+    assert err.startswith("tfclm: there is no command serv (did you mean serve?): give fit, ")
+    assert "--no-deterministic" in shell('"$PYTHON" -m tfclm.fit --help')[1]
+    assert shell(f"{program} query --nope")[2] == shell('"$PYTHON" -m tfclm.query --nope')[2]
+
+
+def test_help_shows_the_public_names():
+    """Imports among the names, a help of one function, a thousand lines of Keras, or a default that is an address."""
+    code = (
+        "import pydoc, tfclm, tfclm.metrics; print([name for name in dir(tfclm) if not name.startswith('_')]); "
+        "print(pydoc.render_doc(tfclm, renderer=pydoc.plaintext)); "
+        "print('=' * 9, pydoc.render_doc(tfclm.perplexity, renderer=pydoc.plaintext)); "
+        "print('=' * 9, pydoc.render_doc(tfclm.TrainingSettings, renderer=pydoc.plaintext))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names, _, text = done.stdout.partition("\n")
+    assert names == str(tfclm.__all__)
+    package, function, settings = text.split("=" * 9)
+    for name in tfclm.__all__:
+        assert f"{name}(" in package, name
+    assert "<function" not in package
+    assert len(function.splitlines()) < 60
+    assert "learning_rate: peak learning rate (default: 2e-05)" in settings
 
 
 def test_every_setting_is_in_the_readme():

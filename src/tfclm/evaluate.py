@@ -58,7 +58,7 @@ def measure(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str,
     """Perplexity of a loaded model on the settings' source, and how it was measured: what `--json` prints."""
     from tfclm import corpus
     from tfclm.checkpoint import context_size
-    from tfclm.perplexity import perplexity
+    from tfclm.metrics import perplexity
 
     context = context_size(model)
     split = corpus.read_split(

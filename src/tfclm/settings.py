@@ -36,6 +36,13 @@ def setting(default: Any, help: str, *, recorded: bool = True, literal: bool = F
     return dataclasses.field(default=default, metadata={"help": help, "recorded": recorded, "literal": literal})
 
 
+def documented(settings: type[T]) -> type[T]:
+    """A decorator of settings dataclasses: their docstring lists the fields as `--help` does."""
+    lines = [f"    {field.name}: {_help(field)}" for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    settings.__doc__ = f"{settings.__doc__}\n\nAttributes:\n" + "\n".join(lines) + "\n"
+    return settings
+
+
 def parse(
     settings: type[T],
     arguments: Sequence[str],
@@ -231,16 +238,19 @@ def _fields(settings: type) -> list[tuple[dataclasses.Field[Any], Any]]:
     return [(field, hints[field.name]) for field in dataclasses.fields(settings)]
 
 
+def _help(field: dataclasses.Field[Any]) -> str:
+    shown = "" if field.default in (None, (), False, "") else f" (default: {field.default})"
+    return f"{field.metadata['help']}{shown}"
+
+
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:
     flags = [f"--{field.name.replace('_', '-')}"]
     if "_" in field.name:
         flags.append(f"--{field.name}")
-    default = field.default
-    shown = "" if default in (None, (), False, "") else f" (default: {default})"
     # A flag that is not given stays out of the result, so that the file's value can be told from a default.
     common: dict[str, Any] = {
         "dest": field.name,
-        "help": (field.metadata["help"] + shown).replace("%", "%%"),
+        "help": _help(field).replace("%", "%%"),
         "default": argparse.SUPPRESS,
     }
     optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
@@ -248,9 +258,8 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: A
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     metavar = field.name.split("_")[-1].upper()
     if kind is bool:
-        parser.add_argument(*flags, action="store_true", **common)
-        negative = {f"--no-{field.name.replace('_', '-')}": None, f"--no_{field.name}": None}
-        parser.add_argument(*negative, **common | {"help": argparse.SUPPRESS}, action="store_false")
+        twins = dict.fromkeys((f"--no-{field.name.replace('_', '-')}", f"--no_{field.name}"))
+        parser.add_argument(*flags, *twins, action=_Switch, nargs=0, **common)
     elif typing.get_origin(kind) is Literal:
         parser.add_argument(*flags, choices=typing.get_args(kind), **common)
     elif typing.get_origin(kind) is tuple:
@@ -258,6 +267,11 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: A
     else:
         convert = _optional(kind) if optional and not field.metadata["literal"] else kind
         parser.add_argument(*flags, type=convert, metavar=metavar, **common)
+
+
+class _Switch(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, not str(option).startswith(("--no-", "--no_")))
 
 
 class _Tuple(argparse.Action):

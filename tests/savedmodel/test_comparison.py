@@ -124,7 +124,7 @@ def test_second_training_on_other_data_is_compared_on_one_text(
     """The gate's most natural use refused, because the served version was measured on another text."""
     from tfclm import export
     from tfclm.checkpoint import save
-    from tfclm.perplexity import perplexity
+    from tfclm.metrics import perplexity
     from tfclm.savedmodel.servable import Servable
     from tfclm.savedmodel.settings import ServableSettings
 

@@ -22,7 +22,7 @@ from test_decoding import is_tie
 from tokenizers import decoders
 from transformers import AutoTokenizer, pipeline
 
-from tfclm.perplexity import perplexity
+from tfclm.metrics import perplexity
 from tfclm.savedmodel import saving, warmup
 from tfclm.savedmodel.servable import MAX_REQUEST_TOKENS, Servable
 from tfclm.savedmodel.settings import ServableSettings

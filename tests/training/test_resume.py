@@ -24,7 +24,7 @@ import tensorflow as tf
 import tf_keras
 
 from tfclm.errors import InputError
-from tfclm.perplexity import TokenLoss
+from tfclm.metrics import TokenLoss
 from tfclm.training.resume import Interrupted, Progress, Snapshots
 
 pytestmark = pytest.mark.slow
@@ -434,7 +434,7 @@ def _report_on_two_devices(connection, folder: Path, tokenizer_dir: Path) -> Non
     from conftest import tiny_config
 
     from tfclm.checkpoint import create
-    from tfclm.perplexity import token_losses
+    from tfclm.metrics import token_losses
     from tfclm.training.feed import run_order
 
     device = tf.config.list_physical_devices("CPU")[0]

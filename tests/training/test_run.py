@@ -13,7 +13,7 @@ from conftest import ARCHITECTURES
 
 from tfclm.corpus import pack
 from tfclm.errors import InputError
-from tfclm.perplexity import perplexity
+from tfclm.metrics import perplexity
 from tfclm.training import TrainingSettings, finetune
 from tfclm.training.step import finetuning_step
 

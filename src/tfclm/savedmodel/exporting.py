@@ -37,15 +37,15 @@ def export_saved_model(
     model: Any,
     tokenizer: Any,
     serving_dir: str | os.PathLike[str],
-    settings: ServableSettings = ServableSettings(),
+    settings: ServableSettings | None = None,
     *,
     version: int | None = None,
     recorded: Measured | None = None,
-    measure: Callable[[Any], Measured | None] = lambda model: None,
-    limits: Gate = Gate(),
+    measure: Callable[[Any], Measured | None] | None = None,
+    limits: Gate | None = None,
     texts: Callable[[], Iterable[str]] | None = None,
     source: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = None,
 ) -> Exported:
     """Writes the next version of a servable that TensorFlow Serving hosts as it is: text in, text out.
 
@@ -53,7 +53,7 @@ def export_saved_model(
         model: a TensorFlow causal LM of transformers.
         tokenizer: its fast tokenizer.
         serving_dir: the servable's folder, or an address that TensorFlow knows (gs://, s3://); versions are below it.
-        settings: defaults, limits and compilation.
+        settings: defaults, limits and compilation; `ServableSettings()` if not given.
         version: the version's number; the highest there plus 1 if not given.
         recorded: the model's perplexity, where it is known already.
         measure: gives a model's perplexity on some text, and is asked if none is recorded. It is asked of smaller
@@ -73,6 +73,8 @@ def export_saved_model(
         GateFailed: the perplexity is too high; nothing was published.
         CanaryFailed: the finished version does not do what the model does; nothing was published.
     """
+    settings, limits, say = settings or ServableSettings(), limits or Gate(), say or _say_nothing
+    measure = measure or _measure_nothing
     settings.check()
     limits.check()
     where = address(serving_dir)
@@ -154,9 +156,9 @@ def publish_exported(
     serving_dir: str | os.PathLike[str],
     *,
     version: int | None = None,
-    limits: Gate = Gate(),
+    limits: Gate | None = None,
     source: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = None,
 ) -> Exported:
     """Makes a version that was exported elsewhere the next one here, if its record passes the gate.
 
@@ -175,6 +177,7 @@ def publish_exported(
         GateFailed: the perplexity is too high; nothing was published.
         CanaryFailed: it cannot be loaded, or a warm-up record fails; nothing was published.
     """
+    limits, say = limits or Gate(), say or _say_nothing
     limits.check()
     where = address(serving_dir)
     check_place(where, version)
@@ -195,6 +198,14 @@ def publish_exported(
         number = publish(folder, where, version)
     verdicts.published(verdict, number, say)
     return Exported(number, f"{where}/{number}", entries)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _measure_nothing(model: Any) -> Measured | None:
+    return None
 
 
 def _cost(exact: Measured | None, smaller: Measured | None) -> Cost | None:

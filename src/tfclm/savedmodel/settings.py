@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tfclm import sampling
 from tfclm.errors import InputError
-from tfclm.settings import setting
+from tfclm.settings import documented, setting
 
 INT32 = 2**31 - 1
 DEFAULT_NEW_TOKENS = 100
@@ -25,6 +25,7 @@ RANGES = {
 }
 
 
+@documented
 @dataclass(frozen=True)
 class ServableSettings:
     """Settings of `export_saved_model`; None takes the checkpoint's generation_config."""

@@ -17,7 +17,7 @@ import tensorflow as tf
 import tf_keras
 
 from tfclm.errors import InputError
-from tfclm.perplexity import TokenLoss
+from tfclm.metrics import TokenLoss
 
 
 class Interrupted(Exception):

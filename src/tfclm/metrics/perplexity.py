@@ -6,8 +6,6 @@ A mean of batch means is no perplexity: a short last batch, or one with few labe
 from __future__ import annotations
 
 import math
-import sys
-import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -172,13 +170,3 @@ def _batches(rows: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Iterat
 def _stack(batch: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     ids, labels = zip(*batch, strict=True)
     return np.stack(ids).astype(np.int32), np.stack(labels).astype(np.int64)
-
-
-class _Callable(types.ModuleType):
-    """`tfclm.perplexity` is this module once it is imported, and the function all the same."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Perplexity:
-        return perplexity(*arguments, **options)
-
-
-sys.modules[__name__].__class__ = _Callable
