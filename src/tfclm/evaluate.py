@@ -70,13 +70,14 @@ def measure(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str,
         text_column=settings.text_column,
     )
     if settings.stride is None:
-        corpus.check_block_size(settings.block_size, context)
+        block_size = settings.block_size_for(context)
+        corpus.check_block_size(block_size, context)
         tokens = corpus.tokenize(split.texts, tokenizer, settings.num_proc)
-        packed = corpus.pack(tokens, settings.block_size, settings.separator_ids(tokenizer))
+        packed = corpus.pack(tokens, block_size, settings.separator_ids(tokenizer))
         corpus.check_vocabulary(packed.largest_id, model.config.vocab_size)
         score = perplexity(model, packed.blocks, batch_size=settings.batch_size)
         protocol: dict[str, Any] = {
-            "block_size": settings.block_size,
+            "block_size": block_size,
             "separator": settings.separator,
             "dropped_tokens": packed.dropped_tokens,
         }

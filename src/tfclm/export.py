@@ -214,7 +214,7 @@ def measured(model: Any, tokenizer: Any, settings: ExportSettings) -> Measured |
     if settings.dataset is None and not settings.file:
         if settings.weights == "float32":
             return None
-        size = min(settings.block_size, context_size(model) or settings.block_size)
+        size = settings.block_size_for(context_size(model))
         result = measure(
             model,
             tokenizer,

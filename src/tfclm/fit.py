@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tfclm.corpus.settings import SourceSettings
+from tfclm.corpus.settings import BLOCK_SIZE, SourceSettings
 from tfclm.destinations import check_export, export, is_unpushed, push, push_callback, reach_hub
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
@@ -31,6 +31,7 @@ SPLITTING = (
 class FitSettings(HubSettings, TrainingSettings, SourceSettings):
     """Settings of `fit`."""
 
+    block_size: int = setting(BLOCK_SIZE, "tokens per block")
     train_split: str = setting("train", "split to train on, also an expression such as train_asks[:5000]")
     validation_split: str | None = setting(None, "split to validate on; the dataset's own if it has one")
     train_file: tuple[str, ...] = setting(

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from tfclm.errors import InputError
 from tfclm.settings import documented, setting
 
+BLOCK_SIZE = 128
+
 
 @documented
 @dataclass(frozen=True)
@@ -22,9 +24,13 @@ class SourceSettings:
     text_column: str = setting(
         "text", "column that holds the text; a dotted path goes into nested columns (answers.text), lists are joined"
     )
-    block_size: int = setting(128, "tokens a block")
+    block_size: int | None = setting(None, "tokens per block; 128, or the model's context if that is less")
     separator: Literal["eos", "none"] = setting("eos", "what stands between documents; the guide puts nothing there")
     num_proc: int | None = setting(None, "processes that tokenize; one if not given")
+
+    def block_size_for(self, context: int | None) -> int:
+        """The block size that is given, or else the default for a model of this context (None: it has no limit)."""
+        return self.block_size if self.block_size is not None else min(BLOCK_SIZE, context or BLOCK_SIZE)
 
     def separator_ids(self, tokenizer: Any) -> list[int]:
         """The ids that `pack` puts after each document.
