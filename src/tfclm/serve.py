@@ -77,14 +77,17 @@ def _disable_xla() -> None:
     """Makes ops that compile with XLA fail, as they do in a stock server. There is no way back in this process."""
     import tensorflow as tf
 
+    folder = Path(tf.__file__).parent
+    library = next(folder.glob("libtensorflow_cc.*"), None)
     try:
-        library = next(Path(tf.__file__).parent.glob("libtensorflow_cc.*"))
+        if library is None:
+            raise OSError(f"no libtensorflow_cc in {folder}")
         ctypes.CDLL(str(library))._ZN10tensorflow21DisableXlaCompilationEv()
-    except (StopIteration, OSError, AttributeError) as error:
+    except (OSError, AttributeError) as error:
         logging.getLogger("tfclm.server").warning(
             "XLA cannot be turned off in this build of TensorFlow (%s): "
             "an export that is compiled runs here, but not on a server without --xla_cpu_compilation_enabled",
-            f"{type(error).__name__}: {error}",
+            error,
         )
 
 

@@ -406,6 +406,21 @@ def test_sigterm_ends_it_whatever_runs(launch, folder):
 
 
 @pytest.mark.slow
+def test_versions_change_while_a_run_goes_on(launch, folder, tmp_path):
+    """A run that nobody waits for and that holds up the loading of all versions, because its own is to be unloaded."""
+    shutil.copytree(folder / "heavy", tmp_path / "heavy")
+    process = launch(f"--model_base_path={tmp_path / 'heavy'}", "--rest_api_timeout_in_ms=500").listens()
+    assert process.rest.predict({"inputs": 8000}, "model").status == 504
+    for version in ("2", "3"):
+        shutil.copytree(tmp_path / "heavy" / "1", tmp_path / "heavy" / f".writing-{version}")
+        (tmp_path / "heavy" / f".writing-{version}").rename(tmp_path / "heavy" / version)
+        process.says(f"loaded version {version} of model model", 20)
+    process.says("unloaded version 2 of model model", 20)
+    body = {"signature_name": "number", "inputs": ["7"]}
+    assert process.rest.predict(body, "model").json == {"outputs": [7.0]}
+
+
+@pytest.mark.slow
 def test_second_signal_ends_it_at_once(launch, folder):
     """An operator who has to wait out the grace period, or to kill."""
     process = launch(f"--model_base_path={folder / 'slow'}", "--shutdown_grace_seconds=600").listens()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ class Servable:
         self.name, self.version, self.path = name, version, path
         self._options, self._metrics, self._runs = options, metrics, runs
         self._loaded = False
+        # To close a session waits for its runs, and whoever closes it must not.
+        self._lock = threading.Lock()
+        self._running = 0
+        self._closed = False
         if not any((path / file).exists() for file in ("saved_model.pb", "saved_model.pbtxt")):
             raise StatusError(
                 Code.NOT_FOUND, f"Could not find SavedModel .pb or .pbtxt at supplied export directory path: {path}"
@@ -94,7 +99,11 @@ class Servable:
 
     def close(self) -> None:
         """Gives the memory back. No call may be under way; an abandoned run keeps the session until it ends."""
-        self._session.close()
+        with self._lock:
+            self._closed = True
+            running = self._running
+        if not running:
+            self._session.close()
         self.signatures = {}
         del self._session
         gc.collect()
@@ -245,12 +254,19 @@ class Servable:
         def step(pool: int, timeout_ms: int) -> list[Any]:
             options = config_pb2.RunOptions(timeout_in_ms=timeout_ms, inter_op_thread_pool=pool)
             buffer = pywrap_tf_session.TF_NewBufferFromString(options.SerializeToString())
+            with self._lock:
+                self._running += 1
             try:
                 # `Session.run` would check feeds against the static shapes of the graph, which the C++ server does
                 # not, and would add Python's traceback of the graph to its errors. This is what runs beneath it.
                 return [_array(value) for value in session._call_tf_sessionrun(buffer, given, wanted, [], None)]
             finally:
                 pywrap_tf_session.TF_DeleteBuffer(buffer)
+                with self._lock:
+                    self._running -= 1
+                    last = self._closed and not self._running
+                if last:
+                    session.close()
 
         start = time.perf_counter()
         try:
