@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import logging
 import os
 import re
 import shutil
@@ -242,8 +243,9 @@ def test_output_filter_makes_no_new_executor(process, predict):
     for bits in range(1, 63):
         only = [f"y{number}" for number in range(6) if bits >> number & 1]
         assert ask(*only) == {name: whole[name] for name in only}
+    print("MiB:", process.rss() - before, "CPU seconds:", process.cpu() - began)
     assert process.rss() - before < 60
-    assert process.cpu() - began < 6
+    assert process.cpu() - began < 2
 
 
 def test_multi_inference_makes_no_new_executor(process, channel):
@@ -480,12 +482,11 @@ def test_taken_port_is_noticed_before_loading(folder, start_server, caplog):
     """Minutes of loading, and only then the word that the port is another server's."""
     from tfclm.errors import InputError
 
+    caplog.set_level(logging.INFO, "tfclm.server")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         for flag in ("port", "rest_api_port"):
             settings = {"port": 0, "rest_api_port": 0, flag: port}
-            with pytest.raises(
-                InputError, match=f"--{flag}: cannot listen on 127.0.0.1:{port}: Address already in use"
-            ):
+            with pytest.raises(InputError, match=f"--{flag}: cannot listen on 127.0.0.1:{port}"):
                 start_server(model_base_path=str(folder / "half"), **settings)
     assert not [record for record in caplog.records if "loaded version" in record.getMessage()]
