@@ -154,14 +154,14 @@ def test_few_bytes_do_not_ask_for_all_memory(process, predict, channel):
     string.tensor_shape.dim.add(size=2**27)
     before = process.rss()
     began = time.monotonic()
-    assert "at most 67108864 bytes" in _refused(predict, _request("heavy", "number", x=string))
+    assert "at most 16777216 bytes" in _refused(predict, _request("heavy", "number", x=string))
     # A long string is much even a few times, and so are many tensors of a request together.
     string.string_val[0] = b"a" * 1_000_000
     string.tensor_shape.dim[0].size = 10_000
-    assert "at most 67108864 bytes" in _refused(predict, _request("heavy", "number", x=string))
+    assert "at most 16777216 bytes" in _refused(predict, _request("heavy", "number", x=string))
     number = tf.make_tensor_proto(1.0, shape=[2**23])
     many = {f"x{index}": number for index in range(200)}
-    assert "at most 67108864 bytes" in _refused(predict, _request("half", **many))
+    assert "at most 16777216 bytes" in _refused(predict, _request("half", **many))
     # Dimensions whose product takes longer to compute than a request may take.
     endless = tf.make_tensor_proto(1.0)
     for _ in range(20_000):
@@ -175,9 +175,9 @@ def test_few_bytes_do_not_ask_for_all_memory(process, predict, channel):
     for _ in range(10_000):
         examples.examples.add()
     stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-    assert "at most 67108864 bytes may be repeated" in _refused(stub.Classify, request)
+    assert "at most 16777216 bytes may be repeated" in _refused(stub.Classify, request)
     assert time.monotonic() - began < BUSY
-    assert process.peak() - before < 1000
+    assert process.peak() - before < 500
     # What clients make of constant tensors goes on working.
     compact = tf.make_tensor_proto(1.0, shape=[1_000_000])
     assert len(compact.float_val) == 1

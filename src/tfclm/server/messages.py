@@ -15,8 +15,9 @@ from tfclm.server.status import invalid
 
 __all__ = ["classifications", "read_tensors", "regressions", "write_tensor"]
 
+_CHUNK = 2**16
 MAX_RANK = 254  # of a tensor in TensorFlow
-MAX_REPEATED_BYTES = 64 * 2**20  # what a request may ask for beyond the values that it holds
+MAX_REPEATED_BYTES = 16 * 2**20  # what a request may ask for beyond the values that it holds
 
 
 def read_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +73,10 @@ def write_tensor(array: Any, proto: Any) -> None:
     if field is None:
         proto.CopyFrom(tf.make_tensor_proto(array))
     else:
-        getattr(proto, field).extend(array.ravel().tolist())
+        values, entries = array.ravel(), getattr(proto, field)
+        # As Python's objects, all values at once would take ten times the memory of the array.
+        for start in range(0, len(values), _CHUNK):
+            entries.extend(values[start : start + _CHUNK].tolist())
 
 
 _FIELDS = {

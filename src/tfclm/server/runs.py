@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
@@ -17,7 +18,7 @@ Step = Callable[[int, int], T]
 """Runs a session in the thread pool of this number, within so many milliseconds (0 for no limit)."""
 
 POOLS = 32
-MAX_ABANDONED = 32
+MAX_ABANDONED = 64  # of a model
 
 
 class Caller:
@@ -77,36 +78,37 @@ class Runs:
         self._idle: list[_Worker] = []
         # Pool 0 is left to what TensorFlow schedules by itself.
         self._users = [0] * (POOLS + 1)
-        self._abandoned = 0
+        self._abandoned: Counter[str] = Counter()
 
     @property
     def count(self) -> int:
         """How many are under way, with those that are abandoned."""
         return sum(self._users)
 
-    def run(self, step: Step[T], caller: Caller) -> T:
-        """Gives the result of a step, or raises its error.
+    def run(self, model: str, step: Step[T], caller: Caller) -> T:
+        """Gives the result of a model's step, or raises its error.
 
         Raises:
             StatusError: CANCELLED or DEADLINE_EXCEEDED, for a caller that does not wait any longer; UNAVAILABLE, where
-                too many abandoned runs are under way.
+                too many abandoned runs of the model are under way.
         """
         seconds = caller.remaining()
         with self._lock:
-            if self._abandoned >= MAX_ABANDONED:
+            if self._abandoned[model] >= MAX_ABANDONED:
                 raise StatusError(
                     Code.UNAVAILABLE,
-                    f"{self._abandoned} runs whose callers no longer wait are still under way; try again later",
+                    f"{self._abandoned[model]} runs of model {model} whose callers no longer wait are still under way; "
+                    "try again later",
                 )
+            worker = self._idle.pop() if self._idle else _Worker()
             pool = min(range(1, len(self._users)), key=self._users.__getitem__)
             self._users[pool] += 1
-            worker = self._idle.pop() if self._idle else _Worker()
-        job = _Job(step, pool, 0 if seconds is None else math.ceil(seconds * 1000), caller)
+        job = _Job(model, step, pool, 0 if seconds is None else math.ceil(seconds * 1000), caller)
         worker.jobs.put(partial(self._work, job, worker))
         if not caller.wait(job.is_done):
             with self._lock:
                 job.abandoned = not job.done
-                self._abandoned += job.abandoned
+                self._abandoned[model] += job.abandoned
             if job.abandoned:
                 caller.remaining()
         try:
@@ -125,14 +127,14 @@ class Runs:
         with self._lock:
             job.done = True
             self._users[job.pool] -= 1
-            self._abandoned -= job.abandoned
+            self._abandoned[job.model] -= job.abandoned
             self._idle.append(worker)
         job.caller.notify()
 
 
 class _Job:
-    def __init__(self, step: Step[Any], pool: int, timeout_ms: int, caller: Caller) -> None:
-        self.step, self.pool, self.timeout_ms, self.caller = step, pool, timeout_ms, caller
+    def __init__(self, model: str, step: Step[Any], pool: int, timeout_ms: int, caller: Caller) -> None:
+        self.model, self.step, self.pool, self.timeout_ms, self.caller = model, step, pool, timeout_ms, caller
         self.result: Any = None
         self.error: BaseException | None = None
         self.done = self.abandoned = False

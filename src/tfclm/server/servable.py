@@ -271,7 +271,7 @@ class Servable:
         start = time.perf_counter()
         try:
             # While it loads, the warm-up is nobody's request.
-            values = self._runs.run(step, caller) if self._loaded else step(0, 0)
+            values = self._runs.run(self.name, step, caller) if self._loaded else step(0, 0)
         except tf.errors.OpError as error:
             raise from_tensorflow(error) from error
         except UnicodeDecodeError as error:

@@ -44,6 +44,8 @@ class Service:
             outputs = servable.predict(signature, inputs, only=request.output_filter, caller=caller)
             _describe(response, servable, signature or DEFAULT_SIGNATURE)
         for name, array in outputs.items():
+            if caller is not None:
+                caller.remaining()
             write_tensor(array, response.outputs[name])
         return response
 
