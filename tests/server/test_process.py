@@ -312,48 +312,6 @@ def test_reloads_of_an_empty_folder(process, channel, predict, folder, tmp_path)
     reload(request, timeout=BUSY)
 
 
-def test_deadline_ends_the_run(process, predict):
-    """A call that goes on for long after its client has given up."""
-    began = time.monotonic()
-    with pytest.raises(grpc.RpcError) as raised:
-        predict(_request("slow", steps=2**31 - 1), timeout=1)
-    assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert time.monotonic() - began < 10
-    time.sleep(2)
-    before = process.cpu()
-    time.sleep(2)
-    assert process.cpu() - before < 0.5
-
-
-def test_rest_limit_holds_though_a_kernel_runs(process):
-    """A time limit that is noticed only when the kernel ends that ran as it passed."""
-    began = time.monotonic()
-    answer = process.rest.predict({"inputs": 5000}, "heavy")
-    assert (answer.status, answer.error) == (504, "Timed out waiting for notification")
-    assert time.monotonic() - began < 15
-
-
-def test_cancelled_calls_leave_their_places(process, predict):
-    """Calls that were given up, and whose kernels nothing can interrupt, starving all others, REST too."""
-    for _ in range(4):
-        calls = [predict.future(_request("heavy", n=4000), timeout=BUSY) for _ in range(2)]
-        time.sleep(0.5)
-        for call in calls:
-            call.cancel()
-    for _ in range(3):
-        assert _half_answers(process, predict) < 10
-
-
-def test_queued_call_that_was_cancelled_is_not_run(process, predict):
-    """Threads that do what nobody waits for any more, because it was given up before it began."""
-    running = [predict.future(_request("slow", steps=2**31 - 1), timeout=4) for _ in range(2)]
-    time.sleep(0.5)
-    queued = [predict.future(_request("slow", steps=2**31 - 1), timeout=1) for _ in range(8)]
-    for call in running + queued:
-        assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert _half_answers(process, predict) < 10
-
-
 def _drop_capabilities():
     """Lets permissions hold for root too. Has no effect, and needs none, for anybody else."""
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -490,3 +448,48 @@ def test_taken_port_is_noticed_before_loading(folder, start_server, caplog):
             with pytest.raises(InputError, match=f"--{flag}: cannot listen on 127.0.0.1:{port}"):
                 start_server(model_base_path=str(folder / "half"), **settings)
     assert not [record for record in caplog.records if "loaded version" in record.getMessage()]
+
+
+# The last ones, as their kernels go on.
+
+
+def test_deadline_ends_the_run(process, predict):
+    """A call that goes on for long after its client has given up."""
+    began = time.monotonic()
+    with pytest.raises(grpc.RpcError) as raised:
+        predict(_request("slow", steps=2**31 - 1), timeout=1)
+    assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert time.monotonic() - began < 10
+    time.sleep(2)
+    before = process.cpu()
+    time.sleep(2)
+    assert process.cpu() - before < 0.5
+
+
+def test_queued_call_that_was_cancelled_is_not_run(process, predict):
+    """Threads that do what nobody waits for any more, because it was given up before it began."""
+    running = [predict.future(_request("slow", steps=2**31 - 1), timeout=4) for _ in range(2)]
+    time.sleep(0.5)
+    queued = [predict.future(_request("slow", steps=2**31 - 1), timeout=1) for _ in range(8)]
+    for call in running + queued:
+        assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert _half_answers(process, predict) < 10
+
+
+def test_rest_limit_holds_though_a_kernel_runs(process):
+    """A time limit that is noticed only when the kernel ends that ran as it passed."""
+    began = time.monotonic()
+    answer = process.rest.predict({"inputs": 5000}, "heavy")
+    assert (answer.status, answer.error) == (504, "Timed out waiting for notification")
+    assert time.monotonic() - began < 15
+
+
+def test_cancelled_calls_leave_their_places(process, predict):
+    """Calls that were given up, and whose kernels nothing can interrupt, starving all others, REST too."""
+    for _ in range(4):
+        calls = [predict.future(_request("heavy", n=3000), timeout=BUSY) for _ in range(2)]
+        time.sleep(0.5)
+        for call in calls:
+            call.cancel()
+    for _ in range(3):
+        assert _half_answers(process, predict) < 10
