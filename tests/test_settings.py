@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -284,6 +285,23 @@ def test_commands_do_not_import_pytorch(tmp_path: Path):
         environment = os.environ | {"PYTHONPATH": str(tmp_path)} | asked
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert (done.returncode, done.stdout) == expected, done.stderr
+
+
+def test_abort_while_tensorflow_is_imported_is_explained(tmp_path: Path):
+    """A native failure of the import that leaves "Aborted" alone, because what was said before is lost."""
+    package = tmp_path / "tensorflow"
+    package.mkdir()
+    said = b"I0000 00:00:1 port.cc:1] hello\\nF0000 this build needs a CPU with AVX2\\nunfinished"
+    (package / "__init__.py").write_text(f"import os\nos.write(2, b'{said.decode()}')\nos.abort()\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from tfclm.settings import import_tensorflow as i; i()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGABRT
+    assert done.stderr == "F0000 this build needs a CPU with AVX2\nunfinished"
+    # An import that only fails is told after what was said.
+    (package / "__init__.py").write_text("import os\nos.write(2, b'no libcudart\\n')\nraise ImportError('no such')\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.startswith("no libcudart\nTraceback")
+    assert done.stderr.endswith("ImportError: no such\n")
 
 
 def test_public_names():

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import faulthandler
 import json
 import logging
+import os
 import re
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from tfclm.errors import InputError
 from tfclm.server.settings import ServeSettings, check
 from tfclm.settings import command, import_tensorflow
+
+STOP_SECONDS = 8.0  # beyond the grace, for what stopping takes by itself
 
 
 def run(settings: ServeSettings) -> None:
@@ -31,16 +39,32 @@ def run(settings: ServeSettings) -> None:
 
     log = logging.getLogger("tfclm.server")
     server = Server(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.interrupt())
+    _stop_on_signals(server.interrupt, settings.shutdown_grace_seconds + STOP_SECONDS)
     try:
-        server.start()
-        log.info("listening on %s: gRPC %s, REST %s", settings.host, server.grpc_port, server.rest_port)
-        server.wait()
+        if server.start():
+            log.info("listening on %s: gRPC %s, REST %s", settings.host, server.grpc_port, server.rest_port)
+            server.wait()
         log.info("stopping")
     finally:
         server.stop()
     log.info("stopped")
+
+
+def _stop_on_signals(interrupt: Callable[[], None], seconds: float) -> None:
+    """Stops on SIGTERM and SIGINT; the process ends after `seconds` at the latest, and on a second signal at once."""
+    signals = 0
+
+    def stop(number: int, _: Any) -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            os._exit(128 + number)
+        # Its thread needs nothing of the interpreter, whatever that is busy with.
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        interrupt()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 def _from_hub(settings: ServeSettings, repo_id: str) -> ServeSettings:
@@ -54,13 +78,20 @@ def _from_hub(settings: ServeSettings, repo_id: str) -> ServeSettings:
 
 def _disable_xla() -> None:
     """Makes ops that compile with XLA fail, as they do in a stock server. There is no way back in this process."""
-    import ctypes
-    from pathlib import Path
-
     import tensorflow as tf
 
-    library = next(Path(tf.__file__).parent.glob("libtensorflow_cc.*"))
-    ctypes.CDLL(str(library))._ZN10tensorflow21DisableXlaCompilationEv()
+    folder = Path(tf.__file__).parent
+    library = next(folder.glob("libtensorflow_cc.*"), None)
+    try:
+        if library is None:
+            raise OSError(f"no libtensorflow_cc in {folder}")
+        ctypes.CDLL(str(library))._ZN10tensorflow21DisableXlaCompilationEv()
+    except (OSError, AttributeError) as error:
+        logging.getLogger("tfclm.server").warning(
+            "XLA cannot be turned off in this build of TensorFlow (%s): "
+            "an export that is compiled runs here, but not on a server without --xla_cpu_compilation_enabled",
+            error,
+        )
 
 
 class _JsonLines(logging.Formatter):
@@ -97,7 +128,13 @@ def _as_switch(argument: str) -> str:
 def main() -> None:
     """The command."""
     sys.argv[1:] = map(_as_switch, sys.argv[1:])
-    command(ServeSettings, run, verb="serve", description=__doc__ or "", tensorflow=False)
+    try:
+        command(ServeSettings, run, verb="serve", description=__doc__ or "", tensorflow=False)
+    except SystemExit as end:
+        # The interpreter would wait for threads that cannot be ended, and C++ would take away what they use.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 if __name__ == "__main__":

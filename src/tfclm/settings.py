@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -10,8 +11,8 @@ import gc
 import importlib
 import logging
 import os
+import subprocess
 import sys
-import tempfile
 import traceback
 import types
 import typing
@@ -179,18 +180,33 @@ def import_tensorflow() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.stderr.flush()
     terminal = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    # In another process, because this one may be aborted while TensorFlow is imported, having said why.
+    read, write = os.pipe()
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", _RELAY], stdin=read, stderr=terminal) as relay:
+        os.close(read)
+        os.dup2(write, 2)
+        os.close(write)
         try:
             importlib.import_module("tensorflow")
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
-            said.seek(0)
-            for line in said.read().decode(errors="replace").splitlines():
-                # Informational lines begin with I and a date; this one says that they are not in the log file yet.
-                if not line.startswith(("I0000", "WARNING: All log messages before absl")):
-                    say(line)
+            # It ends with its input, unless a process that TensorFlow started still holds that.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                relay.wait(timeout=5)
+            relay.kill()
+
+
+# Copies stderr but for what TensorFlow says of itself: informational lines begin with I and a date, and another line
+# says that they are not in the log file yet.
+_RELAY = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+for line in sys.stdin.buffer:
+    if not line.startswith((b"I0000", b"WARNING: All log messages before absl")):
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+"""
 
 
 def _meant(name: str, fields: Iterable[str], spell: Callable[[str], str]) -> str:

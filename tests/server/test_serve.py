@@ -13,14 +13,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from contextlib import ExitStack
 
 import pytest
+from grpc._cython import cygrpc
 
 from tfclm.errors import InputError
-from tfclm.serve import _as_switch
+from tfclm.serve import _as_switch, _disable_xla
 from tfclm.server.server import Server
-from tfclm.server.settings import ServeSettings
+from tfclm.server.settings import ServeSettings, check
 from tfclm.settings import parse
 
 
@@ -59,7 +61,9 @@ def test_xla_is_off_unless_asked_for(models, serve):
     _, rest = serve(f"--model_base_path={models / 'compiled'}")
     answer = rest.predict({"inputs": [1]}, "model")
     assert answer.status == 500
-    assert answer.error.startswith("XLA compilation disabled\n\t [[{{function_node ")
+    assert answer.error.startswith(
+        "XLA compilation disabled: this export needs a server that is started with --xla_cpu_compilation_enabled\n\t [["
+    )
     _, rest = serve(f"--model_base_path={models / 'compiled'}", "--xla_cpu_compilation_enabled=true")
     assert rest.predict({"inputs": [1]}, "model").json == {"outputs": [2.0]}
 
@@ -130,6 +134,61 @@ def test_user_errors(flags, said):
     """A mistake in the flags that is found only once requests come, or that is told as a fault of the program."""
     with pytest.raises(InputError, match=re.escape(said)):
         Server(parse(ServeSettings, flags, prog="serve", description=""))
+
+
+def test_folder_that_holds_no_versions(tmp_path, models):
+    """A wrong folder told by one warning and a port that never opens, with no word of which would be right."""
+    version = models / "m" / "1"
+    for given, right in (
+        (version, f"--model_base_path {version} is a version of a model, .*: give {models / 'm'}"),
+        (tmp_path / "plain", f"--model_base_path {tmp_path}/plain is a SavedModel, .*: move it to {tmp_path}/plain/1"),
+        (tmp_path / "tuned", f"--model_base_path {tmp_path}/tuned is a checkpoint, .* tfclm.export --model {tmp_path}"),
+    ):
+        given.mkdir(exist_ok=True)
+        if given.name == "plain":
+            (given / "saved_model.pb").touch()
+        elif given.name == "tuned":
+            (given / "config.json").touch()
+        with pytest.raises(InputError, match=right):
+            check(ServeSettings(model_base_path=str(given)))
+    # A folder with versions is one, whatever else is in it; and one that is empty may get them.
+    (tmp_path / "tuned" / "1").mkdir()
+    check(ServeSettings(model_base_path=str(tmp_path / "tuned")))
+    (tmp_path / "empty").mkdir()
+    check(ServeSettings(model_base_path=str(tmp_path / "empty")))
+    # The same in a config file, of which nothing may be served then.
+    config = tmp_path / "models.config"
+    config.write_text(
+        f'model_config_list {{ config {{ name: "m" base_path: "{version}" model_platform: "tensorflow" }} }}'
+    )
+    server = Server(ServeSettings(model_config_file=str(config), port=-1, rest_api_port=0))
+    try:
+        with pytest.raises(InputError, match=f"base_path {version} of model m is a version of a model"):
+            server.start()
+    finally:
+        server.stop()
+
+
+def test_xla_cannot_be_turned_off(tmp_path, monkeypatch, caplog):
+    """A build of TensorFlow in which the switch has another name, or another file, ending the server."""
+    tensorflow = types.ModuleType("tensorflow")
+    tensorflow.__file__ = str(tmp_path / "__init__.py")
+    monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
+    _disable_xla()
+    library = tmp_path / "libtensorflow_cc.so.2"
+    library.write_bytes(b"no library")
+    _disable_xla()
+    library.unlink()
+    # A library that lacks the symbol.
+    library.symlink_to(cygrpc.__file__)
+    _disable_xla()
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" (")[0] for message in said] == [
+        "XLA cannot be turned off in this build of TensorFlow"
+    ] * 3
+    assert "no libtensorflow_cc" in said[0]
+    assert "too short" in said[1]
+    assert "DisableXlaCompilation" in said[2]
 
 
 def test_user_error_is_one_line():

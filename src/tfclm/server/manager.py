@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,19 +16,23 @@ from typing import Any
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
+from tfclm.server.runs import Caller
 from tfclm.server.servable import Servable
+from tfclm.server.settings import is_version, misplaced_model
 from tfclm.server.status import Code, StatusError, invalid
 
 State = get_model_status_pb2.ModelVersionStatus.State
 Loader = Callable[[str, int, Path], Servable]
 
 _log = logging.getLogger(__name__)
-_VERSION = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
 
 
 @dataclass
 class _Version:
-    """A version that is or was wanted; `error` says why it is not served."""
+    """A version that is or was wanted; `error` says why it is not served.
+
+    One that is `unreadable` has ended, and begins anew once a poll finds that its files can be read.
+    """
 
     path: Path
     state: int = State.START
@@ -39,11 +42,16 @@ class _Version:
     attempts: int = 0
     next_attempt: float = 0.0
     uses: int = 0
+    unreadable: bool = False
 
 
 @dataclass
 class _Model:
+    """A model of the config, or one that was; `absent` says why a look at its base path has found no version."""
+
     config: Any
+    looked_at: bool = False
+    absent: StatusError | None = None
     versions: dict[int, _Version] = field(default_factory=dict)
 
 
@@ -71,8 +79,7 @@ class Manager:
         self._labels: dict[str, dict[str, int]] = {}
         # Guards the tables, and tells of every change to them. Loading happens outside of it.
         self._changed = threading.Condition()
-        self._reloading = threading.Lock()
-        self._warnings: dict[str, str] = {}
+        self._said: dict[tuple[str, int | None], str] = {}
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._poll_now = False
@@ -81,41 +88,55 @@ class Manager:
     def start(self, config: Any) -> None:
         """Takes the first config and returns once each of its models is available.
 
+        A model without a version, or with none that can be read, is not waited for: it is served once it has one.
+
         Raises:
-            StatusError: the config is not valid, or a model does not load.
+            StatusError: the config is not valid, or a model does not load; CANCELLED after `interrupt`.
         """
         self._thread = threading.Thread(target=self._work, name="tfclm-manager", daemon=True)
         self._thread.start()
-        self.reload(config, patient=False)
+        self._await(self._take(config), Caller(), starting=True)
 
     def interrupt(self) -> None:
         """Ends the waiting of `start`; a signal handler may call it."""
         self._stopping.set()
 
-    def stop(self) -> None:
-        """Unloads everything; requests that run are waited for by whoever started them."""
+    def stop(self, seconds: float | None = None) -> bool:
+        """Unloads everything; requests that run are waited for by whoever started them.
+
+        Loading a version cannot be interrupted: it is waited for at most `seconds`. Gives whether all has ended.
+        """
         self._stopping.set()
         self._wake.set()
         with self._changed:
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return False
         with self._changed:
             versions = [version for model in self._models.values() for version in model.versions.values()]
             self._models = {}
         for version in versions:
             if version.servable is not None and version.uses == 0:
                 version.servable.close()
+        return True
 
-    def reload(self, config: Any, *, patient: bool = True) -> None:
+    def reload(self, config: Any, caller: Caller | None = None) -> None:
         """Takes a ModelServerConfig over the present one and returns once new models are available.
 
         Raises:
-            StatusError: the config is not valid, in which case it changes nothing; or a new model does not load, of
-                which `patient` tries as often as of any version.
+            StatusError: the config is not valid, in which case it changes nothing; or a new model has no version, or
+                does not load, after as many attempts as any; or the caller does not wait for it any longer.
         """
-        with self._reloading:
-            kind = config.WhichOneof("config")
+        self._await(self._take(config), caller or Caller(), starting=False)
+
+    def _take(self, config: Any) -> set[str]:
+        """Takes a config; gives the names of the models that are new."""
+        kind = config.WhichOneof("config")
+        if kind == "model_config_list":
+            self._check(config.model_config_list.config)
+        with self._changed:
             if self._config.WhichOneof("config") and kind != "model_config_list":
                 raise StatusError(
                     Code.FAILED_PRECONDITION,
@@ -123,55 +144,68 @@ class Manager:
                     "from one ModelConfigList to another.",
                 )
             if kind is None:
-                return
+                return set()
             if kind != "model_config_list":
                 raise invalid("A custom model config is not supported: give a model_config_list")
             models = {model.name: model for model in config.model_config_list.config}
-            self._check(config.model_config_list.config)
-            with self._changed:
-                self._labels = self._new_labels(models)
-                new = models.keys() - self._models.keys()
-                for name, model in models.items():
-                    self._models.setdefault(name, _Model(model)).config = model
-                # A model that is gone from the config keeps its versions until they are unloaded.
-                for name, model_ in self._models.items():
-                    if name not in models:
-                        model_.config = None
-                self._config.CopyFrom(config)
-                self._poll_now = True
-                self._wake.set()
-                self._await(new, patient)
+            self._labels = self._new_labels(models)
+            new = models.keys() - self._models.keys()
+            for name, model in models.items():
+                self._models.setdefault(name, _Model(model)).config = model
+            # A model that is gone from the config keeps its versions until they are unloaded.
+            for name, model_ in self._models.items():
+                if name not in models:
+                    model_.config = None
+            self._config.CopyFrom(config)
+            self._poll_now = True
+            self._wake.set()
+            return new
 
-    def _await(self, names: set[str], patient: bool) -> None:
-        while not self._stopping.is_set():
-            waiting = False
-            failed: dict[str, StatusError] = {}
-            for name in names:
-                versions = [each for each in self._models[name].versions.items() if each[1].wanted]
-                if any(version.state == State.AVAILABLE for _, version in versions):
-                    # One that loads is enough, once the others have been tried.
-                    waiting |= any(
-                        version.state != State.END and version.error is None
-                        for _, version in versions
-                        if version.state != State.AVAILABLE
-                    )
-                    continue
-                errors = {
-                    f"{{name: {name} version: {number}}}": version.error
-                    for number, version in versions
-                    if version.error is not None and (version.state == State.END or not patient)
-                }
-                if versions and len(errors) == len(versions):
+    def _await(self, names: set[str], caller: Caller, *, starting: bool) -> None:
+        """Returns once each of the models is available. At the start, no version is tried a second time."""
+        with self._changed:
+            while not self._stopping.is_set():
+                waiting = False
+                failed: dict[str, StatusError] = {}
+                for name in names:
+                    waits, errors = self._outlook(name, starting)
+                    waiting |= waits
                     failed.update(errors)
-                else:
-                    waiting = True
-            if failed:
-                reasons = ", ".join(f"{{{key} due to error: {error}}}" for key, error in failed.items())
-                raise StatusError(Code.UNKNOWN, f"{len(failed)} servable(s) did not become available: {{{reasons}}}")
-            if not waiting:
-                return
-            self._changed.wait(timeout=0.2)
+                if failed:
+                    reasons = ", ".join(f"{{{key} due to error: {error}}}" for key, error in failed.items())
+                    message = f"{len(failed)} servable(s) did not become available: {{{reasons}}}"
+                    raise StatusError(Code.UNKNOWN, message)
+                if not waiting:
+                    return
+                caller.remaining()
+                self._changed.wait(timeout=0.2)
         raise StatusError(Code.CANCELLED, "the server is stopping")
+
+    def _outlook(self, name: str, starting: bool) -> tuple[bool, dict[str, StatusError]]:
+        """Whether a model is to be waited for, and if it has failed, why each of its versions has."""
+        model = self._models.get(name)
+        if model is None or model.config is None:
+            gone = StatusError(Code.CANCELLED, "another config has taken the model away")
+            return False, {f"{{name: {name}}}": gone}
+        if not model.looked_at:
+            return True, {}
+        if model.absent is not None:
+            return False, {} if starting else {f"{{name: {name}}}": model.absent}
+        versions = [each for each in model.versions.items() if each[1].wanted]
+        if any(version.state == State.AVAILABLE for _, version in versions):
+            # One that loads is enough, once the others have been tried.
+            others = [version for _, version in versions if version.state != State.AVAILABLE]
+            return any(version.state != State.END and version.error is None for version in others), {}
+        if starting:
+            versions = [each for each in versions if not each[1].unreadable]
+        errors = {
+            f"{{name: {name} version: {number}}}": version.error
+            for number, version in versions
+            if version.error is not None and (version.state == State.END or starting)
+        }
+        if len(errors) < len(versions):
+            return True, {}
+        return False, errors
 
     def _check(self, configs: Any) -> None:
         seen = set()
@@ -191,6 +225,8 @@ class Manager:
                 )
             if platform != "tensorflow":
                 raise invalid(f"Model {model.name} requests unsupported platform {platform}")
+            if mistake := misplaced_model(model.base_path):
+                raise invalid(f"base_path {model.base_path} of model {model.name} {mistake}")
 
     def _new_labels(self, models: Mapping[str, Any]) -> dict[str, dict[str, int]]:
         labels: dict[str, dict[str, int]] = {}
@@ -247,6 +283,10 @@ class Manager:
             return labels[spec.version_label]
         return int(spec.version.value) if choice == "version" else None
 
+    def has(self, name: str) -> bool:
+        """Whether there is a model of this name, with or without a version."""
+        return name in self._models
+
     def names(self) -> list[str]:
         """The models that are to be served, in the order of their config."""
         with self._changed:
@@ -268,7 +308,8 @@ class Manager:
                     raise StatusError(Code.NOT_FOUND, f"Could not find version {number} of model {spec.name}")
                 versions = {number: versions[number]}
             if not versions:
-                raise StatusError(Code.NOT_FOUND, f"Could not find any versions of model {spec.name}")
+                reason = f": {model.absent.message}" if model and model.absent else ""
+                raise StatusError(Code.NOT_FOUND, f"Could not find any versions of model {spec.name}{reason}")
             for number, version in sorted(versions.items(), reverse=True):
                 added = response.model_version_status.add(version=number, state=version.state)
                 error = version.error if version.state == State.END else None
@@ -289,49 +330,75 @@ class Manager:
                     next_poll = now + self._poll_seconds
                     for name, config in configs.items():
                         self._follow(name, config)
-                while self._act() and not self._stopping.is_set():
+                while not self._stopping.is_set() and self._act():
                     pass
             except Exception:
-                # A fault of one look at the files must not end the following of all models.
+                # A fault of the manager must not end the following of all models.
                 _log.exception("the model manager failed; it goes on")
+                self._stopping.wait(1)
             self._wake.wait(timeout=min(0.1, self._poll_seconds) if self._poll_seconds > 0 else 0.1)
             self._wake.clear()
 
     def _follow(self, name: str, config: Any) -> None:
         """Marks which versions of a model are wanted, after a look at its base path."""
         wanted: dict[int, Path] = {}
-        warning = ""
-        try:
-            if config is not None:
+        absent: StatusError | None = None
+        missing = ""
+        if config is not None:
+            try:
                 wanted = wanted_versions(config)
-                missing = set(config.model_version_policy.specific.versions) - wanted.keys()
-                if missing:
-                    numbers = ", ".join(map(str, sorted(missing)))
-                    warning = f"model {name} has no version {numbers} in {config.base_path}"
+            except (OSError, ValueError) as error:
+                absent = _unreadable(error, f"base path {config.base_path} of model {name}")
+            else:
+                numbers = sorted(set(config.model_version_policy.specific.versions) - wanted.keys())
+                if numbers:
+                    missing = f"model {name} has no version {', '.join(map(str, numbers))} in {config.base_path}"
                 elif not wanted:
-                    warning = f"model {name} has no version in {config.base_path}: no folder is named by a number"
-        except OSError as error:
-            warning = f"base path {config.base_path} of model {name}: {error.strerror}"
-            # The path may be away for a while: what is loaded stays.
-            config = None
-        if warning and warning != self._warnings.get(name):
-            _log.warning(warning)
-        self._warnings[name] = warning
-        if warning and config is None:
-            return
+                    missing = f"model {name} has no version in {config.base_path}: no folder is named by a number"
+                if not wanted:
+                    absent = StatusError(Code.NOT_FOUND, missing)
+        self._say((name, None), f"{absent.message}; it is looked for at each poll" if absent else missing)
         with self._changed:
             model = self._models.get(name)
             if model is None or model.config is not config:
                 return
-            for number, path in wanted.items():
-                version = model.versions.get(number)
-                if version is None or (version.state == State.END and not version.wanted):
-                    model.versions[number] = _Version(path)
-                else:
-                    version.wanted = True
+            model.looked_at = True
+            if absent is not None and absent.code is not Code.NOT_FOUND and model.versions:
+                # The path may be away for a while: what is loaded stays.
+                return
+            model.absent = absent
+            held = dict(model.versions)
+        # Those that are to begin, of which the files may be slow to read.
+        begun = {}
+        for number, path in wanted.items():
+            version = held.get(number)
+            if version is None or (version.state == State.END and (version.unreadable or not version.wanted)):
+                begun[number] = self._begin(name, number, path)
+        with self._changed:
+            if self._models.get(name) is not model or model.config is not config:
+                return
+            model.versions.update(begun)
             for number, version in model.versions.items():
                 version.wanted = number in wanted
             self._changed.notify_all()
+
+    def _begin(self, name: str, number: int, path: Path) -> _Version:
+        """A version that is to be loaded, or that has ended because its files cannot be read."""
+        try:
+            _read_all(path)
+        except OSError as error:
+            what = f"{error.filename or path} of version {number} of model {name}"
+            version = _Version(path, State.END, error=_unreadable(error, what), unreadable=True)
+        else:
+            version = _Version(path)
+        self._say((name, number), f"{version.error.message}; it is tried at each poll" if version.error else "")
+        return version
+
+    def _say(self, about: tuple[str, int | None], warning: str) -> None:
+        """Logs a warning that is not the last one about this."""
+        if warning and warning != self._said.get(about):
+            _log.warning(warning)
+        self._said[about] = warning
 
     def _act(self) -> bool:
         """Does the next thing there is to do, if any."""
@@ -376,7 +443,12 @@ class Manager:
     def _attempt(self, name: str, number: int, version: _Version) -> None:
         try:
             servable = self._load(name, number, version.path)
-        except StatusError as error:
+        except Exception as error:
+            if isinstance(error, OSError):
+                error = _unreadable(error, f"{error.filename or version.path}")
+            elif not isinstance(error, StatusError):
+                _log.exception("version %s of model %s: loading failed", number, name)
+                error = StatusError(Code.INTERNAL, f"loading failed: {type(error).__name__}: {error}")
             with self._changed:
                 version.error = error
                 version.attempts += 1
@@ -393,6 +465,27 @@ class Manager:
         _log.info("loaded version %s of model %s", number, name)
 
 
+def _unreadable(error: OSError | ValueError, what: str) -> StatusError:
+    code = Code.PERMISSION_DENIED if isinstance(error, PermissionError) else Code.UNAVAILABLE
+    return StatusError(code, f"{what} cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def _read_all(folder: Path) -> None:
+    """Raises OSError if a file in a folder cannot be opened. That one is missing is for the loader to find."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for path, _, files in os.walk(folder, onerror=fail):
+        for file in files:
+            try:
+                # A pipe that nobody writes to must not be waited for.
+                os.close(os.open(os.path.join(path, file), os.O_RDONLY | os.O_NONBLOCK))
+            except OSError as error:
+                fail(error)
+
+
 def wanted_versions(config: Any) -> dict[int, Path]:
     """The versions that a ModelConfig wants served, of those that its base path holds: children named as an int64.
 
@@ -401,7 +494,7 @@ def wanted_versions(config: Any) -> dict[int, Path]:
     """
     found: dict[int, Path] = {}
     for child in sorted(os.listdir(config.base_path)):
-        if _VERSION.fullmatch(child) and -(2**63) <= int(child) < 2**63:
+        if is_version(child):
             found[int(child)] = Path(config.base_path, child)
     policy = config.model_version_policy
     choice = policy.WhichOneof("policy_choice")

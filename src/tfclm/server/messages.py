@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,27 +15,52 @@ from tfclm.server.status import invalid
 
 __all__ = ["classifications", "read_tensors", "regressions", "write_tensor"]
 
-MAX_ELEMENTS = 2**27  # of a tensor in a request
+_CHUNK = 2**16
+MAX_RANK = 254  # of a tensor in TensorFlow
+MAX_REPEATED_BYTES = 16 * 2**20  # what a request may ask for beyond the values that it holds
 
 
 def read_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays of TensorProtos.
 
+    A TensorProto may leave out the last values of a tensor if they are all the same. A few bytes could ask for all
+    memory that way, so what all tensors together leave out is at most `MAX_REPEATED_BYTES`.
+
     Raises:
-        StatusError: INVALID_ARGUMENT, for one that is not well-formed.
+        StatusError: INVALID_ARGUMENT, for one that is not well-formed, or leaves out more.
     """
     arrays = {}
+    repeated = 0
     for name, proto in inputs.items():
         try:
-            shape = [dim.size for dim in proto.tensor_shape.dim]
-            size = int(np.prod(shape, dtype=object))
-            # The last value given is repeated for the rest; a small message must not ask for all memory that way.
-            if proto.tensor_shape.unknown_rank or min(shape, default=0) < 0 or size > MAX_ELEMENTS:
-                raise ValueError(shape)
-            arrays[name] = tf.make_ndarray(proto)
-        except (TypeError, ValueError) as error:
+            repeated += _repeated_bytes(proto)
+            if repeated <= MAX_REPEATED_BYTES:
+                arrays[name] = tf.make_ndarray(proto)
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            # A KeyError is about a type that has no values, such as DT_RESOURCE.
             raise invalid(f"tensor parsing error: {name}") from error
+        if repeated > MAX_REPEATED_BYTES:
+            raise invalid(
+                f"tensor parsing error: {name}: its shape asks for more values than are sent; those that are left out "
+                f"may take at most {MAX_REPEATED_BYTES} bytes in a request"
+            )
     return arrays
+
+
+def _repeated_bytes(proto: Any) -> int:
+    """How much memory the values take that a TensorProto leaves out; raises ValueError for a shape that is none."""
+    shape = [dim.size for dim in proto.tensor_shape.dim[: MAX_RANK + 1]]
+    if proto.tensor_shape.unknown_rank or len(shape) > MAX_RANK or min(shape, default=0) < 0:
+        raise ValueError(shape)
+    if proto.tensor_content:
+        # Holds every value.
+        return 0
+    dtype = tf.as_dtype(proto.dtype)
+    field, parts = _VALUES.get(dtype, ("int_val", 1))
+    values = getattr(proto, field)
+    # TensorFlow keeps up to 22 bytes of a string in 24, longer ones beside them.
+    size = 24 + len(values[-1] if values else b"") if dtype == tf.string else dtype.size
+    return int(max(math.prod(shape) - len(values) // parts, 0) * size)
 
 
 def write_tensor(array: Any, proto: Any) -> None:
@@ -47,7 +73,10 @@ def write_tensor(array: Any, proto: Any) -> None:
     if field is None:
         proto.CopyFrom(tf.make_tensor_proto(array))
     else:
-        getattr(proto, field).extend(array.ravel().tolist())
+        values, entries = array.ravel(), getattr(proto, field)
+        # As Python's objects, all values at once would take ten times the memory of the array.
+        for start in range(0, len(values), _CHUNK):
+            entries.extend(values[start : start + _CHUNK].tolist())
 
 
 _FIELDS = {
@@ -63,6 +92,14 @@ _FIELDS = {
     tf.uint64: "uint64_val",
     tf.bool: "bool_val",
     tf.string: "string_val",
+}
+
+# The field that holds a type's values, and how many entries a value takes; of the rest it is int_val.
+_VALUES = {dtype: (field, 1) for dtype, field in _FIELDS.items()} | {
+    tf.float16: ("half_val", 1),
+    tf.bfloat16: ("half_val", 1),
+    tf.complex64: ("scomplex_val", 2),
+    tf.complex128: ("dcomplex_val", 2),
 }
 
 

@@ -1,4 +1,7 @@
-"""Counters and histograms under TensorFlow Serving's names, as Prometheus reads them."""
+"""Counters and histograms under TensorFlow Serving's names, as Prometheus reads them.
+
+Every combination of label values stays in memory, so no request may choose one freely: see `UNKNOWN_MODEL`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from collections.abc import Iterator
 
 _LATENCY_US = tuple(10 * 1.8**power for power in range(33))
 _EXAMPLES = tuple(float(2**power) for power in range(15))
-_MAX_CELLS = 1000  # names of models that do not exist must not fill the memory
+
+UNKNOWN_MODEL = "(unknown)"
+"""The label of all models that requests name and the server does not have."""
 
 
 class Counter:
@@ -26,8 +31,7 @@ class Counter:
         """Adds to the cell of the label values."""
         key = tuple(labels[label] for label in self._labels)
         with self._lock:
-            if key in self._cells or len(self._cells) < _MAX_CELLS:
-                self._cells[key] = self._cells.get(key, 0) + amount
+            self._cells[key] = self._cells.get(key, 0) + amount
 
     def total(self) -> int:
         """The first cell's number."""
@@ -56,8 +60,6 @@ class Histogram:
         """Counts a value."""
         key = tuple(labels[label] for label in self._labels)
         with self._lock:
-            if key not in self._cells and len(self._cells) >= _MAX_CELLS:
-                return
             buckets, total = self._cells.setdefault(key, ([0] * (len(self._limits) + 1), [0.0]))
             # A bucket holds what is less than its limit.
             buckets[bisect.bisect_right(self._limits, value)] += 1

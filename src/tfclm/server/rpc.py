@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from tensorflow_serving.apis import (
 
 from tfclm.errors import InputError
 from tfclm.server.configs import Tls
+from tfclm.server.runs import Caller
 from tfclm.server.service import Service
 from tfclm.server.status import Code, StatusError, invalid
 
@@ -33,7 +35,9 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("tfclm.server.access")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-_MAX_MESSAGE = 1024
+_MAX_MESSAGE = 1024  # bytes, of which three are sent for each that is not ASCII, and clients take 8 KiB in all
+_MAX_LOGGED = 512
+_MAX_SECONDS = 1e9  # what is longer is no deadline
 _SERVICES = (
     "",
     "ModelService",
@@ -73,7 +77,9 @@ class RpcServer:
             ],
         )
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(_Prediction(service), self._server)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(_Model(service), self._server)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            _Model(service, max(options.threads // 2, 1)), self._server
+        )
         self._health = health.HealthServicer()
         if options.health:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -96,9 +102,9 @@ class RpcServer:
         return port
 
     def stop(self, grace_seconds: float) -> None:
-        """Takes no further calls and waits for those that run, at most `grace_seconds`."""
+        """Takes no further calls and waits for those that run, at most `grace_seconds`; then cancels them."""
         self._health.enter_graceful_shutdown()
-        self._server.stop(grace_seconds).wait()
+        self._server.stop(grace_seconds).wait(grace_seconds + 1)
 
     def _add(self, address: str, flag: str) -> int:
         try:
@@ -134,31 +140,34 @@ class _Prediction(prediction_service_pb2_grpc.PredictionServiceServicer):
         self, request: inference_pb2.MultiInferenceRequest, context: Any
     ) -> inference_pb2.MultiInferenceResponse:
         name = request.tasks[0].model_spec.name if request.tasks else ""
-        return _call("MultiInference", name, context, lambda: self._service.multi_inference(request))
+        return _call("MultiInference", name, context, lambda caller: self._service.multi_inference(request, caller))
 
     def GetModelMetadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: Any
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
-        return _call("GetModelMetadata", request.model_spec.name, context, lambda: self._service.metadata(request))
+        return _call("GetModelMetadata", request.model_spec.name, context, lambda _: self._service.metadata(request))
 
-    def _inference(self, method: str, request: Any, context: Any, run: Callable[[Any], T]) -> T:
+    def _inference(self, method: str, request: Any, context: Any, run: Callable[..., T]) -> T:
         name = request.model_spec.name
 
-        def counted() -> T:
+        def counted(caller: Caller) -> T:
             with self._service.counted(name, method, "GRPC"):
-                return run(request)
+                caller.remaining()
+                return run(request, caller=caller)
 
         return _call(method, name, context, counted)
 
 
 class _Model(model_service_pb2_grpc.ModelServiceServicer):
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, reloads: int) -> None:
         self._service = service
+        # A reload waits for its models to be loaded: not all threads may wait for that.
+        self._reloads = threading.Semaphore(reloads)
 
     def GetModelStatus(
         self, request: get_model_status_pb2.GetModelStatusRequest, context: Any
     ) -> get_model_status_pb2.GetModelStatusResponse:
-        def status() -> get_model_status_pb2.GetModelStatusResponse:
+        def status(caller: Caller) -> get_model_status_pb2.GetModelStatusResponse:
             if not request.HasField("model_spec"):
                 raise invalid("Missing ModelSpec")
             return self._service.manager.status(request.model_spec)
@@ -168,7 +177,7 @@ class _Model(model_service_pb2_grpc.ModelServiceServicer):
     def HandleReloadConfigRequest(
         self, request: model_management_pb2.ReloadConfigRequest, context: Any
     ) -> model_management_pb2.ReloadConfigResponse:
-        def reload() -> model_management_pb2.ReloadConfigResponse:
+        def reload(caller: Caller) -> model_management_pb2.ReloadConfigResponse:
             if request.config.WhichOneof("config") != "model_config_list":
                 raise invalid(
                     "ServerModelConfig type not supported by HandleReloadConfigRequest."
@@ -176,7 +185,12 @@ class _Model(model_service_pb2_grpc.ModelServiceServicer):
                 )
             metrics = self._service.metrics
             before = {name: metrics.value(name) for name in request.metric_names}
-            self._service.manager.reload(request.config)
+            if not self._reloads.acquire(blocking=False):
+                raise StatusError(Code.UNAVAILABLE, "Other reloads still wait for their models; try again later")
+            try:
+                self._service.manager.reload(request.config, caller)
+            finally:
+                self._reloads.release()
             response = model_management_pb2.ReloadConfigResponse()
             for name, value in before.items():
                 response.metric.add(name=name, int64_value_increase=metrics.value(name) - value)
@@ -185,18 +199,23 @@ class _Model(model_service_pb2_grpc.ModelServiceServicer):
         return _call("HandleReloadConfigRequest", "", context, reload)
 
 
-def _call(method: str, model: str, context: Any, run: Callable[[], T]) -> T:
+def _call(method: str, model: str, context: Any, run: Callable[[Caller], T]) -> T:
     """Runs a call, gives its failure to the client as gRPC does, and writes the access log."""
+    seconds = context.time_remaining()
+    caller = Caller(seconds if seconds is not None and seconds < _MAX_SECONDS else None)
+    if not context.add_callback(caller.leave):
+        # It was cancelled while it waited for its thread.
+        caller.leave()
     start, code = time.perf_counter(), Code.INTERNAL
     try:
         try:
-            result = run()
+            result = run(caller)
         except StatusError as error:
             code = error.code
-            message = error.message.encode("utf-8", "replace").decode()
+            message = error.message.encode("utf-8", "replace")
             if len(message) > _MAX_MESSAGE:
-                message = message[:_MAX_MESSAGE] + "...TRUNCATED"
-            context.abort(_CODES[error.code], message)
+                message = message[:_MAX_MESSAGE] + b"...TRUNCATED"
+            context.abort(_CODES[error.code], message.decode("utf-8", "ignore"))
         except Exception:
             _log.exception("a call failed: %s", method)
             context.abort(grpc.StatusCode.INTERNAL, "Internal error; the server's log says more")
@@ -207,7 +226,7 @@ def _call(method: str, model: str, context: Any, run: Callable[[], T]) -> T:
             "protocol": "grpc",
             "client": context.peer(),
             "method": method,
-            "model": model,
+            "model": model[:_MAX_LOGGED],
             "code": code.name,
             "ms": round((time.perf_counter() - start) * 1000, 3),
         }

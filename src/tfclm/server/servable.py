@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +24,15 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from tfclm.server.messages import classifications, read_tensors, regressions
+from tfclm.server.messages import MAX_REPEATED_BYTES, classifications, read_tensors, regressions
 from tfclm.server.metrics import Metrics
+from tfclm.server.runs import POOLS, Caller, Runs
 from tfclm.server.status import Code, StatusError, from_tensorflow, invalid
 
 DEFAULT_SIGNATURE = "serving_default"
 CLASSIFY, REGRESS, PREDICT = (f"tensorflow/serving/{method}" for method in ("classify", "regress", "predict"))
 MAX_WARMUP_RECORDS = 1000
+MAX_INTER_OP_THREADS = 4  # of a run, unless the option says otherwise
 
 
 @dataclass(frozen=True)
@@ -44,23 +48,35 @@ class LoadOptions:
 
 
 class Servable:
-    """A loaded version. Its methods may be called from many threads; `timeout_ms` 0 means as long as it takes."""
+    """A loaded version. Its methods may be called from many threads.
 
-    def __init__(self, name: str, version: int, path: Path, options: LoadOptions, metrics: Metrics) -> None:
+    They take a `timeout_ms`, 0 for as long as it takes, or a `caller`, who may also leave.
+    """
+
+    def __init__(self, name: str, version: int, path: Path, options: LoadOptions, metrics: Metrics, runs: Runs) -> None:
         """Loads the SavedModel and replays its warm-up records.
 
         Raises:
             StatusError: the folder holds no SavedModel that can be loaded, or a warm-up record fails.
+            OSError: the folder cannot be read.
         """
         self.name, self.version, self.path = name, version, path
-        self._options, self._metrics = options, metrics
+        self._options, self._metrics, self._runs = options, metrics, runs
+        self._loaded = False
+        # To close a session waits for its runs, and whoever closes it must not.
+        self._lock = threading.Lock()
+        self._running = 0
+        self._closed = False
         if not any((path / file).exists() for file in ("saved_model.pb", "saved_model.pbtxt")):
             raise StatusError(
                 Code.NOT_FOUND, f"Could not find SavedModel .pb or .pbtxt at supplied export directory path: {path}"
             )
-        config = tf.compat.v1.ConfigProto(
-            inter_op_parallelism_threads=options.inter_op_threads, intra_op_parallelism_threads=options.intra_op_threads
-        )
+        config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=options.intra_op_threads)
+        inter_op_threads = max(options.inter_op_threads or min(os.cpu_count() or 1, MAX_INTER_OP_THREADS), 1)
+        for pool in range(POOLS + 1):
+            # Under a name, the threads are shared by all sessions.
+            name = f"tfclm-{inter_op_threads}-{pool}"
+            config.session_inter_op_thread_pool.add(num_threads=inter_op_threads, global_name=name)
         graph = tf.Graph()
         self._session = tf.compat.v1.Session(graph=graph, config=config)
         try:
@@ -69,10 +85,11 @@ class Servable:
             self.signatures: dict[str, Any] = dict(meta.signature_def)
             if options.warmup:
                 self._warm_up()
+            self._loaded = True
         except tf.errors.OpError as error:
             self.close()
             raise from_tensorflow(error) from error
-        except StatusError:
+        except (StatusError, OSError):
             self.close()
             raise
         except Exception as error:
@@ -81,8 +98,12 @@ class Servable:
             raise invalid(f"{path}: {' '.join(str(error).split())}") from error
 
     def close(self) -> None:
-        """Gives the memory back. No call may be under way."""
-        self._session.close()
+        """Gives the memory back. No call may be under way; an abandoned run keeps the session until it ends."""
+        with self._lock:
+            self._closed = True
+            running = self._running
+        if not running:
+            self._session.close()
         self.signatures = {}
         del self._session
         gc.collect()
@@ -96,7 +117,13 @@ class Servable:
         return inputs
 
     def predict(
-        self, signature_name: str, inputs: Mapping[str, Any], *, only: Sequence[str] = (), timeout_ms: int = 0
+        self,
+        signature_name: str,
+        inputs: Mapping[str, Any],
+        *,
+        only: Sequence[str] = (),
+        timeout_ms: int = 0,
+        caller: Caller | None = None,
     ) -> dict[str, Any]:
         """Runs a signature on arrays; gives its outputs, or those of `only`. Inputs with a default may be left out.
 
@@ -114,32 +141,47 @@ class Servable:
                 f"Was: {signature.method_name}",
             )
         feeds = self._feeds(signature, inputs)
-        fetches = _chosen(signature.outputs, only)
-        values = self._run(feeds, [info.name for info in fetches.values()], timeout_ms, "Predict")
-        return dict(zip(fetches, values, strict=True))
+        chosen = _chosen(signature.outputs, only)
+        values = self._run(signature, feeds, caller or _within(timeout_ms), "Predict")
+        return {name: values[info.name] for name, info in chosen.items()}
 
     def classify(
-        self, signature_name: str, examples: input_pb2.Input, *, timeout_ms: int = 0
+        self,
+        signature_name: str,
+        examples: input_pb2.Input,
+        *,
+        timeout_ms: int = 0,
+        caller: Caller | None = None,
     ) -> classification_pb2.ClassificationResult:
         """Runs a classification signature on `tf.train.Example`s."""
         signature = self._signature_of_examples(signature_name)
         self._check_classify(signature)
-        count, outputs = self._run_examples([signature], examples, timeout_ms, "Classify")
+        count, outputs = self._run_examples(signature, examples, caller or _within(timeout_ms), "Classify")
         return classifications(signature, count, outputs)
 
     def regress(
-        self, signature_name: str, examples: input_pb2.Input, *, timeout_ms: int = 0
+        self,
+        signature_name: str,
+        examples: input_pb2.Input,
+        *,
+        timeout_ms: int = 0,
+        caller: Caller | None = None,
     ) -> regression_pb2.RegressionResult:
         """Runs a regression signature on `tf.train.Example`s."""
         signature = self._signature_of_examples(signature_name)
         self._check_regress(signature)
-        count, outputs = self._run_examples([signature], examples, timeout_ms, "Regress")
+        count, outputs = self._run_examples(signature, examples, caller or _within(timeout_ms), "Regress")
         return regressions(signature, count, outputs)
 
     def multi_inference(
-        self, tasks: Iterable[inference_pb2.InferenceTask], examples: input_pb2.Input, *, timeout_ms: int = 0
+        self,
+        tasks: Iterable[inference_pb2.InferenceTask],
+        examples: input_pb2.Input,
+        *,
+        timeout_ms: int = 0,
+        caller: Caller | None = None,
     ) -> list[inference_pb2.InferenceResult]:
-        """Runs several classification and regression signatures on the same examples, in one step."""
+        """Runs several classification and regression signatures on the same examples, one after the other."""
         signatures: dict[str, tuple[str, Any]] = {}
         model_name = ""
         for task in tasks:
@@ -160,11 +202,10 @@ class Servable:
             else:
                 raise StatusError(Code.UNIMPLEMENTED, f"Unsupported signature method_name: {task.method_name}")
             signatures[name] = (task.method_name, self.signatures[name])
-        count, outputs = self._run_examples([each for _, each in signatures.values()], examples, timeout_ms, None)
-        self._metrics.example_count.add(count, model=self.name)
-        self._metrics.example_counts.observe(count, model=self.name)
-        results = []
+        caller = caller or _within(timeout_ms)
+        count, results = 0, []
         for name, (method, signature) in signatures.items():
+            count, outputs = self._run_examples(signature, examples, caller, None)
             result = inference_pb2.InferenceResult()
             result.model_spec.name, result.model_spec.signature_name = self.name, name
             result.model_spec.version.value = self.version
@@ -173,6 +214,8 @@ class Servable:
             else:
                 result.regression_result.CopyFrom(regressions(signature, count, outputs))
             results.append(result)
+        self._metrics.example_count.add(count, model=self.name)
+        self._metrics.example_counts.observe(count, model=self.name)
         return results
 
     def _feeds(self, signature: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,36 +237,59 @@ class Servable:
             for name, info in signature.inputs.items()
         }
 
-    def _run(self, feeds: Mapping[str, Any], fetches: Sequence[str], timeout_ms: int, api: str | None) -> list[Any]:
+    def _run(self, signature: Any, feeds: Mapping[str, Any], caller: Caller, api: str | None) -> dict[str, Any]:
+        """All outputs of a signature, by the name of their tensor.
+
+        The session keeps an executor for each set of feeds and of fetches. That takes seconds and much memory, so
+        a request must have no choice in it: whatever it asks for, a signature has one set of each.
+        """
+        fetches = sorted({info.name for info in signature.outputs.values()})
         try:
             given = {self._tensor(name): value for name, value in feeds.items()}
             wanted = [self._tensor(name) for name in fetches]
         except (KeyError, ValueError) as error:
             raise invalid(" ".join(str(error).split())) from error
-        options = config_pb2.RunOptions(timeout_in_ms=timeout_ms)
-        buffer = pywrap_tf_session.TF_NewBufferFromString(options.SerializeToString())
+        session = self._session
+
+        def step(pool: int, timeout_ms: int) -> list[Any]:
+            options = config_pb2.RunOptions(timeout_in_ms=timeout_ms, inter_op_thread_pool=pool)
+            buffer = pywrap_tf_session.TF_NewBufferFromString(options.SerializeToString())
+            with self._lock:
+                self._running += 1
+            try:
+                # `Session.run` would check feeds against the static shapes of the graph, which the C++ server does
+                # not, and would add Python's traceback of the graph to its errors. This is what runs beneath it.
+                return [_array(value) for value in session._call_tf_sessionrun(buffer, given, wanted, [], None)]
+            finally:
+                pywrap_tf_session.TF_DeleteBuffer(buffer)
+                with self._lock:
+                    self._running -= 1
+                    last = self._closed and not self._running
+                if last:
+                    session.close()
+
         start = time.perf_counter()
         try:
-            # `Session.run` would check feeds against the static shapes of the graph, which the C++ server does not, and
-            # would add Python's traceback of the graph to its errors. This is what runs beneath it. What it prepares
-            # for a set of feeds and fetches serves the next call too, whatever its timeout: hence no callables.
-            results = self._session._call_tf_sessionrun(buffer, given, wanted, [], None)
-            values = [_array(value) for value in results]
+            # While it loads, the warm-up is nobody's request.
+            values = self._runs.run(self.name, step, caller) if self._loaded else step(0, 0)
         except tf.errors.OpError as error:
             raise from_tensorflow(error) from error
-        finally:
-            pywrap_tf_session.TF_DeleteBuffer(buffer)
+        except UnicodeDecodeError as error:
+            # Of a status whose message is no UTF-8. Such bytes can only be the request's own.
+            raise invalid(error.object.decode("utf-8", "replace")) from error
+        except (TypeError, ValueError) as error:
+            raise invalid(" ".join(str(error).split())) from error
         if api is not None:
             self._metrics.runtime_latency.observe(
                 (time.perf_counter() - start) * 1e6, model_name=self.name, API=api, runtime="TF1"
             )
-        return values
+        return dict(zip(fetches, values, strict=True))
 
     def _tensor(self, name: str) -> Any:
         return self._session.graph.get_tensor_by_name(name)._as_tf_output()
 
     def _run_examples(
-        self, signatures: Sequence[Any], examples: input_pb2.Input, timeout_ms: int, api: str | None
+        self, signature: Any, examples: input_pb2.Input, caller: Caller, api: str | None
     ) -> tuple[int, dict[str, Any]]:
         """The number of examples, and the outputs by the name of their tensor."""
         with_context = examples.WhichOneof("kind") == "example_list_with_context"
@@ -232,10 +298,14 @@ class Servable:
             raise invalid("Input is empty.")
         # Two messages one after the other are one message with the fields of both.
         context = given.context.SerializeToString() if with_context else b""
+        count = len(given.examples)
+        if len(context) * (count - 1) > MAX_REPEATED_BYTES:
+            raise invalid(
+                f"The context is {len(context)} bytes for each of {count} examples: at most "
+                f"{MAX_REPEATED_BYTES} bytes may be repeated"
+            )
         batch = np.array([context + example.SerializeToString() for example in given.examples], object)
-        feeds = {signature.inputs["inputs"].name: batch for signature in signatures}
-        fetches = sorted({info.name for signature in signatures for info in signature.outputs.values()})
-        return len(batch), dict(zip(fetches, self._run(feeds, fetches, timeout_ms, api), strict=True))
+        return count, self._run(signature, {signature.inputs["inputs"].name: batch}, caller, api)
 
     def _signature_of_examples(self, signature_name: str) -> Any:
         name = signature_name or DEFAULT_SIGNATURE
@@ -301,6 +371,10 @@ class Servable:
             self.multi_inference(log.multi_inference_log.request.tasks, log.multi_inference_log.request.input)
         elif kind is not None:
             raise StatusError(Code.UNIMPLEMENTED, f"Unsupported log_type for warmup: {kind}")
+
+
+def _within(timeout_ms: int) -> Caller:
+    return Caller(timeout_ms / 1000 if timeout_ms else None)
 
 
 def _array(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 
@@ -15,12 +16,16 @@ from tfclm.server.metrics import Metrics
 from tfclm.server.playground import Playground
 from tfclm.server.rest import RestApi
 from tfclm.server.rpc import RpcOptions, RpcServer
+from tfclm.server.runs import Runs
 from tfclm.server.servable import LoadOptions, Servable
 from tfclm.server.service import Service
 from tfclm.server.settings import ServeSettings, check
 from tfclm.server.status import Code, StatusError
 
 _log = logging.getLogger(__name__)
+
+MARGIN_SECONDS = 2.0
+"""What `stop` may take beyond the grace period, twice."""
 
 
 class Server:
@@ -45,8 +50,9 @@ class Server:
             inter_op_threads=settings.tensorflow_inter_op_parallelism,
             intra_op_threads=settings.tensorflow_intra_op_parallelism,
         )
+        self._runs = Runs()
         self.manager = Manager(
-            lambda name, version, path: Servable(name, version, path, load, self.metrics),
+            lambda name, version, path: Servable(name, version, path, load, self.metrics, self._runs),
             poll_seconds=settings.file_system_poll_wait_seconds,
             max_retries=settings.max_num_load_retries,
             retry_seconds=max(settings.load_retry_interval_micros, 0) / 1e6,
@@ -87,17 +93,20 @@ class Server:
         self._stopping = threading.Event()
         self._follower: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Loads the models, then listens. Returns once both are done.
+    def start(self) -> bool:
+        """Loads the models, then listens. Returns once both are done, or after `interrupt`; gives whether it listens.
 
         Raises:
             InputError: a model does not load, or a port cannot be had. `stop` is still to be called.
         """
+        # A port that is taken must not be found only after minutes of loading.
+        for flag in ("port", "rest_api_port"):
+            _check_port(flag, self._settings.host, getattr(self._settings, flag))
         try:
             self.manager.start(self._config)
         except StatusError as error:
             if error.code is Code.CANCELLED:
-                return
+                return False
             raise InputError(f"failed to start: {error}") from error
         if self._rpc is not None:
             self.grpc_port = self._rpc.start()
@@ -114,6 +123,7 @@ class Server:
         if self._settings.model_config_file is not None and self._settings.model_config_file_poll_wait_seconds > 0:
             self._follower = threading.Thread(target=self._follow_config, name="tfclm-config", daemon=True)
             self._follower.start()
+        return True
 
     def interrupt(self) -> None:
         """Asks `wait`, or a `start` that waits for a model, to return; a signal handler may call it."""
@@ -122,23 +132,32 @@ class Server:
 
     def wait(self) -> None:
         """Returns once `interrupt` was called."""
-        # With a timeout, so that signals are seen on every platform.
-        while not self._stopping.wait(timeout=1):
-            pass
+        # `Event.wait` holds a lock at times that a signal handler's `set` would wait for.
+        while not self._stopping.is_set():
+            time.sleep(0.1)
 
     def stop(self) -> None:
-        """Takes no further requests, lets those that run finish within the grace period, and unloads the models."""
+        """Takes no further requests, lets those that run finish within the grace period, and unloads the models.
+
+        Nothing is waited for beyond the grace: a run or a load that goes on is left to the end of the process.
+        """
         self._stopping.set()
         grace = self._settings.shutdown_grace_seconds
         deadline = time.monotonic() + grace
-        stops = [threading.Thread(target=part.stop, args=(grace,)) for part in self._listening]
+        stops = [threading.Thread(target=part.stop, args=(grace,), daemon=True) for part in self._listening]
         for thread in stops:
             thread.start()
         for thread in stops:
-            thread.join()
+            thread.join(max(deadline + MARGIN_SECONDS - time.monotonic(), 0))
         if self._follower is not None:
             self._follower.join(max(deadline - time.monotonic(), 0.1))
-        self.manager.stop()
+        # Nobody waits for what is being loaded, hence no grace for it.
+        if not self.manager.stop(MARGIN_SECONDS):
+            _log.warning("a version is still being loaded; that is given up")
+        if self._runs.count:
+            _log.warning(
+                "%s run(s) have not ended within the grace of %g s; they are given up", self._runs.count, grace
+            )
 
     def _follow_config(self) -> None:
         path = self._settings.model_config_file
@@ -148,3 +167,20 @@ class Server:
                 self.manager.reload(configs.read_models(path))
             except (InputError, StatusError) as error:
                 _log.error("the models stay as they are: %s", error)
+
+
+def _check_port(flag: str, host: str, port: int) -> None:
+    """Raises InputError for a port that cannot be listened on now."""
+    if port <= 0:
+        return
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                # Two sockets may be bound to one port with this option, but only one may listen.
+                probe.listen(1)
+    except socket.gaierror as error:
+        raise InputError(f"--host {host}: {error.strerror}") from error
+    except OSError as error:
+        raise InputError(f"--{flag}: cannot listen on {host}:{port}: {error.strerror}") from error

@@ -18,7 +18,8 @@ from tensorflow_serving.apis import (
 
 from tfclm.server.manager import Manager
 from tfclm.server.messages import read_tensors, write_tensor
-from tfclm.server.metrics import Metrics
+from tfclm.server.metrics import UNKNOWN_MODEL, Metrics
+from tfclm.server.runs import Caller
 from tfclm.server.servable import DEFAULT_SIGNATURE, Servable
 from tfclm.server.status import Code, StatusError, invalid
 
@@ -26,50 +27,59 @@ METADATA_FIELD = "signature_def"
 
 
 class Service:
-    """The calls of PredictionService. Each raises `StatusError`."""
+    """The calls of PredictionService. Each raises `StatusError`.
+
+    `timeout_ms` limits a run, 0 for no limit; a `caller` may also leave, and then its run is not waited for.
+    """
 
     def __init__(self, manager: Manager, metrics: Metrics) -> None:
         self.manager, self.metrics = manager, metrics
 
-    def predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
+    def predict(self, request: predict_pb2.PredictRequest, caller: Caller | None = None) -> predict_pb2.PredictResponse:
         """Runs a signature on tensors."""
         response = predict_pb2.PredictResponse()
         with self.manager.use(_spec(request)) as servable:
             inputs = read_tensors(request.inputs)
             signature = request.model_spec.signature_name
-            outputs = servable.predict(signature, inputs, only=request.output_filter)
+            outputs = servable.predict(signature, inputs, only=request.output_filter, caller=caller)
             _describe(response, servable, signature or DEFAULT_SIGNATURE)
         for name, array in outputs.items():
+            if caller is not None:
+                caller.remaining()
             write_tensor(array, response.outputs[name])
         return response
 
     def classify(
-        self, request: classification_pb2.ClassificationRequest, timeout_ms: int = 0
+        self, request: classification_pb2.ClassificationRequest, timeout_ms: int = 0, caller: Caller | None = None
     ) -> classification_pb2.ClassificationResponse:
         """Runs a classification signature on examples."""
         response = classification_pb2.ClassificationResponse()
         with self.manager.use(_spec(request)) as servable:
             signature = request.model_spec.signature_name
-            response.result.CopyFrom(servable.classify(signature, request.input, timeout_ms=timeout_ms))
+            result = servable.classify(signature, request.input, timeout_ms=timeout_ms, caller=caller)
+            response.result.CopyFrom(result)
             _describe(response, servable, signature or DEFAULT_SIGNATURE)
         return response
 
     def regress(
-        self, request: regression_pb2.RegressionRequest, timeout_ms: int = 0
+        self, request: regression_pb2.RegressionRequest, timeout_ms: int = 0, caller: Caller | None = None
     ) -> regression_pb2.RegressionResponse:
         """Runs a regression signature on examples."""
         response = regression_pb2.RegressionResponse()
         with self.manager.use(_spec(request)) as servable:
             signature = request.model_spec.signature_name
-            response.result.CopyFrom(servable.regress(signature, request.input, timeout_ms=timeout_ms))
+            result = servable.regress(signature, request.input, timeout_ms=timeout_ms, caller=caller)
+            response.result.CopyFrom(result)
             _describe(response, servable, signature or DEFAULT_SIGNATURE)
         return response
 
-    def multi_inference(self, request: inference_pb2.MultiInferenceRequest) -> inference_pb2.MultiInferenceResponse:
+    def multi_inference(
+        self, request: inference_pb2.MultiInferenceRequest, caller: Caller | None = None
+    ) -> inference_pb2.MultiInferenceResponse:
         """Runs classification and regression signatures on the same examples."""
         spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
         with self.manager.use(spec) as servable:
-            results = servable.multi_inference(request.tasks, request.input)
+            results = servable.multi_inference(request.tasks, request.input, caller=caller)
         return inference_pb2.MultiInferenceResponse(results=results)
 
     def metadata(
@@ -92,6 +102,8 @@ class Service:
     @contextmanager
     def counted(self, name: str, api: str, entrypoint: str) -> Iterator[None]:
         """Counts a request to the named model with its outcome, and how long it took if it succeeded."""
+        if name and not self.manager.has(name):
+            name = UNKNOWN_MODEL
         start, code = time.perf_counter(), Code.INTERNAL
         try:
             yield

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from tfclm.errors import InputError
 from tfclm.settings import setting
+
+_VERSION = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -75,5 +79,34 @@ def check(settings: ServeSettings) -> None:
     if settings.model_config_file is None:
         if settings.model_base_path is None:
             raise InputError("--model_base_path is missing: give the folder that holds the versions of the model")
-        if not Path(settings.model_base_path).is_dir():
+        if not os.path.isdir(settings.model_base_path):
             raise InputError(f"--model_base_path {settings.model_base_path}: there is no such folder")
+        if mistake := misplaced_model(settings.model_base_path):
+            raise InputError(f"--model_base_path {settings.model_base_path} {mistake}")
+
+
+def is_version(name: str) -> bool:
+    """Whether a folder of this name is a version of a model: its name is an int64."""
+    return _VERSION.fullmatch(name) is not None and -(2**63) <= int(name) < 2**63
+
+
+def misplaced_model(base_path: str) -> str:
+    """What else than a folder of versions a base path is, and what to give in its place; "" if it may be one."""
+    try:
+        names = set(os.listdir(base_path))
+    except (OSError, ValueError):
+        # It may come, or become readable.
+        return ""
+    if any(map(is_version, names)):
+        return ""
+    path = Path(base_path).absolute()
+    if names & {"saved_model.pb", "saved_model.pbtxt"}:
+        if is_version(path.name):
+            return f"is a version of a model, not the folder that holds its versions: give {path.parent}"
+        return f"is a SavedModel, not a folder that holds versions: move it to {path / '1'} and give {path}"
+    if "config.json" in names:
+        return (
+            "is a checkpoint, not an exported model: run "
+            f"`python -m tfclm.export --model {base_path} --serving-dir DIR` and give DIR"
+        )
+    return ""

@@ -46,6 +46,8 @@ HTTP_STATUS = {
 }
 """The HTTP status of a code; 500 for those that are missing."""
 
+_XLA_IS_OFF = "XLA compilation disabled"
+
 
 class StatusError(Exception):
     """A request, or a model, that failed with a code and a message for whoever sent it."""
@@ -66,4 +68,8 @@ def invalid(message: str) -> StatusError:
 
 def from_tensorflow(error: Any) -> StatusError:
     """The status of a `tf.errors.OpError`."""
-    return StatusError(Code(error.error_code or Code.UNKNOWN), str(error.message))
+    message = str(error.message)
+    if _XLA_IS_OFF in message:
+        hint = f"{_XLA_IS_OFF}: this export needs a server that is started with --xla_cpu_compilation_enabled"
+        message = message.replace(_XLA_IS_OFF, hint, 1)
+    return StatusError(Code(error.error_code or Code.UNKNOWN), message)
