@@ -211,6 +211,9 @@ class Servable:
             values = [_array(value) for value in results]
         except tf.errors.OpError as error:
             raise from_tensorflow(error) from error
+        except UnicodeDecodeError as error:
+            # The graph's message quotes an input that is not valid UTF-8, and TensorFlow cannot make an error of it.
+            raise invalid(error.object.decode("utf-8", "replace")) from error
         finally:
             pywrap_tf_session.TF_DeleteBuffer(buffer)
         if api is not None:
