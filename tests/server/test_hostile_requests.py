@@ -76,6 +76,7 @@ class Process(Client):
 def server(models: Path) -> Iterator[Process]:
     """The command, with little memory and patience."""
     command = [sys.executable, "-m", "tfclm.serve", "--port=0", "--rest_api_port=-1", "--rest_api_num_threads=4"]
+    command += ["--max_request_bytes", str(32 * MIB)]
     command += [f"--model_config_file={models / 'models.config'}", "--allow_version_labels_for_unavailable_models"]
     command += [f"--request_read_seconds={READ_SECONDS}", "--rest_api_timeout_in_ms=20000", "--no_access_log"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
@@ -96,7 +97,7 @@ def server(models: Path) -> Iterator[Process]:
         process.wait()
 
 
-@pytest.mark.parametrize("depth", [33, 34, 64, 65, 100, 254, 255, 15_000, 20_000, 200_000])
+@pytest.mark.parametrize("depth", [33, 34, 64, 65, 100, 254, 255, 15_000, 50_000])
 def test_nested_brackets_around_a_value(server, depth):
     """Brackets that make a tensor of more dimensions than NumPy has, which ended the process from 33 on."""
     nested = "[" * depth + "%s" + "]" * depth
@@ -109,24 +110,15 @@ def test_nested_brackets_around_a_value(server, depth):
         assert server.predict(f'{{"instances": {objects}}}').status == 400
 
 
-HOSTILE = {
-    "empty lists": b'{"instances":[' + b"[]," * (33 * MIB) + b"[]]}",
-    "empty objects": b'{"instances":[' + b"{}," * (33 * MIB) + b"{}]}",
-    "members": b'{"instances":[{' + b'"prompt":"a",' * (7 * MIB) + b'"prompt":"a"}]}',
-    "brackets": b'{"instances":' + b"[" * (99 * MIB),
-    "escapes": b'{"instances":["' + b"\\n" * (49 * MIB) + b'"]}',
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_small_body_that_is_large_once_inflated(server, kind):
-    """100 KB that take 45 s and 3.5 GB, in spite of the time-out, while others wait for the interpreter."""
-    body = gzip.compress(HOSTILE[kind], 6)
-    assert len(body) < 400_000
-    with server.within(seconds=40, mib=1500):
+@pytest.mark.parametrize("item", ["[],", "[", '{"a":1},'])
+def test_small_body_that_is_large_once_inflated(server, item):
+    """100 KB that take a minute and gigabytes, in spite of the time-out, while others wait for the interpreter."""
+    body = gzip.compress(('{"instances":[' + item * (24 * MIB // len(item))).encode())
+    assert len(body) < 100_000
+    with server.within(seconds=40, mib=400):
         answer = server.predict(body, **{"Content-Encoding": "gzip"})
-    assert answer.status in (400, 413, 504) or kind == "escapes"
+    assert (answer.status, answer.error) == (413, "The request holds more than 1048576 JSON values")
 
 
 def test_parsing_counts_as_the_requests_time(models, start_server, client):
@@ -203,7 +195,7 @@ def test_slow_reader_gets_its_reply(models, start_server):
 GET = b"GET /v1/models/m HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /v1/models/m:predict HTTP/1.1\r\nHost: x\r\n"
 SLOW = b"POST /v1/models/slow:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n"
-SLOW_BODY = b'{"inputs": 600000}  '
+SLOW_BODY = b'{"inputs": 300000}  '
 ENDLESS = {
     "header lines": (GET, b"a: b\r\n" * 10_000),
     "header": (GET + b"a: ", b"v" * 65536),
@@ -225,7 +217,9 @@ ENDLESS = {
 def test_what_never_ends(server, kind):
     """What a client sends without end being kept: the lowest aiohttp that is allowed has to bound it."""
     head, piece = ENDLESS[kind]
-    with server.within(seconds=40, mib=100), server.connect(timeout=1) as connection:
+    # Where the model is slow, others may wait for its threads.
+    wait = 60 if SLOW in head else 5
+    with server.within(seconds=90, mib=100, wait=wait), server.connect(timeout=1) as connection:
         deadline, sent = time.monotonic() + FLOOD_SECONDS, 0
         with contextlib.suppress(OSError):
             connection.sendall(head)
