@@ -121,6 +121,18 @@ def test_small_body_that_is_large_once_inflated(server, item):
     assert (answer.status, answer.error) == (413, "The request holds more than 1048576 JSON values")
 
 
+def test_small_request_that_is_copied_often(server):
+    """A context of a megabyte that each of 3,000 examples gets a copy of, or a long name that is quoted often."""
+    context = json.dumps({"c": "c" * MIB}).encode()
+    body = b'{"signature_name":"regress","context":%s,"examples":[%s]}' % (context, b'{"x":1.0},' * 2999 + b'{"x":1.0}')
+    name = json.dumps({"instances": [{"\U0001f600" + "k" * (20 * MIB): 1}]}, ensure_ascii=False).encode()
+    with server.within(seconds=30, mib=400):
+        answer = server.ask("POST", "/v1/models/half_plus_two:regress", body)
+        assert (answer.status, answer.error.startswith("The context and its copies")) == (400, True)
+        answer = server.predict(name)
+        assert (answer.status, len(answer.body) < MIB) == (400, True)
+
+
 def test_parsing_counts_as_the_requests_time(models, start_server, client):
     """A time-out that begins when the JSON has been read, which is what takes the time."""
     rest = client(start_server(model_base_path=str(models / "m"), rest_api_timeout_in_ms=300, port=0))

@@ -18,13 +18,12 @@ import tensorflow as tf
 from tensorflow_serving.apis import classification_pb2, input_pb2, regression_pb2
 
 from tfclm.server.deadline import Deadline
-from tfclm.server.jsontext import debug_string, decimal, parse, quote, type_name
+from tfclm.server.jsontext import MAX_QUOTED, debug_string, decimal, parse, quote, type_name
 from tfclm.server.status import Code, StatusError, invalid
 
 Inputs = Mapping[str, Any]  # name -> TensorInfo, of a signature
 
 MAX_RANK = 32  # TensorFlow's Python interface crashes above it; TensorFlow itself goes up to 254
-MAX_ERROR_CHARACTERS = 2**16  # an error message, which may quote the request, is cut here
 
 _INT32 = (-(2**31), 2**31 - 1)
 _INTEGERS = {
@@ -134,7 +133,7 @@ def write_regressions(result: regression_pb2.RegressionResult) -> bytes:
 
 def write_error(message: str) -> bytes:
     """The reply that says what went wrong."""
-    return _encode('{\n    "error": ' + quote(message[:MAX_ERROR_CHARACTERS]) + "\n}")
+    return _encode('{\n    "error": ' + quote(message[:MAX_QUOTED]) + "\n}")
 
 
 def _encode(text: str) -> bytes:
@@ -172,14 +171,14 @@ def _from_instances(instances: list[Any], known: Inputs, deadline: Deadline) -> 
         for name, value in values:
             try:
                 if name not in known:
-                    raise invalid(f"JSON object: does not have named input: {name}")
+                    raise invalid(f"JSON object: does not have named input: {name[:MAX_QUOTED]}")
                 if name not in columns:
                     columns[name] = _Column(name, tf.as_dtype(known[name].dtype), deadline)
                 columns[name].add(value)
             except StatusError as error:
                 if error.code is Code.DEADLINE_EXCEEDED:
                     raise
-                key = f" key: {name}" if named else ""
+                key = f" key: {name[:MAX_QUOTED]}" if named else ""
                 raise invalid(f"Failed to process element: {place}{key} of 'instances' list. Error: {error}") from error
         if named and instance.keys() != known.keys():
             raise invalid(

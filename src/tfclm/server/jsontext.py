@@ -21,6 +21,7 @@ from tfclm.server.deadline import Deadline
 from tfclm.server.status import StatusError, TooLarge, invalid
 
 DEBUG_BYTES = 256  # a value that an error message quotes is cut about here
+MAX_QUOTED = 2**16  # characters of a string that a message quotes
 LARGE_BYTES = 2**18  # the interpreter's parser takes some ten milliseconds for the worst document of this size
 _PIECE_BYTES = 2**16
 
@@ -421,11 +422,11 @@ def _tokens(value: Any, level: int, lead: str = "") -> Iterator[str]:
     elif isinstance(value, dict):
         yield lead + "{"
         for place, (key, item) in enumerate(value.items()):
-            yield (",\n" if place else "\n") + "    " * (level + 1) + quote(key)
+            yield (",\n" if place else "\n") + "    " * (level + 1) + quote(key[:MAX_QUOTED])
             yield from _tokens(item, level + 1, ": ")
         yield ("\n" + "    " * level if value else "") + "}"
     elif isinstance(value, str):
-        yield lead + quote(value)
+        yield lead + quote(value[:MAX_QUOTED])
     elif isinstance(value, float):
         yield lead + decimal(value, shortest=True)
     else:

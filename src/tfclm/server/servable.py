@@ -29,6 +29,7 @@ from tfclm.server.status import Code, StatusError, from_tensorflow, invalid
 DEFAULT_SIGNATURE = "serving_default"
 CLASSIFY, REGRESS, PREDICT = (f"tensorflow/serving/{method}" for method in ("classify", "regress", "predict"))
 MAX_WARMUP_RECORDS = 1000
+MAX_CONTEXT_BYTES = 2**28  # of all copies of a context, of which each example gets one
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,8 @@ class Servable:
             raise invalid("Input is empty.")
         # Two messages one after the other are one message with the fields of both.
         context = given.context.SerializeToString() if with_context else b""
+        if len(context) * len(given.examples) > MAX_CONTEXT_BYTES:
+            raise invalid(f"The context and its copies for each example take more than {MAX_CONTEXT_BYTES} bytes.")
         batch = np.array([context + example.SerializeToString() for example in given.examples], object)
         feeds = {signature.inputs["inputs"].name: batch for signature in signatures}
         fetches = sorted({info.name for signature in signatures for info in signature.outputs.values()})
