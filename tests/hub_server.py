@@ -79,12 +79,15 @@ class Faults:
     """What goes wrong with the next requests, in this order; None is a request that goes right.
 
     refused: nobody listens for half a second. reset: the connection breaks at once; half: in the middle of what is
-    sent; lost: after the request was obeyed, so that its answer is missing. 429 asks for a second of patience. hang: no
-    answer within `hang` seconds. Requests that `path` does not find ("POST /api/models/me/x/commit/main") are spared.
+    sent; lost: after the request was obeyed, so that its answer is missing. 429 asks for `retry_after`, seconds or a
+    date. hang: no answer within `hang` seconds. Spared are requests that `path` does not find, such as
+    "POST /api/models/me/x/commit/main".
     """
 
-    def __init__(self, sequence: Sequence[str | None] = (), path: str = "", hang: float = 2.0) -> None:
-        self.left, self.path, self.hang = list(sequence), re.compile(path), hang
+    def __init__(
+        self, sequence: Sequence[str | None] = (), path: str = "", hang: float = 2.0, retry_after: str = "1"
+    ) -> None:
+        self.left, self.path, self.hang, self.retry_after = list(sequence), re.compile(path), hang, retry_after
         self.met: list[str] = []
 
     @staticmethod
@@ -210,7 +213,8 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(self.hub.faults.hang)
             return self._break_off()
         if fault in ("500", "429"):
-            return self._answer(int(fault), {"error": "a fault"}, {"Retry-After": "1"} if fault == "429" else {})
+            headers = {"Retry-After": self.hub.faults.retry_after} if fault == "429" else {}
+            return self._answer(int(fault), {"error": "a fault"}, headers)
         self.query = parse_qs(url.query)
         try:
             with self.hub.lock:

@@ -431,6 +431,7 @@ def test_grpc_asks_again_where_unavailable(code: str):
     metadata = messages.message("tensorflow.serving.GetModelMetadataResponse")()
     signatures = messages.message("tensorflow.serving.SignatureDefMap")()
     signatures.signature_def["s"].inputs["x"].dtype = 7
+    signatures.signature_def["s"].outputs["y"].dtype = 7
     metadata.metadata["signature_def"].Pack(signatures)
     done = messages.message("tensorflow.serving.PredictResponse")()
     done.outputs["y"].CopyFrom(messages.to_tensor([b"done"], "DT_STRING"))
@@ -507,9 +508,10 @@ def test_a_batch(served):
         expected = [client.generate(prompt, seed=2).generated_text for prompt in prompts]
     run = query(served, "--batch", "--seed=2", "--json", stdin="\n".join(prompts).encode() + b"\n")
     assert [json.loads(line)["generated_text"] for line in run.stdout.splitlines()] == expected
-    run = query(served, "--batch", "--seed=2", stdin=b"\n".join([b"one"] * 9 + [b"", b"two"]))
+    run = query(served, "--batch", "--seed=2", stdin=b"\n".join([b"one"] * 9 + [b"word " * 100, b"two"]))
     assert run.returncode == 2
-    assert run.stderr == b"tfclm.query: lines 9 to 11: prompt[1] is empty: give a text\n"
+    assert run.stderr.startswith(b"tfclm.query: line 10: prompt has ")
+    assert run.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize(

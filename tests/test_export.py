@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -312,11 +313,16 @@ def test_version_of_text(texts: Path, tmp_path: Path):
 def test_list_and_rollback(console: Console, tmp_path: Path):
     """The oldest removed instead of the newest, the last one removed, or a list that says nothing of quality."""
     (tmp_path / "m" / "1").mkdir(parents=True)
-    write_record(tmp_path / "m" / "2", perplexity=20, source={"checkpoint": "runs/eli5"})
+    told = {"time": "2026-03-04T05:06:07Z", "perplexity": 20, "tokens": 1000, "source": {"checkpoint": "runs/eli5"}}
+    write_record(tmp_path / "m" / "2", **told)
     at = ("--serving-dir", tmp_path / "m")
     code, out, _ = console(export, *at, "--list")
     assert code == 0
-    assert out.splitlines() == ["1\tno perplexity recorded\tof unknown source", "2\tperplexity 20.0000\truns/eli5"]
+    assert [line.split() for line in out.splitlines()] == [
+        ["version", "exported", "perplexity", "tokens", "source"],
+        ["1", "-", "-", "-", "unknown"],
+        ["2", "2026-03-04", "05:06", "20.0000", "1000", "runs/eli5"],
+    ]
     assert console(export, *at, "--rollback")[:2] == (0, "version 2 removed, 1 is the newest\n")
     refuse(console(export, *at, "--rollback"), "has one version, and nothing to go back to")
     assert names(tmp_path / "m") == {"1"}
@@ -334,7 +340,12 @@ def test_list_of_a_remote_folder(console: Console, tmp_path: Path):
         with tf.io.gfile.GFile(f"{at}/{name}", "w") as file:
             file.write("x")
     code, out, err = console(export, "--serving-dir", at, "--list")
-    assert (code, out) == (0, "1\tno perplexity recorded\tof unknown source\n"), err
+    assert code == 0, err
+    (version, *when, perplexity, tokens, source) = out.splitlines()[1].split()
+    assert (version, perplexity, tokens, source) == ("1", "-", "-", "unknown")
+    written = tf.io.gfile.stat(f"{at}/1/saved_model.pb").mtime_nsec / 1e9
+    assert " ".join(when) == time.strftime("%Y-%m-%d %H:%M", time.gmtime(written))
+    assert len(out.splitlines()) == 2
     assert f"{at}/2 has no saved_model.pb and counts as no version" in err
     refuse(console(export, "--serving-dir", at, "--rollback"), "has one version, and nothing to go back to")
     refuse(console(export, "--serving-dir", "nowhere://x", "--list"), "'nowhere' not implemented")
@@ -348,13 +359,35 @@ def test_list_with_a_damaged_record(console: Console, tmp_path: Path, content: b
     (tmp_path / "2" / RECORD).write_bytes(content)
     code, out, err = console(export, "--serving-dir", tmp_path, "--list")
     assert code == 2
-    assert [line.split("\t")[:2] for line in out.splitlines()] == [
-        ["1", "perplexity 1.0000"],
-        ["2", "its record is damaged"],
-        ["3", "perplexity 3.0000"],
-    ]
+    shown = [line.split()[::2][:2] for line in out.splitlines()[1:]]
+    assert shown == [["1", "1.0000"], ["2", "damaged"], ["3", "3.0000"]]
     assert f"tfclm.export: {tmp_path}/2/{RECORD} is damaged: " in err
     assert "Traceback" not in err
+
+
+def test_list_tells_what_was_not_published(console: Console, tmp_path: Path):
+    """A model that was turned away at night, and nobody who looks at the list sees that there was one, or why."""
+    write_record(tmp_path / "1", perplexity=16.0)
+    (tmp_path / ".verdicts").mkdir()
+    source = {"checkpoint": "runs/second"}
+    verdicts = [
+        {"time": "2026-03-04T05:06:07Z", "passed": True, "version": 1, "source": source},
+        {"time": "2026-03-05T05:06:07Z", "passed": False, "perplexity": 20.0, "reason": "too high", "source": source},
+        {"passed": False, "perplexity": 9.0, "compared": {"perplexity": 21.5}, "reason": "worse", "source": source},
+    ]
+    for number, verdict in enumerate(verdicts):
+        (tmp_path / ".verdicts" / f"{number}.json").write_text(json.dumps(verdict))
+    for number, damaged in enumerate(("{", "[]", "")):
+        (tmp_path / ".verdicts" / f"9{number}.json").write_text(damaged)
+    code, out, _ = console(export, "--serving-dir", tmp_path, "--list")
+    assert code == 0
+    assert out.splitlines()[2:] == [
+        "",
+        "not published:",
+        "checked           perplexity  source       reason",
+        "2026-03-05 05:06  20.0000     runs/second  too high",
+        "-                 21.5000     runs/second  worse",
+    ]
 
 
 # What is refused
@@ -530,10 +563,10 @@ def test_fit_refuses_before_it_trains(
 # of TensorFlow, which takes longer than the last.
 MOMENTS = [
     ("writing the SavedModel", 0.2),
-    ("asking it", 0.5),
+    ("verifying it", 0.5),
     ("", 8.0),
     ("writing the SavedModel", 2.0),
-    ("asking it", 8.0),
+    ("verifying it", 8.0),
 ]
 
 
@@ -557,7 +590,7 @@ def test_killed_at_random_moments(timed: Timed, plain: Path, tmp_path: Path):
             for path, size in whole.items() if name.isdigit() else ():
                 assert (serving / name / path).stat().st_size == size, moment
 
-        asked = started.said("asking it")
+        asked = started.said("verifying it")
         ended = started.process.exitcode == 0
         return started.said("writing the SavedModel") and not asked, asked and not ended
 

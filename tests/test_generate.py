@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -87,3 +88,95 @@ def test_empty_prompt_without_a_token_to_begin_with(make_model, tokenizer):
     with pytest.raises(InputError, match="the prompt is empty"):
         sample(make_model(), tokenizer, "")
     assert sample(make_model(), tokenizer, "The", max_new_tokens=3).startswith("The")
+
+
+# generation_config.json
+
+
+class Ids:
+    """A tokenizer that shows tokens as their ids: text that is tokenized again need not give the same ones."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text):
+        return self.tokenizer(text)
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(str(int(number)) for number in ids)
+
+
+def greedy(model, tokenizer, **settings) -> list[int]:
+    """Ten tokens after "The", with these settings in the generation_config."""
+    model.generation_config = copy.deepcopy(model.generation_config)
+    before = vars(model.generation_config).copy()
+    vars(model.generation_config).update({"eos_token_id": None} | settings)
+    try:
+        ids = sample(model, Ids(tokenizer), "The", temperature=0, max_new_tokens=10).split()
+    finally:
+        vars(model.generation_config).update(before)
+    return [int(number) for number in ids[len(tokenizer("The")["input_ids"]) :]]
+
+
+def test_a_minimum_length_keeps_the_text_from_ending(make_model, tokenizer):
+    """A ValueError for `min_length` above the maximum or beside two EOS, and `min_new_tokens` ignored."""
+    model = make_model()
+    prompt = len(tokenizer("The")["input_ids"])
+    ends = [greedy(model, tokenizer)[0], 511]
+    assert greedy(model, tokenizer, eos_token_id=ends) == ends[:1]
+    for minimum, least in (
+        ({"min_length": prompt + 5}, 5),
+        ({"min_new_tokens": 5}, 5),
+        ({"min_length": 500}, 10),
+        ({"min_new_tokens": 500}, 10),
+    ):
+        tokens = greedy(model, tokenizer, eos_token_id=ends, **minimum)
+        assert len(tokens) >= least
+        assert not set(ends) & set(tokens[:least])
+
+
+def test_settings_of_the_output_form_and_nulls_change_nothing(make_model, tokenizer):
+    """A traceback where `generate` returns an object of many parts, or nothing, as for null in place of one beam."""
+    model = make_model()
+    plain = greedy(model, tokenizer)
+    for settings in (
+        {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True},
+        {"num_beams": None, "num_return_sequences": None, "min_length": None, "repetition_penalty": None},
+        {"use_cache": False},
+        {"max_length": 2},
+        {"repetition_penalty": 1},
+    ):
+        assert greedy(model, tokenizer, **settings) == plain
+
+
+def test_penalties_are_obeyed(make_model, tokenizer):
+    """A repetition penalty lost on the way, or refused for being a whole number."""
+    model = make_model()
+    assert len(set(greedy(model, tokenizer))) < 10
+    assert len(set(greedy(model, tokenizer, repetition_penalty=1000))) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_beams": 4}, "num_beams 4, which generate does not do"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha 0.6"),
+        ({"min_p": 0.1}, "min_p 0.1"),
+        ({"stop_strings": ["."]}, "stop_strings"),
+        ({"num_return_sequences": 3}, "num_return_sequences 3"),
+        ({"eos_token_id": [0, 512]}, "eos_token_id 512: give a token id"),
+        ({"eos_token_id": "</s>"}, "eos_token_id '</s>': give a token id"),
+        ({"min_length": "5"}, "min_length '5': give a number of tokens"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0: give a number above 0"),
+        ({"bad_words_ids": [[]]}, "generation_config.json has a value that cannot be used"),
+    ],
+)
+def test_settings_that_are_not_done_are_refused(settings, words, make_model, tokenizer):
+    """A setting that PyTorch's `generate` obeys ignored without a word, or a traceback of TensorFlow's."""
+    with pytest.raises(InputError, match=r"generation_config\.json") as caught:
+        greedy(make_model(), tokenizer, **settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

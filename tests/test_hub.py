@@ -230,6 +230,86 @@ def test_waits_as_long_as_the_hub_asks(hub: Hub, tmp_path: Path):
     assert hub.model("me/tiny").titles() == ["a"]
 
 
+@pytest.mark.parametrize("header", ["3600", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 99 Foo", "²"])
+def test_a_wait_that_the_hub_asks_for_has_an_end(hub: Hub, tmp_path: Path, header: str):
+    """A finished run that waits for an hour, past its own patience, as a server says; or a header that ends it."""
+    folder = filled(tmp_path / "run")
+    hub.make("models/me/tiny", {})
+    hub.faults = Faults(["429"], "/commit/", retry_after=header)
+    code = PUSH.replace("FIRST_WAIT = 1.0", "FIRST_WAIT = 0.05")
+    code += """
+put('first')
+while not said: time.sleep(0.01)
+put('second')
+error = pusher.close(0, drop=True)
+dropped = time.monotonic() - began
+pusher = Pusher(repository, "a request", said.append, first_wait=0.05)
+put('last')
+error = pusher.close(2)
+answer([str(error), dropped, time.monotonic() - began, said])
+"""
+    # One that cannot be read is none.
+    readable = not header.startswith(("Mon", "²"))
+    (error, dropped, seconds, said), _ = asked(code, hub.endpoint, folder)
+    assert dropped < 10
+    assert seconds < 20
+    assert len(said) == 1
+    if readable:
+        assert "asks to be left alone for 3" in error, "nobody asks a Hub again that has asked for an hour"
+        assert hub.model("me/tiny").titles() == []
+    else:
+        assert error == "None", said
+        assert hub.model("me/tiny").titles()[-1] == "last"
+
+
+def test_a_newer_state_waits_as_the_hub_has_asked(hub: Hub, tmp_path: Path):
+    """A Hub that is asked again at once, because the state that it turned away was overtaken or another pusher's."""
+    folder = filled(tmp_path / "run")
+    hub.make("models/me/tiny", {})
+    hub.faults = Faults(["429"], "/commit/", retry_after="3")
+    code = f"""{PUSH}
+put('first')
+while not said: time.sleep(0.01)
+turned_away = time.monotonic()
+put('second')
+pusher.close(0, drop=True)
+pusher = Pusher(repository, "a request", said.append)
+put('last')
+error = pusher.close(30)
+answer([str(error), time.monotonic() - turned_away])
+"""
+    (error, seconds), _ = asked(code, hub.endpoint, folder)
+    assert error == "None"
+    assert 2.5 < seconds < 20
+    assert hub.model("me/tiny").titles() == ["last"]
+
+
+def test_every_request_has_a_time_limit(hub: Hub, tmp_path: Path):
+    """A check before training that waits for ever: the client passes its calls on with a time limit of None."""
+    hub.make("models/me/tiny", {})
+    hub.faults = Faults(["hang"] * 3, "GET /api/models/me/tiny", hang=60.0)
+    code = "began = time.monotonic()\nCASES = [('me/tiny', {'timeout': 0.5, 'patience': 1.0})]\n" + PREFLIGHT.replace(
+        "answer(results)", "answer([results, time.monotonic() - began])"
+    )
+    ((result,), seconds), _ = asked(code, hub.endpoint, tmp_path / "none")
+    assert result.startswith("Unreachable"), result
+    assert seconds < 20
+
+
+def test_a_push_whose_thread_fails_is_no_success(hub: Hub, tmp_path: Path):
+    """A repository that is said to hold the folder, because the thread that pushed ended in an error of its own."""
+    hub.make("models/me/tiny", {})
+    code = f"""{PUSH}
+def full(line): raise OSError(28, "No space left on device")
+repository.token = None
+pusher = Pusher(repository, "a request", full)
+pusher.put(State({{"a": folder / "gone"}}, "title"))
+answer(type(pusher.close(5)).__name__)
+"""
+    error, _ = asked(code, hub.endpoint, filled(tmp_path / "run"))
+    assert error == "OSError"
+
+
 def test_a_hub_that_never_answers_is_given_up(hub: Hub, tmp_path: Path):
     """A push that waits for ever on a connection where nothing comes: requests that write have no time limit."""
     folder = filled(tmp_path / "run")

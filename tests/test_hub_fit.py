@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import yaml
 from conftest import tiny_config
 from hub_server import WRITER, Faults, Hub, hub
 from test_hub import environment, held
@@ -223,6 +224,50 @@ def test_killed_run_goes_on_here_and_elsewhere(hub: Hub, tmp_path: Path):
     assert weights(tmp_path / "user" / "run") == weights(tmp_path / "other" / "elsewhere")
     assert hub.model("me/tiny").files() == held(tmp_path / "user" / "run")
     assert [title for title in titles(hub) if title.startswith("Epoch")] == titles(hub)[: len(epochs)]
+
+
+@pytest.mark.parametrize(
+    ("target", "flags", "expected"),
+    [
+        ("me/other", [], None),
+        ("me/other", ["--push-to-hub", "me/mine"], "me/mine"),
+        ("somebody/run", [], "somebody/run"),
+        ("run", [], "run"),
+        ("run", ["--push-to-hub", "none"], None),
+    ],
+)
+def test_settings_that_come_with_a_state(hub: Hub, tmp_path: Path, target: str, flags: list[str], expected: str | None):
+    """A state of somebody else that overwrites, exports or pushes where its author likes, to a repository of yours."""
+    user = User(hub, tmp_path / "user")
+    written = {
+        **{"dataset": "python-docs", "epochs": 7, "learning_rate": 1e-3, "push_to_hub": target, "train_file": []},
+        **{"overwrite": True, "export_to": "served", "max_perplexity": 3.0, "push_saved_model": True},
+    }
+    state = {"fit.yaml": yaml.safe_dump(written).encode(), "resume/state/checkpoint": b"model_checkpoint_path: 'x'"}
+    hub.make("models/somebody/run", state)
+    code = (
+        "import sys; from tfclm.fit import FitSettings, preset; from tfclm.settings import parse, record, to_yaml; "
+        "settings = parse(FitSettings, sys.argv[1:], prog='fit', description='', preset=preset); "
+        "print(settings.overwrite, settings.export_to, settings.max_perplexity, settings.push_saved_model); "
+        "print(to_yaml(record(settings)))"
+    )
+    words = ["--resume-from", "somebody/run", "--output-dir", "run", *flags]
+    said = []
+    for _ in range(2):  # the second time from what is in the folder
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=user.home, env=user.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        said.append("was pushed to me/other" in done.stderr)
+        first, _, rest = done.stdout.partition("\n")
+        assert first == "False None None False"
+        settings = yaml.safe_load(rest)
+        assert (settings["epochs"], settings["learning_rate"], settings["push_to_hub"]) == (7, 1e-3, expected)
+        assert settings["output_dir"] == "run"
+        # What the folder compares with when the run goes on.
+        there = yaml.safe_load((user.home / "run" / "fit.yaml").read_text())
+        assert there == settings | {"output_dir": None}
+    assert said == [target == "me/other" and not flags, False]
 
 
 def titles(hub: Hub) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from hub_server import WRITER, Hub, hub
 from test_hub import asked, filled, held
 
 from tfclm import push
-from tfclm.errors import InputError
-from tfclm.hub.fetching import newest_version, unpack, zip_servable
+from tfclm.hub.delivery import deliver
+from tfclm.hub.repository import Repository
 from tfclm.settings import command
 
 
@@ -101,6 +100,55 @@ def test_a_token_is_in_no_traceback(monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert not any(secret in err for secret in (WRITER, other, "secret-word"))
 
 
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00token"], ids=["folder", "no text"])
+def test_a_token_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], content: bytes | None
+):
+    """Every line about anything is a traceback, because the token that is to be left out of it is looked up first."""
+    from huggingface_hub import constants
+
+    file = tmp_path / "token"
+    file.mkdir() if content is None else file.write_bytes(content)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(file))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert called(monkeypatch, capfd, "--model", "nowhere") == (
+        2,
+        "tfclm.push: --model nowhere: there is no such folder",
+    )
+
+    def run(settings: push.PushSettings) -> int:
+        raise RuntimeError(f"cannot send {WRITER}")
+
+    with pytest.raises(SystemExit) as end:
+        command(push.PushSettings, run, verb="push", description="", tensorflow=False)
+    err = capfd.readouterr().err
+    assert end.value.code == 1
+    assert err.splitlines()[-1] == "RuntimeError: cannot send ***"
+    # Where the token itself is needed, it is what the line is about.
+    folder = checkpoint(tmp_path / "run")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    code, err = called(monkeypatch, capfd, "--model", folder, "--repo-id", "me/x")
+    why = "Is a directory" if content is None else "it is no text"
+    assert code == 2
+    assert err.startswith(f"tfclm.push: the Hub's token in {file} cannot be read ({why}): run `hf auth login` again"), (
+        err
+    )
+
+
+def test_archive_without_room_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """A run that is complete, and ends in a traceback because the disk has no room for the archive that is pushed."""
+    folder = checkpoint(tmp_path / "run")
+    filled(tmp_path / "serving" / "1", **{"saved_model.pb": b"x"})
+    (tmp_path / "serving" / "1" / "v").symlink_to("/proc/self/mem")  # a file whose first byte cannot be read
+    said: list[str] = []
+    repository = Repository("me/x", token=WRITER)
+    servable = tmp_path / "serving" / "1"
+    assert not deliver(folder, repository, patience=0, servable=servable, say=said.append)
+    assert "me/x does not hold the last state, which is safe in" in said[0]
+    assert "OSError: [Errno 5] Input/output error" in said[0]
+    assert (folder / "unpushed.json").is_file()
+
+
 PUSH = """
 import sys, tfclm.push
 sys.argv[1:] = WORDS
@@ -177,32 +225,6 @@ answer((folder / "into").exists())
     assert len(err.splitlines()) == 2
     assert words in err
     assert err.count(repo_id) >= 2
-
-
-def test_damaged_or_foreign_zip_is_refused(tmp_path: Path):
-    """Files written outside of the folder, or a version that is served with a broken variable."""
-    version = newest_version(exported(tmp_path / "serving"))
-    assert version == newest_version(version)
-    good = zip_servable(version, tmp_path / "good.zip")
-    content = good.read_bytes()
-    at = content.index(b"version 10")
-    (tmp_path / "bad.zip").write_bytes(content[:at] + b"VERSION" + content[at + 7 :])
-    (tmp_path / "short.zip").write_bytes(content[: len(content) // 2])
-    for name, entry in (("outside", "1/../../evil"), ("foreign", "readme.txt"), ("hollow", "1/readme.txt")):
-        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as packed:
-            packed.writestr(entry, "x")
-    for name, words in {
-        "bad": "damaged",
-        "short": "damaged",
-        "outside": "does not hold one version",
-        "foreign": "does not hold one version",
-        "hollow": "no saved_model.pb",
-    }.items():
-        with pytest.raises(InputError, match=words):
-            unpack(tmp_path / f"{name}.zip", tmp_path / "out" / name, "me/x")
-    assert not (tmp_path / "evil").exists()
-    unpack(good, tmp_path / "out" / "good", "me/x")
-    assert held(tmp_path / "out" / "good") == {f"10/{name}": data for name, data in held(version).items()}
 
 
 def test_marks_survive_and_are_named_in_the_command(hub: Hub, tmp_path: Path):

@@ -16,7 +16,7 @@ import pytest
 
 import tfclm
 from tfclm.errors import InputError
-from tfclm.settings import parse, record, setting, table, to_yaml
+from tfclm.settings import flags, parse, record, setting, table, to_yaml
 
 COMMANDS = ["evaluate", "export", "fit", "generate", "push", "query"]
 
@@ -128,6 +128,57 @@ def test_bad_flag_is_refused(arguments: list[str]):
         read(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("verb", "argument", "meant"),
+    [
+        ("fit", "--lr", "--learning-rate"),
+        ("fit", "-lr", "--learning-rate"),
+        ("fit", "--LR=1e-3", "--learning-rate"),
+        ("fit", "--epoch", "--epochs"),
+        ("fit", "--num_train_epochs", "--epochs"),
+        ("fit", "--batch", "--batch-size"),
+        ("fit", "--per_device_train_batch_size", "--batch-size"),
+        ("fit", "--bs", "--block-size or --batch-size"),
+        ("fit", "--model_name_or_path", "--model"),
+        ("fit", "--file", "--train-file or --validation-file"),
+        ("fit", "--learning-rte", "--learning-rate"),
+        ("generate", "--temp", "--temperature"),
+        ("generate", "--max_tokens", "--max-new-tokens"),
+        ("evaluate", "--train-file", "--file"),
+        ("serve", "--rest-port", "--port or --rest-api-port"),
+    ],
+)
+def test_the_flag_that_is_meant_is_named(verb: str, argument: str, meant: str):
+    """A list of sixty flags to look through for the one whose name was not quite right."""
+    settings = getattr(importlib.import_module(f"tfclm.{verb}"), f"{verb.capitalize()}Settings")
+    with pytest.raises(InputError) as error:
+        parse(settings, [argument, "3"], prog=verb, description="")
+    assert str(error.value) == f"unrecognized arguments: {argument} 3 (did you mean {meant}?); see {verb} --help"
+
+
+def test_a_setting_that_is_like_none_is_not_guessed_at(tmp_path: Path):
+    """A suggestion that has nothing to do with what was written; or none for a line of a file."""
+    for stray in ("--xyzzy", "stray", "-"):
+        with pytest.raises(InputError) as error:
+            read(stray)
+        assert str(error.value) == f"unrecognized arguments: {stray}; see example --help"
+    (tmp_path / "run.yaml").write_text("block: 3\n")
+    with pytest.raises(InputError, match=r"block is no setting \(did you mean block_size\?\); there are rate, "):
+        read("--config", str(tmp_path / "run.yaml"))
+
+
+def test_flags_give_the_settings_again():
+    """A command to go on with that leaves out, or misspells, what the run was told."""
+    for settings in (
+        Example(),
+        Example(rate=2e-5, block_size=7, kind="none", train_file=("a b", "c"), jit_compile=False, again=True),
+        Example(prompt="two words", precision="16"),
+    ):
+        names = [field.name for field in dataclasses.fields(Example)]
+        assert read(*flags(settings, names)) == settings
+    assert flags(Example(rate=2.0, block_size=7), ["block_size", "kind"]) == ["--block-size", "7"]
+
+
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_help_answers_within_a_second(verb: str):
     """`--help` that imports TensorFlow takes many seconds. The best of three counts: other work may be going on."""
@@ -139,6 +190,75 @@ def test_help_answers_within_a_second(verb: str):
         assert done.returncode == 0, done.stderr
         assert "--model" in done.stdout
     assert min(seconds) < 1.0
+
+
+def shell(command: str, **environment: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a line of the shell, in which PYTHON is this one."""
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "", **environment}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+# A command of its own, as cheap as can be; all commands go the same way.
+PRINTING = (
+    "from dataclasses import dataclass; from tfclm.settings import command, say, setting\n"
+    "@dataclass(frozen=True)\n"
+    "class Settings:\n"
+    "    times: int = setting(1, 'times 六')\n"
+    "def run(settings):\n"
+    "    say('progress')\n"
+    "    [print('é 六 \\U0001f600') for _ in range(settings.times)]\n"
+    "command(Settings, run, verb='print', description='', tensorflow=False)"
+)
+
+
+@pytest.mark.parametrize("verb", [*COMMANDS, "serve"])
+def test_a_closed_stderr_is_no_error(verb: str):
+    """An error that is printed among the results, because print takes a stream that is None for stdout."""
+    assert shell(f'"$PYTHON" -m tfclm.{verb} --nope 2>&-') == (2, "", "")
+
+
+@pytest.mark.slow
+def test_commands_with_closed_streams(tmp_path: Path):
+    """An AttributeError for a stream that is None, or TensorFlow's messages in a file that has got its number."""
+    assert shell('"$PYTHON" -m tfclm.generate --model nowhere/at-all --prompt x >&- 2>&-') == (2, "", "")
+    code, out, err = shell('"$PYTHON" -m tfclm.generate --model nowhere/at-all <&-')
+    assert (code, out, err) == (2, "", "tfclm.generate: standard input is closed: give --prompt\n")
+
+
+def test_closed_streams_of_a_command(tmp_path: Path):
+    """A prompt that is None, results that go where they should not, or a file that is taken for a closed stream."""
+    code, out, err = shell('"$PYTHON" -m tfclm.query <&-')
+    assert (code, out, err) == (2, "", "tfclm.query: standard input is closed: give --prompt\n")
+    printing = {"PRINTING": PRINTING}
+    assert shell('"$PYTHON" -c "$PRINTING" >&-', **printing) == (0, "", "progress\n")
+    assert shell('"$PYTHON" -c "$PRINTING" 2>&-', **printing) == (0, "é 六 \U0001f600\n", "")
+    assert shell('"$PYTHON" -c "$PRINTING" <&- >&- 2>&-', **printing) == (0, "", "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_text_is_printed_as_utf8(encoding: str):
+    """A UnicodeEncodeError, or a ? for a character, where the locale's encoding is a small one."""
+    found = shell('"$PYTHON" -c "$PRINTING"', PRINTING=PRINTING, PYTHONIOENCODING=encoding)
+    assert found == (0, "é 六 \U0001f600\n", "progress\n")
+    code, out, err = shell('"$PYTHON" -c "$PRINTING" --help', PRINTING=PRINTING, PYTHONIOENCODING=encoding)
+    assert (code, "times 六" in out, err) == (0, True, "")
+
+
+@pytest.mark.parametrize("arguments", ["", "--times 100000", "--help"])
+def test_a_reader_that_has_gone(arguments: str):
+    """A traceback, or Python's "Exception ignored … BrokenPipeError", behind `| head`."""
+    line = f'{{ sleep 0.2; exec "$PYTHON" -c "$PRINTING" {arguments}; }} | true; exit ${{PIPESTATUS[0]}}'
+    code, out, err = shell(line, PRINTING=PRINTING)
+    assert (code, out, err.replace("progress\n", "")) == (1, "", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux'")
+@pytest.mark.parametrize("arguments", ["", "--times 100000"])
+def test_a_full_disk_is_one_line(arguments: str):
+    """A result that is not written, with exit code 0 or 120, or a traceback."""
+    code, _, err = shell(f'"$PYTHON" -c "$PRINTING" {arguments} >/dev/full', PRINTING=PRINTING)
+    assert (code, err) == (1, "progress\ntfclm.print: No space left on device\n")
 
 
 def test_import_does_not_import_tensorflow():
@@ -175,12 +295,39 @@ def test_public_names():
         tfclm.nothing  # noqa: B018
 
 
-def test_perplexity_is_module_and_function():
-    """`tfclm.perplexity` is a submodule once that is imported; it must stay callable as the public function."""
-    importlib.import_module("tfclm.perplexity")
-    assert callable(tfclm.perplexity)
-    with pytest.raises(ValueError, match="window"):
-        tfclm.perplexity(None, [1, 2, 3])
+def test_the_commands_are_listed():
+    """`python -m tfclm` that says there is no __main__, or a command that is missing from what it lists."""
+    program = f'"{Path(sys.executable).parent / "tfclm"}"'
+    for given in ("", " --help"):
+        code, out, err = shell(f'"$PYTHON" -m tfclm{given}')
+        assert (code, err) == (0, "")
+        listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+        assert listed == ["fit", "evaluate", "generate", "export", "serve", "query", "push"]
+    assert shell(f"{program} --version") == (0, f"tfclm {tfclm.__version__}\n", "")
+    code, out, err = shell(f"{program} serv")
+    assert (code, out) == (2, "")
+    assert err.startswith("tfclm: there is no command serv (did you mean serve?): give fit, ")
+    assert "--no-deterministic" in shell('"$PYTHON" -m tfclm.fit --help')[1]
+    assert shell(f"{program} query --nope")[2] == shell('"$PYTHON" -m tfclm.query --nope')[2]
+
+
+def test_help_shows_the_public_names():
+    """Imports among the names, a help of one function, a thousand lines of Keras, or a default that is an address."""
+    code = (
+        "import pydoc, tfclm, tfclm.metrics; print([name for name in dir(tfclm) if not name.startswith('_')]); "
+        "print(pydoc.render_doc(tfclm, renderer=pydoc.plaintext)); "
+        "print('=' * 9, pydoc.render_doc(tfclm.perplexity, renderer=pydoc.plaintext)); "
+        "print('=' * 9, pydoc.render_doc(tfclm.TrainingSettings, renderer=pydoc.plaintext))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names, _, text = done.stdout.partition("\n")
+    assert names == str(tfclm.__all__)
+    package, function, settings = text.split("=" * 9)
+    for name in tfclm.__all__:
+        assert f"{name}(" in package, name
+    assert "<function" not in package
+    assert len(function.splitlines()) < 60
+    assert "learning_rate: peak learning rate (default: 2e-05)" in settings
 
 
 def test_every_setting_is_in_the_readme():

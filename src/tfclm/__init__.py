@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tfclm.client import Client, Completion, Score, ServerError
     from tfclm.corpus import pack
     from tfclm.errors import InputError
-    from tfclm.perplexity import Perplexity, perplexity
+    from tfclm.metrics import Perplexity, perplexity
     from tfclm.savedmodel import export_saved_model
     from tfclm.training import TrainingRecord, TrainingSettings, finetune
 
@@ -19,7 +19,7 @@ _HOMES = {
     "Client": "client",
     "Completion": "client",
     "InputError": "errors",
-    "Perplexity": "perplexity",
+    "Perplexity": "metrics",
     "Score": "client",
     "ServerError": "client",
     "TrainingRecord": "training",
@@ -28,7 +28,7 @@ _HOMES = {
     "finetune": "training",
     "load": "checkpoint",
     "pack": "corpus",
-    "perplexity": "perplexity",
+    "perplexity": "metrics",
     "save": "checkpoint",
 }
 
@@ -57,3 +57,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"tfclm.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__") and name != "__getattr__")])

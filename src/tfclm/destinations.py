@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +35,15 @@ def check_export(settings: FitSettings, protocol: Mapping[str, Any] | None = Non
     if settings.export_to is None:
         return
     from tfclm.export import preflight
-    from tfclm.savedmodel.gate import check_comparable, served_record
+    from tfclm.savedmodel.gate import can_be_measured, check_comparable, served_record
 
     with _named_export_to():
-        limits = preflight(_export_settings(settings))
-        check_comparable(limits, served_record(settings.export_to, limits), protocol, tokens)
+        # Before the text is read, a dataset may have a validation split of its own.
+        compares = _validation_text(settings, protocol) is not None or (protocol is None and bool(settings.dataset))
+        limits = preflight(_export_settings(settings), compares=compares)
+        served = served_record(settings.export_to, limits)
+        if not (compares and can_be_measured(served)):
+            check_comparable(limits, served, protocol, tokens)
 
 
 def export(settings: FitSettings) -> tuple[int, Path | None]:
@@ -49,21 +54,46 @@ def export(settings: FitSettings) -> tuple[int, Path | None]:
     """
     if settings.export_to is None:
         return 0, None
-    from tfclm.export import run
-    from tfclm.hub.fetching import newest_version
+    from tfclm.export import recorded, run
+    from tfclm.hub.archive import newest_version
+    from tfclm.savedmodel.gate import Gate, check_comparable, served_record
 
     with _named_export_to():
-        code = run(_export_settings(settings))
+        exported, texts = _export_settings(settings), None
+        known = recorded(str(settings.output_dir), None)
+        limits = Gate(settings.max_perplexity, settings.max_regression)
+        try:
+            served = served_record(settings.export_to, limits)
+            check_comparable(limits, served, known.protocol if known else None, known.tokens if known else None)
+        except InputError:
+            # Both are measured on the run's validation text then.
+            texts = _validation_text(settings, known.protocol if known else None)
+        code = run(exported, texts)
     return code, newest_version(Path(address(settings.export_to))) if settings.push_saved_model and not code else None
+
+
+def _validation_text(settings: FitSettings, protocol: Mapping[str, Any] | None) -> Callable[[], Iterable[str]] | None:
+    """Reads a run's validation text, on which the served version can be measured too; None where it was drawn."""
+    from tfclm.export import documents
+
+    split = settings.validation_split
+    if split is None and protocol is not None and str(protocol.get("validation", "")).startswith("split "):
+        split = str(protocol["validation"]).removesuffix(" (the dataset's own)").removeprefix("split ")
+    if settings.validation_file:
+        return functools.partial(documents, settings, files=settings.validation_file)
+    return functools.partial(documents, settings, split=split) if split else None
 
 
 @contextmanager
 def _named_export_to() -> Iterator[None]:
-    """Errors name the flag that the user gave."""
+    """Errors name the flags that the user gave."""
+    from tfclm.savedmodel.gate import REMEDY
+
     try:
         yield
     except InputError as error:
-        raise InputError(str(error).replace("--serving-dir", "--export-to")) from error
+        remedy = REMEDY.replace("--dataset or --file", "--validation-file or --validation-split")
+        raise InputError(str(error).replace("--serving-dir", "--export-to").replace(REMEDY, remedy)) from error
 
 
 def _export_settings(settings: FitSettings) -> ExportSettings:

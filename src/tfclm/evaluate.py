@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from tfclm.corpus.settings import SourceSettings
 from tfclm.errors import InputError
-from tfclm.settings import command, setting
+from tfclm.finite import plain
+from tfclm.settings import command, say, setting
+from tfclm.terminal import print_result
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class EvaluateSettings(SourceSettings):
     json: bool = setting(False, "print a JSON object")
 
 
-def run(settings: EvaluateSettings) -> None:
-    """Prints the perplexity."""
+def run(settings: EvaluateSettings) -> int:
+    """Prints the perplexity; 1 if it is not finite."""
     from tfclm.checkpoint import load
 
     if settings.model is None:
@@ -37,18 +40,25 @@ def run(settings: EvaluateSettings) -> None:
         raise InputError("--window goes with --stride; the length of blocks is --block-size")
     model, tokenizer = load(settings.model, revision=settings.revision)
     result = measure(model, tokenizer, settings)
+    finite = all(math.isfinite(result[name]) for name in ("perplexity", "standard_error", "loss"))
     if settings.json:
-        print(json.dumps(result))
-    else:
+        print_result(json.dumps(plain(result)))
+    elif finite:
         error = result["standard_error"]
-        print(f"perplexity {result['perplexity']:.4f} ± {error:.4f} over {result['tokens']} tokens")
+        print_result(f"perplexity {result['perplexity']:.4f} ± {error:.4f} over {result['tokens']} tokens")
+    if not finite:
+        why = "its weights, or what it computes from them, hold NaN or infinity"
+        if math.isfinite(result["loss"]):
+            why = f"exp of the mean loss {result['loss']:.4f} is beyond the largest number"
+        say(f"tfclm.evaluate: the perplexity of {settings.model} is not finite: {why}")
+    return 0 if finite else 1
 
 
 def measure(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str, Any]:
     """Perplexity of a loaded model on the settings' source, and how it was measured: what `--json` prints."""
     from tfclm import corpus
     from tfclm.checkpoint import context_size
-    from tfclm.perplexity import perplexity
+    from tfclm.metrics import perplexity
 
     context = context_size(model)
     split = corpus.read_split(
@@ -64,8 +74,7 @@ def measure(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str,
         tokens = corpus.tokenize(split.texts, tokenizer, settings.num_proc)
         packed = corpus.pack(tokens, settings.block_size, settings.separator_ids(tokenizer))
         corpus.check_vocabulary(packed.largest_id, model.config.vocab_size)
-        blocks = packed.blocks.with_format("numpy")[:]["input_ids"]
-        score = perplexity(model, blocks, batch_size=settings.batch_size)
+        score = perplexity(model, packed.blocks, batch_size=settings.batch_size)
         protocol: dict[str, Any] = {
             "block_size": settings.block_size,
             "separator": settings.separator,

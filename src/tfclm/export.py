@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +52,14 @@ class ExportSettings(ServableSettings, SourceSettings):
     rollback: bool = setting(False, "remove the newest version, so that a server goes back to the one before")
 
 
-def run(settings: ExportSettings) -> int:
-    """Checkpoint to version."""
+def run(settings: ExportSettings, texts: Callable[[], Iterable[str]] | None = None) -> int:
+    """Checkpoint to version.
+
+    Args:
+        settings: the command's.
+        texts: documents on which the version served now is measured too, beside a perplexity that is recorded; those
+            of `--dataset` or `--file` where these are given.
+    """
     if not settings.serving_dir:
         raise InputError("--serving-dir is missing: give the servable's folder, such as serving_models/eli5")
     if settings.list:
@@ -65,7 +74,10 @@ def run(settings: ExportSettings) -> int:
         return bring(settings)
     if settings.model is None:
         raise InputError("--model is missing: give the folder or Hub id of a checkpoint")
-    limits = preflight(settings)
+    text_is_given = settings.dataset is not None or bool(settings.file)
+    if text_is_given:
+        texts = functools.partial(documents, settings)
+    limits = preflight(settings, compares=texts is not None)
 
     from tfclm.checkpoint import load
     from tfclm.savedmodel import export_saved_model
@@ -74,10 +86,11 @@ def run(settings: ExportSettings) -> int:
 
     model, tokenizer = load(settings.model, revision=settings.revision)
     known = None
-    if settings.dataset is None and not settings.file:
+    if not text_is_given:
         known = recorded(settings.model, settings.revision)
-        # What the gate cannot decide by the records is known now.
-        decide(limits, known, served_record(settings.serving_dir, limits))
+        if texts is None:
+            # What the gate cannot decide by the records is known now.
+            decide(limits, known, served_record(settings.serving_dir, limits))
         if known is not None and known.finite is None:
             say(f"{settings.model}/results.json: the run diverged, so that there is no perplexity to record")
     try:
@@ -90,6 +103,7 @@ def run(settings: ExportSettings) -> int:
             recorded=known,
             measure=lambda model: measured(model, tokenizer, settings),
             limits=limits,
+            texts=texts,
             source={"checkpoint": settings.model, "revision": settings.revision},
             say=say,
         )
@@ -140,14 +154,34 @@ def bring(settings: ExportSettings) -> int:
     return published(settings, exported.version)
 
 
-def preflight(settings: ExportSettings) -> Gate:
+def documents(settings: SourceSettings, split: str = "", files: Sequence[str] = ()) -> Iterable[str]:
+    """The documents that settings name; `split` and `files` where these are not those of an export."""
+    from tfclm import corpus
+
+    found = corpus.read_split(
+        dataset=None if files else settings.dataset,
+        dataset_config=None if files else settings.dataset_config,
+        revision=None if files else settings.dataset_revision,
+        split=split or getattr(settings, "split", ""),
+        files=files or getattr(settings, "file", ()),
+        text_column=settings.text_column,
+    )
+    texts: Iterable[str] = found.texts["text"]
+    return texts
+
+
+def preflight(settings: ExportSettings, *, compares: bool = False) -> Gate:
     """Refuses what can be refused before a model is loaded or trained; the limits of the gate.
+
+    Args:
+        settings: the command's.
+        compares: there is a text on which the version served now can be measured.
 
     Raises:
         InputError: a setting out of its range, a version that is taken, a serving directory that cannot be written, or
             one whose newest version has nothing to compare with.
     """
-    from tfclm.savedmodel.gate import Gate, check_comparable, served_record
+    from tfclm.savedmodel.gate import Gate, can_be_measured, check_comparable, served_record
     from tfclm.savedmodel.publish import check_place
 
     settings.check()
@@ -161,7 +195,9 @@ def preflight(settings: ExportSettings) -> Gate:
     limits = Gate(settings.max_perplexity, settings.max_regression)
     limits.check()
     check_place(str(settings.serving_dir), settings.version)
-    check_comparable(limits, served_record(str(settings.serving_dir), limits))
+    served = served_record(str(settings.serving_dir), limits)
+    if not (compares and can_be_measured(served)):
+        check_comparable(limits, served)
     return limits
 
 
@@ -215,10 +251,10 @@ def recorded(model: str, revision: str | None) -> Measured | None:
 
 
 def show(serving_dir: str) -> int:
-    """Prints a line a version; the exit code."""
+    """Prints a table of the versions, and of what was not published; the exit code."""
     import tensorflow as tf
 
-    from tfclm.savedmodel.gate import read_record
+    from tfclm.savedmodel.gate import read_record, verdicts
     from tfclm.savedmodel.publish import address, explain_incomplete, folders, incomplete
 
     where = address(serving_dir)
@@ -226,20 +262,71 @@ def show(serving_dir: str) -> int:
     if not there and not tf.io.gfile.isdir(where):
         raise InputError(f"--serving-dir {serving_dir}: there is no such folder")
     code = 0
+    rows = [("version", "exported", "perplexity", "tokens", "source")]
     for number, names in there.items():
+        version = f"{where}/{names[-1]}"
         try:
-            entries = read_record(f"{where}/{names[-1]}")
+            entries = read_record(version)
         except InputError as error:
             say(f"tfclm.export: {error}")
-            print(f"{number}\tits record is damaged\tof unknown source")
+            rows.append((str(number), _written(version), "damaged record", "-", "unknown"))
             code = 2
             continue
-        perplexity = entries.get("perplexity")
-        shown = f"perplexity {perplexity:.4f}" if perplexity is not None else "no perplexity recorded"
-        print(f"{number}\t{shown}\t{(entries.get('source') or {}).get('checkpoint', 'of unknown source')}")
+        when = _date(entries.get("time")) or _written(version)
+        tokens = "-" if entries.get("tokens") is None else str(entries["tokens"])
+        rows.append((str(number), when, _figure(entries.get("perplexity")), tokens, _source(entries)))
+    for line in _aligned(rows):
+        print(line)
+    refused = [verdict for verdict in verdicts(where) if verdict.get("passed") is False]
+    if refused:
+        print("\nnot published:")
+        lines = [("checked", "perplexity", "source", "reason")]
+        for verdict in refused:
+            # What both versions were measured on, if they were.
+            measured = verdict.get("compared") if isinstance(verdict.get("compared"), dict) else verdict
+            figure = _figure((measured or {}).get("perplexity"))
+            lines.append((_date(verdict.get("time")) or "-", figure, _source(verdict), str(verdict.get("reason", "-"))))
+        for line in _aligned(lines):
+            print(line)
     for number in incomplete(where):
         say(f"tfclm.export: {explain_incomplete(where, number)}")
     return code
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """A table's lines, with two blanks or more between the columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _figure(perplexity: Any) -> str:
+    return f"{perplexity:.4f}" if isinstance(perplexity, int | float) else "-"
+
+
+def _source(entries: Mapping[str, Any]) -> str:
+    source = entries.get("source")
+    named = source if isinstance(source, dict) else {}
+    return str(named.get("hub") or named.get("checkpoint") or "unknown")
+
+
+def _date(recorded: Any) -> str | None:
+    """A recorded time to the minute, in UTC."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.strptime(recorded, "%Y-%m-%dT%H:%M:%SZ"))
+    except (TypeError, ValueError):
+        return None
+
+
+def _written(version: str) -> str:
+    """When the graph was written, for a record that does not say when it was exported."""
+    import tensorflow as tf
+
+    try:
+        seconds = tf.io.gfile.stat(f"{version}/saved_model.pb").mtime_nsec / 1e9
+    except tf.errors.OpError:
+        return "-"
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
 
 
 def main() -> None:

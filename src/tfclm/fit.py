@@ -15,10 +15,16 @@ from tfclm.destinations import check_export, export, is_unpushed, push, push_cal
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
 from tfclm.savedmodel.publish import address, is_remote
-from tfclm.settings import command, parse, record, say, setting
+from tfclm.settings import command, flags, parse, record, say, setting, to_yaml
 from tfclm.training.settings import TrainingSettings
 
 SCRATCH = "scratch"
+# Settings by which a text is read, and by which it is split into training and validation.
+READING = ("text_column", "block_size", "separator")
+SPLITTING = (
+    *("dataset", "dataset_config", "dataset_revision", "train_split", "validation_split", "train_file"),
+    *("validation_file", "validation_fraction", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -119,27 +125,41 @@ def preset(given: Mapping[str, Any]) -> dict[str, Any]:
     A run that goes on from a state of the Hub has the settings that lie beside it.
     """
     if given.get("resume_from") is not None:
-        return resumed(given["resume_from"], given.get("output_dir"), given.get("branch"))
+        return resumed(given)
     return {} if {"model", "dataset", "train_file"} & given.keys() else QUICKSTART
 
 
-def resumed(repo_id: str, output_dir: str | None, branch: str | None) -> dict[str, Any]:
+def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
     """Brings a run's state from the Hub, unless the folder goes on with it already; the run's settings.
+
+    They may be somebody else's. So of their values only those count that a run records, which do not say what is
+    overwritten, exported or fetched; and it is pushed to no other repository than the one that it comes from.
 
     Raises:
         InputError: no folder is given, or one that holds something else, or the Hub has no state there.
     """
+    from tfclm.disk import write
     from tfclm.hub import fetch_run
 
+    repo_id, output_dir = str(given["resume_from"]), given.get("output_dir")
     if output_dir is None:
         raise InputError("--resume-from needs --output-dir, the folder that the run goes on in")
     folder = Path(output_dir)
-    if not (folder / "fit.yaml").is_file():
+    fetched = not (folder / "fit.yaml").is_file()
+    if fetched:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"--output-dir {folder} is there already and holds no run: give another folder")
-        fetch_run(repo_id, folder, revision=branch)
-    values = vars(parse(FitSettings, ["--config", str(folder / "fit.yaml")], prog="fit", description=""))
-    return {name: value for name, value in values.items() if name not in ("output_dir", "resume_from")}
+        fetch_run(repo_id, folder, revision=given.get("branch"))
+    settings = parse(FitSettings, ["--config", str(folder / "fit.yaml")], prog="fit", description="")
+    target = settings.push_to_hub
+    if "push_to_hub" in given:
+        settings = dataclasses.replace(settings, push_to_hub=given["push_to_hub"])
+    elif target is not None and target not in (repo_id, repo_id.split("/")[-1]):
+        say(f"the run of {repo_id} was pushed to {target}, and is not from here; --push-to-hub says where to push")
+        settings = dataclasses.replace(settings, push_to_hub=None)
+    if fetched:
+        write(folder / "fit.yaml", to_yaml(record(settings)))
+    return {name: getattr(settings, name) for name in record(settings) if name != "output_dir"}
 
 
 def run(settings: FitSettings) -> int:
@@ -264,11 +284,12 @@ def set_up(settings: FitSettings) -> Any:
 def from_scratch(settings: FitSettings, train: Any, strategy: Any) -> tuple[Any, Any]:
     """A new model and its tokenizer; the tokenizer sees the train split alone."""
     from tfclm import checkpoint
-    from tfclm.scratch import small_config, train_tokenizer
+    from tfclm.scratch import GENERATION, small_config, train_tokenizer
 
     tokenizer = train_tokenizer(train["text"], settings.vocab_size, settings.block_size)
     with strategy.scope():
         model = checkpoint.create(small_config(tokenizer, settings.block_size))
+    model.generation_config.update(**GENERATION)
     say(f"new GPT-2 of {model.num_parameters() / 1e6:.1f} M parameters, tokenizer of {len(tokenizer)} entries")
     return model, tokenizer
 
@@ -300,15 +321,24 @@ def show(results: dict[str, Any], settings: FitSettings, note: str | None = None
     before, after = results["initial_perplexity"], results["perplexity"]
     shown = [f"{perplexity:.2f}" if perplexity else "not finite" for perplexity in (before, after)]
     gain = f" ({before / after:.1f} times lower)" if before and after else ""
+    # The text is read, and in a training that follows split, as the run did it.
+    reading = flags(settings, READING)
+    evaluating = shlex.join(["--file", "FILE", *reading])
+    further = shlex.join([*flags(settings, SPLITTING), *reading, "--output-dir", f"{settings.output_dir}-2"])
     lines = [
         *([note] if note else []),
         f"validation perplexity {shown[0]} before, {shown[1]} after{gain}, in {settings.output_dir}",
         *([f"sample: {results['sample']!r}"] if results["sample"] is not None else []),
+        *still_falling(results["train"]["epochs"], settings),
         "go on with:",
         f'  {python} -m tfclm.generate --model {folder} --prompt "…"',
-        f"  {python} -m tfclm.evaluate --model {folder} --file FILE",
-        f"  {python} -m tfclm.export --model {folder} --serving-dir serving_models/{shlex.quote(own_name(settings))}",
+        f"  {python} -m tfclm.evaluate --model {folder} {evaluating}",
     ]
+    # With --export-to the run itself exports the model, if the gate lets it; one without a perplexity is none to serve.
+    if settings.export_to is None and after:
+        where = f"serving_models/{shlex.quote(own_name(settings))}"
+        lines.append(f"  {python} -m tfclm.export --model {folder} --serving-dir {where}")
+    lines += ["train it further with:", f"  {python} -m tfclm.fit --model {folder} {further}"]
     if results["train"]["diverged"]:
         lines.insert(
             0,
@@ -317,6 +347,22 @@ def show(results: dict[str, Any], settings: FitSettings, note: str | None = None
         )
     say("\n".join(lines))
     return 1 if results["train"]["diverged"] else 0
+
+
+def still_falling(epochs: Sequence[Mapping[str, Any]], settings: FitSettings) -> list[str]:
+    """A line if the validation loss fell in the last epoch by so much that the training has probably ended too early.
+
+    Two hundredths are two percent of the perplexity; of an epoch at the end of most schedules, that is much.
+    """
+    losses = [epoch["val_loss"] for epoch in epochs]
+    if len(losses) < 2 or None in losses or not losses[-2] - losses[-1] >= 0.02:
+        return []
+    length = f"--max-steps ({settings.max_steps} here)" if settings.max_steps else f"--epochs ({settings.epochs} here)"
+    return [
+        f"the validation loss was still falling at the end ({losses[-2]:.3f} to {losses[-1]:.3f} in the last epoch): "
+        f"more {length} or a higher --learning-rate ({settings.learning_rate:g} here) will probably lower the "
+        "perplexity"
+    ]
 
 
 def own_name(settings: FitSettings) -> str:

@@ -8,11 +8,11 @@ from typing import TextIO
 from tfclm.errors import InputError
 
 
-def read_prompt(prompt: str | None, stdin: TextIO, file: str | None = None) -> str:
+def read_prompt(prompt: str | None, stdin: TextIO | None, file: str | None = None) -> str:
     """The prompt that is given, else the file's or standard input's without the newline that editors put at the end.
 
     Raises:
-        InputError: it is not UTF-8, the file cannot be read, or both are given.
+        InputError: it is not UTF-8, the file or standard input cannot be read or is closed (None), or both are given.
     """
     if prompt is not None and file is not None:
         raise InputError("--prompt and --prompt-file exclude each other: give one of them")
@@ -22,6 +22,8 @@ def read_prompt(prompt: str | None, stdin: TextIO, file: str | None = None) -> s
             prompt.encode()  # fails where the shell's bytes were no text, which Python hands on as surrogates
             return prompt
         if file is None:
+            if stdin is None:
+                raise InputError("standard input is closed: give --prompt")
             content = stdin.buffer.read()
         else:
             with open(file, "rb") as opened:

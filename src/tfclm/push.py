@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tfclm.disk import reason, write
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
 from tfclm.settings import command, say, setting
@@ -24,10 +25,10 @@ class PushSettings(HubSettings):
 
 def run(settings: PushSettings) -> int:
     """Makes the repository equal to the folder."""
+    from tfclm.hub.archive import newest_version
     from tfclm.hub.delivery import deliver, marked
-    from tfclm.hub.fetching import newest_version
     from tfclm.hub.repository import Unreachable, preflight
-    from tfclm.training.folder import Lock, write
+    from tfclm.training.folder import Lock
     from tfclm.training.report import plain_card
 
     settings.check_hub()
@@ -65,7 +66,10 @@ def check_complete(folder: Path) -> None:
 
     if not folder.is_dir():
         raise InputError(f"--model {folder}: there is no such folder")
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise InputError(f"--model {folder} cannot be read: {reason(error)}") from error
     if "resume" in names and "results.json" not in names:
         raise InputError(f"--model {folder} holds a run that is not complete: let it go on, or give another folder")
     if "config.json" not in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 import sys
@@ -10,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tfclm.client import Client, ServerError, Signature
+from tfclm.client import Client, ServerError, Signature, idle_knobs
 from tfclm.errors import InputError
 from tfclm.prompts import read_prompt
-from tfclm.settings import command, setting
+from tfclm.settings import command, say, setting
+from tfclm.terminal import print_result
 
 KNOBS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
 ROWS = 8  # of a request, as many as a model decodes together unless it was exported otherwise
@@ -40,44 +42,101 @@ class QuerySettings:
     stop: str | None = setting(None, "the text ends before this string", literal=True)
     grpc: bool = setting(False, "ask over gRPC")
     json: bool = setting(False, "print a JSON object a prompt, with all that the signature gives")
-    timeout: float = setting(120.0, "seconds that an answer may take")
+    timeout: float = setting(120.0, "seconds that a request may take, with all retries")
+    max_reply_bytes: int = setting(32 * 2**20, "the largest reply that is read, inflated if it is compressed")
+    ca_file: str | None = setting(None, "PEM file of the authorities to trust for https:// and grpcs://")
+    cert_file: str | None = setting(None, "PEM file of a client certificate, for a server that wants one")
+    key_file: str | None = setting(None, "PEM file of the client certificate's key")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and the line of a batch that it stands on."""
+
+    text: str
+    line: int
 
 
 def run(settings: QuerySettings) -> int:
     """Prints the answers; 1 if the server could not give one."""
-    prompt = read_prompt(settings.prompt, sys.stdin, settings.prompt_file)
-    prompts = re.split(r"\r?\n", prompt) if settings.batch else [prompt]
-    with Client(
-        _url(settings),
-        settings.model_name,
-        version=settings.version,
-        version_label=settings.version_label,
-        timeout=settings.timeout,
-    ) as client:
-        done = 0
-        try:
+    prompts = _prompts(settings)
+    try:
+        with Client(
+            _url(settings),
+            settings.model_name,
+            version=settings.version,
+            version_label=settings.version_label,
+            timeout=settings.timeout,
+            max_reply_bytes=settings.max_reply_bytes,
+            ca_file=settings.ca_file,
+            cert_file=settings.cert_file,
+            key_file=settings.key_file,
+        ) as client:
             signatures = client.signatures()
             if settings.signature not in signatures:
                 raise InputError(
                     f"--signature {settings.signature}: the served model has {', '.join(sorted(signatures))}"
                 )
+            _warn_of_greedy(settings, signatures[settings.signature])
             size = 1 if settings.signature == "generate_tokens" else ROWS
             for done in range(0, len(prompts), size):
                 rows = prompts[done : done + size]
-                inputs = _inputs(settings, signatures[settings.signature], rows)
-                _show(client.predict(settings.signature, inputs), len(rows), settings)
-        except InputError as error:
-            raise InputError(f"{_lines(settings, done, prompts)}{error}") from error
-        except ServerError as error:
-            print(f"tfclm.query: {_lines(settings, done, prompts)}{error}", file=sys.stderr)
-            return 1
+                try:
+                    inputs = _inputs(settings, signatures[settings.signature], [row.text for row in rows])
+                    outputs = client.predict(settings.signature, inputs)
+                except InputError as error:
+                    raise InputError(_in_batch(str(error), rows, settings)) from error
+                except ServerError as error:
+                    raise ServerError(_in_batch(str(error), rows, settings)) from error
+                _show(outputs, rows, settings)
+    except InputError as error:
+        raise InputError(_as_flags(str(error))) from error
+    except ServerError as error:
+        say(f"tfclm.query: {_as_flags(str(error))}")
+        return 1
     return 0
 
 
-def _lines(settings: QuerySettings, done: int, prompts: Sequence[str]) -> str:
-    """Where in a batch something failed: what was printed before is good."""
-    last = min(done + ROWS, len(prompts))
-    return f"lines {done + 1} to {last}: " if settings.batch and len(prompts) > 1 else ""
+def _prompts(settings: QuerySettings) -> list[Prompt]:
+    """The prompt, or with --batch one a line, without the lines that are blank."""
+    given = read_prompt(settings.prompt, sys.stdin, settings.prompt_file)
+    if not settings.batch:
+        return [Prompt(given, 1)]
+    lines = [Prompt(text, number) for number, text in enumerate(re.split(r"\r?\n", given), 1)]
+    blank = [str(prompt.line) for prompt in lines if not prompt.text.strip()]
+    if len(blank) == len(lines):
+        raise InputError("--batch: every line is blank: give a prompt a line")
+    if blank:
+        which = f"line {blank[0]} is" if len(blank) == 1 else f"lines {', '.join(blank)} are"
+        say(f"tfclm.query: {which} blank and skipped")
+    return [prompt for prompt in lines if prompt.text.strip()]
+
+
+def _in_batch(said: str, rows: Sequence[Prompt], settings: QuerySettings) -> str:
+    """A message about rows of a request as one about lines of the batch; what was printed before is good."""
+    if not settings.batch:
+        return said
+    row = re.match(r"(\w+)\[(\d+)\] ", said)
+    if row and int(row[2]) < len(rows):
+        return f"line {rows[int(row[2])].line}: {said.replace(row[0], f'{row[1]} ', 1)}"
+    return f"lines {rows[0].line} to {rows[-1].line}: {said}" if len(rows) > 1 else f"line {rows[0].line}: {said}"
+
+
+def _as_flags(said: str) -> str:
+    """A message with the client's arguments as the flags that they are here."""
+    return re.sub(
+        r"\b(?:ca_file|cert_file|key_file|max_reply_bytes)\b", lambda name: f"--{name[0].replace('_', '-')}", said
+    )
+
+
+def _warn_of_greedy(settings: QuerySettings, signature: Signature) -> None:
+    """Says of the knobs for drawing tokens that they do nothing where none is drawn."""
+    names = idle_knobs(dataclasses.asdict(settings), signature)
+    if names:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        default = ", the model's default" if settings.temperature is None else ""
+        verb = "does" if len(names) == 1 else "do"
+        say(f"tfclm.query: {flags} {verb} nothing at temperature 0{default}: give --temperature, such as 0.8")
 
 
 def _url(settings: QuerySettings) -> str:
@@ -109,24 +168,31 @@ def _inputs(settings: QuerySettings, signature: Signature, prompts: list[str]) -
     return {texts[0]: prompts, **knobs}
 
 
-def _show(outputs: dict[str, list[Any]], size: int, settings: QuerySettings) -> None:
+def _show(outputs: dict[str, list[Any]], rows: Sequence[Prompt], settings: QuerySettings) -> None:
     """Prints the text of each row, its perplexity or its tokens; with --json, or where there is none of these, all."""
-    for number in range(size):
+    for number, prompt in enumerate(rows):
         row = {name: values[number] for name, values in outputs.items()}
-        if "token_count" in row:
-            for name in ("token_ids", "token_logprobs"):
-                row[name] = row[name][: row["token_count"] + 1]
-        if "output_ids" in row:
-            row["output_ids"] = row["output_ids"][: row["completion_tokens"]]
+        # Rows of a request are padded to the longest.
+        for count, more, names in (
+            ("token_count", 1, ("token_ids", "token_logprobs")),
+            ("completion_tokens", 0, ("output_ids",)),
+        ):
+            for name in names:
+                if isinstance(row.get(count), int) and isinstance(row.get(name), list):
+                    row[name] = row[name][: row[count] + more]
         results = [name for name in ("generated_text", "perplexity", "output_ids") if name in row]
         main = results[0] if results else next(iter(row)) if len(row) == 1 else None
         if settings.json or main is None:
             plain = {name: _plain(name, value) for name, value in row.items()}
-            print(json.dumps(plain, ensure_ascii=False), flush=True)
+            print_result(json.dumps(plain, ensure_ascii=False))
         elif isinstance(row[main], list):
-            print(*row[main], flush=True)
+            print_result(" ".join(map(str, row[main])))
         else:
-            print(_plain(main, row[main]), flush=True)
+            print_result(str(_plain(main, row[main])))
+        if row.get("completion") == b"" and row.get("finish_reason") == b"stop":
+            where = f"line {prompt.line}: " if settings.batch else ""
+            stop = " or --stop" if settings.stop else ""
+            say(f"tfclm.query: {where}the text ended at once: the end of text{stop} came first")
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
+# How it continues a prompt unless a caller says otherwise: as Hugging Face's guide does. Greedy text of a model this
+# small ends at once or repeats itself.
+GENERATION = {"do_sample": True, "top_k": 50, "top_p": 0.95}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> Any:

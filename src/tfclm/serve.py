@@ -19,6 +19,8 @@ def run(settings: ServeSettings) -> None:
     """Serves until SIGTERM or SIGINT."""
     if settings.hub is not None:
         settings = _from_hub(settings, settings.hub)
+    elif settings.hub_revision is not None:
+        raise InputError("--hub_revision goes with --hub, the repository whose revision it is")
     # Mistakes are told before TensorFlow's seconds.
     check(settings)
     import_tensorflow()
@@ -46,7 +48,8 @@ def _from_hub(settings: ServeSettings, repo_id: str) -> ServeSettings:
 
     if settings.model_base_path or settings.model_config_file:
         raise InputError("--hub names the model: leave out --model_base_path and --model_config_file")
-    return dataclasses.replace(settings, model_base_path=str(fetch_servable(repo_id)))
+    fetched = fetch_servable(repo_id, revision=settings.hub_revision)
+    return dataclasses.replace(settings, model_base_path=str(fetched))
 
 
 def _disable_xla() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import errno
 import gc
 import importlib
 import logging
@@ -13,12 +15,17 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 from tfclm.errors import InputError
+from tfclm.terminal import abandon_stdout, mend_streams
+from tfclm.terminal import say as say  # for the commands
 
 T = TypeVar("T")
+
+# What a disk says that is full or broken: nothing that a traceback would explain.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def setting(default: Any, help: str, *, recorded: bool = True, literal: bool = False) -> Any:
@@ -27,6 +34,13 @@ def setting(default: Any, help: str, *, recorded: bool = True, literal: bool = F
     What is not `recorded` is left out of the settings file. A `literal` flag is any text, "none" too: None by default.
     """
     return dataclasses.field(default=default, metadata={"help": help, "recorded": recorded, "literal": literal})
+
+
+def documented(settings: type[T]) -> type[T]:
+    """A decorator of settings dataclasses: their docstring lists the fields as `--help` does."""
+    lines = [f"    {field.name}: {_help(field)}" for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    settings.__doc__ = f"{settings.__doc__}\n\nAttributes:\n" + "\n".join(lines) + "\n"
+    return settings
 
 
 def parse(
@@ -55,6 +69,21 @@ def parse(
     path = given.pop("config", None)
     values = {**(vars(parser.parse_args(_from_yaml(settings, path))) if path else {}), **given}
     return settings(**{**preset(values), **values})
+
+
+def flags(settings: Any, names: Iterable[str]) -> list[str]:
+    """The arguments that give these settings again: of those that are not the defaults."""
+    arguments = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in names or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            arguments += [flag, *map(str, value if isinstance(value, tuple) else ["none" if value is None else value])]
+    return arguments
 
 
 def record(settings: Any) -> dict[str, Any]:
@@ -95,33 +124,42 @@ def command(
 ) -> NoReturn:
     """Runs a command as `python -m tfclm.VERB` does and exits: 0 done, 2 for what the user gave, 1 for the rest."""
     prog = f"python -m tfclm.{verb}"
+    mend_streams()
     try:
-        values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
-        if tensorflow:
-            import_tensorflow()
-        sys.exit(run(values) or 0)
+        try:
+            values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
+            if tensorflow:
+                import_tensorflow()
+            code: Any = run(values) or 0
+        except SystemExit as end:  # --help
+            code = end.code
+        # Here, where it can still be told that what was printed has not arrived.
+        sys.stdout.flush()
+        sys.exit(code)
     except InputError as error:
-        print(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"), file=sys.stderr)
+        say(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"))
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"tfclm.{verb}: interrupted", file=sys.stderr)
+        say(f"tfclm.{verb}: interrupted")
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of stdout has gone (`| head`); Python must not complain about it again while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_stdout()  # its reader has gone (`| head`)
         sys.exit(1)
-    except Exception:
-        print(_scrubbed(traceback.format_exc()), file=sys.stderr, end="")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            abandon_stdout()
+            where = f": {error.filename}" if error.filename else ""
+            say(_scrubbed(f"tfclm.{verb}: {error.strerror}{where}"))
+            sys.exit(1)
+        say(_scrubbed(traceback.format_exc().rstrip()))
         sys.exit(1)
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _scrubbed(text: str) -> str:
-    """Without the Hub's token, which a message may quote: a proxy's, or about a flag that it was given to."""
+    """Without the Hub's token, which a message may quote: a proxy's, or about a flag that it was given to.
+
+    Never fails: it is the last step between an error and its line.
+    """
     from tfclm.hub.repository import scrubbed
 
     return scrubbed(text)
@@ -152,10 +190,40 @@ def import_tensorflow() -> None:
             for line in said.read().decode(errors="replace").splitlines():
                 # Informational lines begin with I and a date; this one says that they are not in the log file yet.
                 if not line.startswith(("I0000", "WARNING: All log messages before absl")):
-                    print(line, file=sys.stderr)
+                    say(line)
+
+
+def _meant(name: str, fields: Iterable[str], spell: Callable[[str], str]) -> str:
+    """A question that names the fields that are probably meant by a name that is none; empty if none is like it."""
+    names = [field.replace("_", "-") for field in fields]
+    name = name.replace("_", "-").lower()
+    words = set(name.split("-"))
+
+    def likeness(other: str) -> float:
+        parts = other.split("-")
+        if name == "".join(part[0] for part in parts) or other.startswith(name) or name.startswith(other):
+            return 1.0
+        if words > set(parts):
+            return 0.9
+        # Of names with several words, one word that both have says much, the more of them the more.
+        shared = len(words & set(parts)) / max(len(words), len(parts))
+        return max(difflib.SequenceMatcher(None, name, other).ratio(), 0.5 + shared / 2 if shared else 0.0)
+
+    like = sorted(((likeness(other), other) for other in names), key=lambda each: -each[0])
+    chosen = [spell(other) for value, other in like if value >= max(0.7, like[0][0] - 0.1)][:3]
+    return f" (did you mean {' or '.join(chosen)}?)" if name and chosen else ""
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((each for each in unknown if each.startswith("-")), "")
+            names = dict.fromkeys(action.dest for action in self._actions)
+            meant = _meant(flag.lstrip("-").partition("=")[0], names, "--{}".format)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
 
@@ -170,16 +238,19 @@ def _fields(settings: type) -> list[tuple[dataclasses.Field[Any], Any]]:
     return [(field, hints[field.name]) for field in dataclasses.fields(settings)]
 
 
+def _help(field: dataclasses.Field[Any]) -> str:
+    shown = "" if field.default in (None, (), False, "") else f" (default: {field.default})"
+    return f"{field.metadata['help']}{shown}"
+
+
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:
     flags = [f"--{field.name.replace('_', '-')}"]
     if "_" in field.name:
         flags.append(f"--{field.name}")
-    default = field.default
-    shown = "" if default in (None, (), False, "") else f" (default: {default})"
     # A flag that is not given stays out of the result, so that the file's value can be told from a default.
     common: dict[str, Any] = {
         "dest": field.name,
-        "help": (field.metadata["help"] + shown).replace("%", "%%"),
+        "help": _help(field).replace("%", "%%"),
         "default": argparse.SUPPRESS,
     }
     optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
@@ -187,9 +258,8 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: A
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     metavar = field.name.split("_")[-1].upper()
     if kind is bool:
-        parser.add_argument(*flags, action="store_true", **common)
-        negative = {f"--no-{field.name.replace('_', '-')}": None, f"--no_{field.name}": None}
-        parser.add_argument(*negative, **common | {"help": argparse.SUPPRESS}, action="store_false")
+        twins = dict.fromkeys((f"--no-{field.name.replace('_', '-')}", f"--no_{field.name}"))
+        parser.add_argument(*flags, *twins, action=_Switch, nargs=0, **common)
     elif typing.get_origin(kind) is Literal:
         parser.add_argument(*flags, choices=typing.get_args(kind), **common)
     elif typing.get_origin(kind) is tuple:
@@ -197,6 +267,11 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: A
     else:
         convert = _optional(kind) if optional and not field.metadata["literal"] else kind
         parser.add_argument(*flags, type=convert, metavar=metavar, **common)
+
+
+class _Switch(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, not str(option).startswith(("--no-", "--no_")))
 
 
 class _Tuple(argparse.Action):
@@ -237,7 +312,8 @@ def _from_yaml(settings: type, path: str) -> list[str]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise InputError(f"--config {path}: {key} is no setting; there are {', '.join(known)}")
+            meant = _meant(name, known, lambda field: field.replace("-", "_"))
+            raise InputError(f"--config {path}: {key} is no setting{meant}; there are {', '.join(known)}")
         field, kind = known[name]
         flag = f"--{name.replace('_', '-')}"
         if kind is bool:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import gc
 import gzip
 import io
 import json
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +203,218 @@ def test_second_run_reads_the_cache_and_a_changed_file_does_not(tmp_path: Path) 
     assert first._fingerprint == again._fingerprint
     write_rows(path, ["one", "two", "three"])
     assert len(read_split(files=[str(path)]).texts) == 3
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.txt.gz", "a.parquet", "folder", "saved"])
+def test_another_text_of_the_same_size_and_time_is_read(tmp_path: Path, kind: str) -> None:
+    """Catches a cache that tells texts by size and time of change, which tar, rsync -t and fixed dates keep alike."""
+    found = []
+    for text in ("one", "two"):
+        if kind == "saved":
+            shutil.rmtree(tmp_path / kind, ignore_errors=True)
+            with pa.ipc.new_stream(str(tmp_path / "saved.arrow"), pa.schema({"text": pa.string()})) as writer:
+                writer.write_batch(pa.record_batch({"text": [text]}))
+            os.utime(tmp_path / "saved.arrow", (1e9, 1e9))
+            datasets.Dataset.from_file(str(tmp_path / "saved.arrow")).save_to_disk(tmp_path / kind)
+            (path,) = (tmp_path / kind).glob("*.arrow")
+        elif kind == "folder":
+            (tmp_path / kind).mkdir(exist_ok=True)
+            path = write_rows(tmp_path / kind / "train.jsonl", [text])
+        else:
+            path = write_rows(tmp_path / kind, [text])
+        os.utime(path, (1e9, 1e9))
+        where = {"dataset": str(tmp_path / kind), "split": "train"} if kind in ("folder", "saved") else {}
+        texts = read_split(**where or {"files": [str(path)]}).texts
+        found.append((path.stat().st_size, path.stat().st_mtime, texts._fingerprint, "".join(texts["text"])))
+    (size, time, fingerprint, first), (same_size, same_time, other_fingerprint, second) = found
+    assert (size, time, first, second) == (same_size, same_time, "one", "two")
+    # What is cached of the texts, such as their tokens, is found by it.
+    assert fingerprint != other_fingerprint
+
+
+def test_a_text_is_known_by_its_content(tmp_path: Path) -> None:
+    """Catches a cache that is of no use once the text has been moved or copied; or one that heeds no column."""
+    first = write_rows(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "b.jsonl").write_bytes(first.read_bytes())
+    os.utime(tmp_path / "b.jsonl", (1e9, 1e9))
+    cached = [read_split(files=[str(tmp_path / name)]).texts.cache_files for name in ("a.jsonl", "b.jsonl")]
+    assert cached[0] == cached[1]
+    (tmp_path / "c.txt").write_bytes(first.read_bytes())
+    assert texts_of(tmp_path / "c.txt") == [first.read_text()]
+
+
+def test_a_damaged_cache_is_written_again(tmp_path: Path) -> None:
+    """Catches files without content, as a crash of the machine leaves them, that stop every later run."""
+    path = write_rows(tmp_path / "a.jsonl", ["one", "two"])
+    assert texts_of(path) == ["one", "two"]
+    for suffix in (".arrow", ".json"):
+        for file in (tmp_path / "cache" / "tfclm").glob(f"*{suffix}"):
+            file.unlink()  # the mapping of the first reading stays as it is
+            file.write_bytes(b"")
+        assert texts_of(path) == ["one", "two"]
+
+
+# Names of files
+
+
+def test_the_given_name_says_how_a_link_is_read(tmp_path: Path) -> None:
+    """Catches the name of a link's target in its place: the Hub's cache links to blobs without an extension."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    blob = tmp_path / "blobs" / "0a1b2c"
+    for name, content in {
+        "train.jsonl": b'{"text": "row"}\n',
+        "zipped.JSONL.GZ": gzip.compress(b'{"text": "row"}\n'),
+        "rows.csv": b"text\nrow\n",
+    }.items():
+        blob.write_bytes(content)
+        link = tmp_path / "snapshot" / name
+        link.symlink_to("../blobs/0a1b2c")
+        split = read_split(files=[str(link)])
+        assert list(split.texts["text"]) == ["row"]
+        assert split.description["source"] == [str(link.parent.resolve() / name)]
+        link.unlink()
+    (tmp_path / "real.txt").write_text('{"text": "row"}\n')
+    (tmp_path / "alias.jsonl").symlink_to("real.txt")
+    assert texts_of(tmp_path / "alias.jsonl") == ["row"]
+    assert texts_of(tmp_path / "real.txt") == ['{"text": "row"}\n']
+    both = [str(tmp_path / "alias.jsonl"), str(tmp_path / "real.txt")]
+    refused("twice", files=both)
+    refused("is both", files=both[:1], validation_files=both[1:])
+
+
+def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a pipe that is waited for, and a folder or dead link that a glob leaves out without a word."""
+    write_rows(tmp_path / "good.jsonl", ["one"])
+    everything = str(tmp_path / "*.jsonl")
+
+    def both(name: str, *what: str) -> None:
+        refused(*what, files=[str(tmp_path / name)])
+        refused(*what, files=[everything])
+        os.rename(tmp_path / name, tmp_path / f"{name}.done")
+
+    (tmp_path / "part.jsonl").mkdir()
+    both("part.jsonl", "part.jsonl is a folder", "part.jsonl/*.txt")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    both("pipe.jsonl", "pipe.jsonl is a pipe", "save its content to a file")
+    with socket.socket(socket.AF_UNIX) as listening:
+        monkeypatch.chdir(tmp_path)
+        listening.bind("socket.jsonl")  # its name may not be long
+        both("socket.jsonl", "socket.jsonl is a pipe, socket or device")
+    (tmp_path / "dead.jsonl").symlink_to("gone.jsonl")
+    both("dead.jsonl", "dead.jsonl links to gone.jsonl, which is not there")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    both("loop.jsonl", "loop.jsonl")
+    (tmp_path / "folder").mkdir()
+    assert texts_of(everything) == ["one"]
+    refused("~no_such_user_/a.txt", files=["~no_such_user_/a.txt"])
+    refused("File name too long", files=[f"{'x' * 300}.txt"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="the file that fails to be read is Linux'")
+@pytest.mark.parametrize("name", ["train.txt", "train.jsonl", "train.csv.gz", "train.parquet", "folder"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    """Catches a traceback where reading fails: no permission, a network or a disk that is gone."""
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / (f"{name}/train.jsonl" if name == "folder" else name)
+    link.symlink_to("/proc/self/mem")
+    where = {"dataset": str(tmp_path / name)} if name == "folder" else {"files": [str(link)]}
+    refused(f"{link} cannot be read: Input/output error", **where)
+
+
+EMPTY = {
+    "nothing.txt": b"",
+    "mark.txt": b"\xef\xbb\xbf",
+    "blank.txt": b" \n\n\t\n",
+    "nothing.jsonl": b"",
+    "blank.jsonl": b"\n\n",
+    "objects.jsonl": b"{}\n{}\n",
+    "nulls.jsonl": b'{"text": null}\n{"text": []}\n',
+    "nothing.json": b"",
+    "array.json": b"[]",
+    "objects.json": b"[{}]",
+    "nothing.csv": b"",
+    "header.csv": b"text\n",
+    "lines.csv": b"\n\n",
+    "rows.csv": b'text\n""\n',
+    "nothing.txt.gz": b"",
+    "zipped.jsonl.gz": gzip.compress(b""),
+}
+
+
+@pytest.mark.parametrize("one", [True, False], ids=["evaluate", "fit"])
+@pytest.mark.parametrize("name", [*EMPTY, "nothing.parquet", "rows.parquet", "nulls.parquet"])
+def test_a_file_that_holds_no_text_is_named(tmp_path: Path, name: str, one: bool) -> None:
+    """Catches a file without text that is passed over, or that fails far from where it was read."""
+    if name in EMPTY:
+        (tmp_path / name).write_bytes(EMPTY[name])
+    else:
+        rows = {"nothing": None, "rows": [], "nulls": [None, None]}[name.removesuffix(".parquet")]
+        table = pa.table({"text": pa.array(rows or [], pa.string() if not rows else pa.null())})
+        pq.write_table(table, tmp_path / name)
+        if rows is None:
+            (tmp_path / name).write_bytes(b"")
+    good = write_rows(tmp_path / "good.jsonl", ["one", "two"])
+    said = "0 bytes" if name == "nothing.parquet" else "has no text"
+    refused(str(tmp_path / name), said, one=one, files=[str(good), str(tmp_path / name)])
+    if not one:
+        refused(str(tmp_path / name), said, files=[str(good)], validation_files=[str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing.txt", "nothing.jsonl", "nothing.csv", "header.csv", "array.json", "none", "saved", "nulls.jsonl"]
+)
+def test_a_dataset_that_holds_no_text_is_named(tmp_path: Path, name: str) -> None:
+    """Catches what the library says of rows that are not there: IndexError, StopIteration, talk of features."""
+    folder = tmp_path / "folder"
+    if name == "saved":
+        datasets.Dataset.from_dict({"text": []}).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        if name != "none":
+            (folder / f"train.{name.rpartition('.')[2]}").write_bytes(EMPTY[name])
+    said = {"none": "any data files", "nulls.jsonl": "every row of column text"}.get(name, "has no text")
+    refused(str(folder), said, dataset=str(folder))
+    refused(str(folder), said, one=True, dataset=str(folder), split="train")
+
+
+def test_compressed_text_under_another_name(tmp_path: Path) -> None:
+    """Catches advice to convert the encoding of a file that is compressed."""
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"text": "one"}'))
+    refused("a.jsonl is compressed by gzip", "ends in .gz", files=[str(tmp_path / "a.jsonl")])
+
+
+# For ENOSYS, some versions of filelock have locks of another kind to fall back on.
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_cache_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Catches advice about the data where the place of the cache is to blame. Local files need no lock."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "folder").mkdir()
+    path = write_rows(tmp_path / "folder" / "train.jsonl", ["one"])
+    assert texts_of(path) == ["one"]
+    what = ("has no file locks", "HF_DATASETS_CACHE name a folder on a local disk")
+    refused(*what, one=True, dataset=str(path.parent), split="train")
+
+
+def test_no_room_for_the_cache(tmp_path: Path) -> None:
+    """Catches a traceback where the disk that holds the cache is full."""
+    path = write_rows(tmp_path / "a.txt", ["x" * 1000] * 5000)
+    code = (
+        "import resource, signal, sys, datasets, tfclm.corpus, tfclm.errors; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "try: tfclm.corpus.read_split(files=sys.argv[1:])\n"
+        "except tfclm.errors.InputError as error: print(error)"
+    )
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment)
+    assert "the cache " in done.stdout, done.stderr
+    assert "HF_DATASETS_CACHE name a folder that can" in done.stdout
+    assert [file.name for file in (tmp_path / "cache" / "tfclm").iterdir()] == []
 
 
 def test_failed_read_leaves_no_half_written_cache(tmp_path: Path) -> None:

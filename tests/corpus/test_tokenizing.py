@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import random
 from pathlib import Path
@@ -23,6 +24,16 @@ def texts(documents: list[str]) -> datasets.Dataset:
 def expected(texts: datasets.Dataset, tokenizer) -> list[list[int]]:
     """The ids of one text at a time."""
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts["text"]]
+
+
+def test_what_made_the_ids_is_part_of_what_they_are_known_by(
+    texts: datasets.Dataset, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ids of an older version of the tokenizers, or of this code, that are taken from the cache."""
+    same = {tokenize(texts, tokenizer)._fingerprint for _ in range(2)}
+    installed = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{installed(name)}.1")
+    assert len(same | {tokenize(texts, tokenizer)._fingerprint}) == 2
 
 
 SPACES = [

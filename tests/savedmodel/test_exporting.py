@@ -130,6 +130,25 @@ def values(signature: Any) -> dict[str, Any]:
     return {name: array[0] for name, array in arrays.items()}
 
 
+def test_fingerprint_is_that_of_the_file(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
+    """A server's metrics that name another file: the one from before the signatures were opened."""
+    version, _ = tokens
+    read_back = tf.saved_model.experimental.read_fingerprint(str(version))
+    # What TensorFlow makes of a copy that has never had a fingerprint.
+    copy = tmp_path / "copy"
+    shutil.copytree(version, copy)
+    (copy / "fingerprint.pb").unlink()
+    from tensorflow.python.saved_model import fingerprinting_utils
+
+    fingerprinting_utils.write_fingerprint(str(copy))
+    expected = tf.saved_model.experimental.read_fingerprint(str(copy))
+    for name in (
+        *("saved_model_checksum", "graph_def_program_hash", "signature_def_hash"),
+        *("saved_object_graph_hash", "checkpoint_hash"),
+    ):
+        assert getattr(read_back, name) == getattr(expected, name) != 0, name
+
+
 def replay(version: Path) -> list[tuple[str, dict[str, np.ndarray]]]:
     """Signature and inputs of each warm-up record."""
     records = []

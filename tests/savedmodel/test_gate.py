@@ -89,7 +89,7 @@ def test_what_cannot_be_compared():
     with pytest.raises(InputError, match=r"block_size, split differ"):
         decide(Gate(max_regression=0.1), MEASURED, served(block_size=64, split="train"))
     # Another tokenizer's tokens of the same text, or another text under the same name.
-    with pytest.raises(InputError, match=r"\(tokens differ\); measure both on the same text with the same tokenizer"):
+    with pytest.raises(InputError, match=r"\(tokens differ\): give --dataset or --file, on which both are"):
         decide(Gate(max_regression=0.1), MEASURED, served() | {"tokens": 1400})
     with pytest.raises(InputError, match="no perplexity in its record"):
         decide(Gate(max_regression=0.1), MEASURED, served(None))

@@ -48,10 +48,13 @@ def warped(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> 
 
 
 def chosen(logits: np.ndarray, settings: Knobs, uniform: np.ndarray, *, xla: bool) -> np.ndarray:
-    """`choose`, traced as in an exported model."""
-    traced = tf.function(
-        lambda logits, settings, uniform: sampling.choose(logits, settings, uniform, xla=xla), jit_compile=xla
-    )
+    """`sample_next_token`, traced as in an exported model; the first token of each row was there before."""
+
+    def sample(logits: tf.Tensor, settings: Knobs, uniform: tf.Tensor) -> tf.Tensor:
+        tokens = tf.zeros([tf.shape(logits)[0], 1], tf.int32)
+        return sampling.sample_next_token(logits, tokens, tokens == 0, settings, uniform, xla=xla)
+
+    traced = tf.function(sample, jit_compile=xla)
     return traced(tf.constant(logits, tf.float32), settings, tf.constant(uniform, tf.float64)).numpy()
 
 
@@ -168,12 +171,16 @@ def test_a_row_takes_its_own_knobs(xla: bool) -> None:
     """A knob that is read from a neighbour, or decided for the whole batch."""
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 2, [64, 300]).astype(np.float32)
-    temperature = rng.choice([0.0, 0.5, 1.0, 2.0], 64).tolist()
+    temperature = rng.choice([0.0, 0.5, 1.0, 2.0, 1e-30, 1e30], 64).tolist()
     top_k = rng.choice([0, 1, 7, 299, 300], 64).tolist()
     top_p = rng.choice([0.3, 0.9, 1.0], 64).tolist()
     uniform = rng.random(64)
     together = chosen(logits, knobs(temperature, top_k, top_p), uniform, xla=xla)
-    traced = tf.function(lambda row, settings, number: sampling.choose(row, settings, number, xla=xla), jit_compile=xla)
+    tokens = tf.zeros([1, 1], tf.int32)
+    traced = tf.function(
+        lambda row, settings, number: sampling.sample_next_token(row, tokens, tokens == 0, settings, number, xla=xla),
+        jit_compile=xla,
+    )
     alone = [
         int(traced(logits[i : i + 1], knobs([temperature[i]], [top_k[i]], [top_p[i]]), uniform[i : i + 1])[0])
         for i in range(64)
@@ -213,8 +220,49 @@ def test_repetition_penalty(xla: bool) -> None:
     lengths = np.array([1, 3, 12, 5, 12, 7])
     penalties = np.array([1.3, 1.0, 2.0, 0.5, 1.1, 1.0], np.float32)
     known = np.arange(12) < lengths[:, None]
-    ours = tf.function(sampling.penalize, jit_compile=xla)(logits, tokens, known, penalties).numpy()
+    ours = tf.function(sampling.apply_repetition_penalty, jit_compile=xla)(logits, tokens, known, penalties).numpy()
     for row, (length, penalty) in enumerate(zip(lengths, penalties, strict=True)):
         processor = TFRepetitionPenaltyLogitsProcessor(float(penalty))
         theirs = processor(tf.constant(tokens[row : row + 1]), tf.constant(logits[row : row + 1]), int(length))
         np.testing.assert_allclose(ours[row], theirs[0], rtol=1e-6)
+
+
+@COMPILED
+def test_extreme_knobs(xla: bool) -> None:
+    """A penalty or temperature that leaves float32, so that infinities are subtracted and unlikely tokens are drawn."""
+    rng = np.random.default_rng(6)
+    rows, size = 2000, 24
+    wide = np.float32(10.0) ** rng.uniform(-37.9, 38.5, [2, rows])
+    temperature, penalty = np.where(rng.random([2, rows]) < 0.7, wide, 1).astype(np.float32)
+    temperature[rng.random(rows) < 0.1] = 0
+    # The temperature that is of a size with what the penalty makes is the one at which mistakes show.
+    near = rng.random(rows) < 0.3
+    temperature[near] = np.clip(penalty[near] ** rng.choice([-1, 1], near.sum()), 1.2e-38, 3e38)
+    logits = rng.normal(0, 3, [rows, size]).astype(np.float32)
+    tokens = np.sort(rng.integers(0, size, [rows, 12]).astype(np.int32), -1)
+    known = np.arange(12) < rng.integers(1, 13, rows)[:, None]
+    uniform = rng.random(rows)
+
+    exact = logits.astype(np.float64)
+    for row in range(rows):
+        there = np.unique(tokens[row][known[row]])
+        old = exact[row, there]
+        exact[row, there] = np.where(old > 0, old / penalty[row], old * np.float64(penalty[row]))
+    scores = exact - exact.max(-1, keepdims=True)
+    with np.errstate(under="ignore", over="ignore"):
+        scores /= np.where(temperature > 0, temperature, 1).astype(np.float64)[:, None]
+        weights = np.exp(scores)
+    edges = np.cumsum(weights, -1) / weights.sum(-1, keepdims=True)
+    expected = np.where(temperature > 0, (edges <= uniform[:, None]).sum(-1), exact.argmax(-1))
+
+    def sample(*given: tf.Tensor) -> tf.Tensor:
+        logits, tokens, known, temperature, penalty, uniform = given
+        one = tf.ones_like(temperature)
+        settings = Knobs(one, temperature, tf.zeros_like(tokens[:, 0]), one, penalty, one)
+        return sampling.sample_next_token(logits, tokens, known, settings, uniform, xla=xla)
+
+    drawn = tf.function(sample, jit_compile=xla)(logits, tokens, known, temperature, penalty, uniform).numpy()
+    # float32 moves the edges between tokens by some 1e-6 of the whole.
+    unsure = (np.abs(edges - uniform[:, None]) < 1e-5).any(-1)
+    assert unsure.mean() < 0.01
+    assert (drawn == expected)[~unsure].all()

@@ -22,9 +22,9 @@ from test_decoding import is_tie
 from tokenizers import decoders
 from transformers import AutoTokenizer, pipeline
 
-from tfclm.perplexity import perplexity
+from tfclm.metrics import perplexity
 from tfclm.savedmodel import saving, warmup
-from tfclm.savedmodel.servable import AT_ONCE, Servable
+from tfclm.savedmodel.servable import MAX_REQUEST_TOKENS, Servable
 from tfclm.savedmodel.settings import ServableSettings
 from tfclm.savedmodel.tokenizer import GraphTokenizer
 
@@ -216,7 +216,7 @@ def test_a_long_text_beside_many(exported: Export, tokenizer: Any, documents: li
         assert cut[row, : min(size, CONTEXT)].numpy().tolist() == whole[row, :size][-CONTEXT:].numpy().tolist()
         assert not cut[row, size:].numpy().any()
     # Ids and log-probabilities of this many are not for one answer.
-    with pytest.raises(tf.errors.InvalidArgumentError, match=r"text\[0\] and its neighbours have \d+ tokens"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"text has \d+ tokens with padding: give at most 1048576"):
         exported.ask("score", text=["import x"] * 300 + [texts[1]])
 
 
@@ -233,12 +233,13 @@ def test_a_row_depends_on_itself_alone(exported: Export, rows: list[Row], alone:
 
 
 def test_thousands_of_rows(exported: Export) -> None:
-    """A request that is refused because it is larger than the queue, or rows of it that are out of their places."""
+    """A request that is refused because it is larger than a batch, or rows of it that are out of their places."""
     rng = random.Random(8)
-    ids = [[rng.randrange(512)] for _ in range(8 * AT_ONCE + 5)]
+    count = 8 * 256 + 5
+    ids = [[rng.randrange(512)] for _ in range(count)]
     knobs = {"max_new_tokens": [2], "temperature": [1.0], "seed": [3]}
     together = exported.ask("generate_tokens", input_ids=ids, attention_mask=[[1]] * len(ids), **knobs)
-    for row in (0, 7, 8 * AT_ONCE - 1, 8 * AT_ONCE, 8 * AT_ONCE + 4):
+    for row in (0, 7, 8, count - 6, count - 5, count - 1):
         single = exported.ask("generate_tokens", input_ids=[ids[row]], attention_mask=[[1]], **knobs)
         size = single["completion_tokens"][0]
         assert together["completion_tokens"][row] == size
@@ -379,6 +380,8 @@ TWO = {"prompt": ["x", "y"]}
         (TWO | {"top_k": [1, 2, 3]}, "top_k has 3 values for 2 rows"),
         (TWO | {"stop": []}, "stop has 0 values for 2 rows"),
         (TWO | {"stop": ["", "é" * 32 + "x"]}, r"stop\[1\] is too long: give 64 bytes"),
+        ({"prompt": ["x"] * 4097}, "prompt has 4097 rows: give at most 4096"),
+        ({"prompt": ["x" * 2**22, "x"]}, "prompt has 4194305 bytes in all rows together: give at most 4194304"),
     ],
 )
 def test_refused(exported: Export, inputs: dict[str, Any], message: str) -> None:
@@ -401,6 +404,12 @@ def test_refused(exported: Export, inputs: dict[str, Any], message: str) -> None
         ([[1, 2]], [1, 1], "attention_mask has rank 1"),
         ([[[1]]], [[[1]]], "input_ids has rank 3"),
         (np.zeros([0, 3]), np.zeros([0, 3]), "input_ids is empty"),
+        (np.ones([4097, 1]), np.ones([4097, 1]), "input_ids has 4097 rows: give at most 4096"),
+        (
+            [[1]],
+            np.ones([2, MAX_REQUEST_TOKENS]),
+            r"attention_mask has 2097152 tokens with padding: give at most 1048576",
+        ),
         ([[1] * CONTEXT] * 2, [[1] * 5 + [0] * (CONTEXT - 5), [1] * CONTEXT], r"input_ids\[1\] has 96 tokens"),
     ],
 )
@@ -423,6 +432,31 @@ def test_scores_refused(exported: Export, text: Any, message: str) -> None:
     """A mean over no token, which is not a number."""
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         exported.ask("score", text=text)
+
+
+@pytest.mark.parametrize("signature", ["generate", "generate_tokens", "score", "serving_default"])
+def test_too_many_rows_take_no_memory(exported: Export, signature: str) -> None:
+    """A small compressed request of millions of rows, for each of which a whole context was allocated."""
+    rows = 1_000_000
+    inputs: dict[str, Any] = {
+        "generate": {"prompt": np.full(rows, "a")},
+        "generate_tokens": {"input_ids": np.ones([rows, 1]), "attention_mask": np.ones([rows, 1])},
+        "score": {"text": np.full(rows, "a")},
+        "serving_default": {"prompt": np.full(rows, "a")},
+    }[signature]
+    knobs = KNOBS | ({"stop": [""]} if signature == "generate" else {}) if signature.startswith("gen") else {}
+    tensors = {name: tf.constant(value, TYPES.get(name, tf.string)) for name, value in (knobs | inputs).items()}
+    before = memory_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    with pytest.raises(tf.errors.InvalidArgumentError, match="has 1000000 rows: give at most 4096"):
+        exported.signatures[signature](**tensors)
+    assert memory_mib("VmHWM") - before < 100
+
+
+def memory_mib(figure: str) -> float:
+    """A figure of this process's memory in MiB."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[figure].split()[0]) / 1024
 
 
 def test_knobs_of_any_rank(exported: Export) -> None:

@@ -35,17 +35,22 @@ def start(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Iter
     from tfclm.server.settings import ServeSettings
 
     folder = tmp_path_factory.mktemp("tiny")
-    settings = ServableSettings(max_new_tokens=9, temperature=0.7, top_k=50, top_p=0.95)
     model = create(tiny_config("gpt2", context=128))
-    saving.write(Servable(model, AutoTokenizer.from_pretrained(tokenizer_dir), settings), folder / "1")
+
+    def export(version: Path, **others: Any) -> None:
+        settings = ServableSettings(temperature=0.7, top_p=0.95, **{"max_new_tokens": 9, "top_k": 50, **others})
+        saving.write(Servable(model, AutoTokenizer.from_pretrained(tokenizer_dir), settings), version)
+
+    export(folder / "1")
     with ExitStack() as stack:
 
         def start(**flags: Any) -> Any:
             flags = {"port": 0, "rest_api_port": -1, "model_name": "a<b", "shutdown_grace_seconds": 5.0, **flags}
-            server = Server(ServeSettings(model_base_path=str(folder), **flags))
+            server = Server(ServeSettings(**{"model_base_path": str(folder), **flags}))
             stack.callback(server.stop)
             server.start()
             server.url = f"http://127.0.0.1:{server.rest_port}"
+            server.export, server.folder = export, folder
             return server
 
         yield start
@@ -222,15 +227,17 @@ def test_curl_does_the_same(page, asked):
     ],
 )
 def test_wrong_knobs(page, asked, knobs, said):
-    """A mistake without a word, or that takes the completion before it away."""
+    """A mistake without a word, or beside which the text of another request still stands."""
     page.fill(prompt="The", temperature="0")
     page.submit("generate")
-    before = page.said("generate", "text")
+    assert page.said("generate", "text") == asked.generate("The", temperature=0.0).generated_text
+    assert page.card("generate").find_element("css selector", ".legend").is_displayed()
     page.fill(**knobs)
     page.submit("generate")
     assert re.search(said, page.said("generate", "error"))
     assert "\n" not in page.said("generate", "error")
-    assert page.said("generate", "text") == before == asked.generate("The", temperature=0.0).generated_text
+    assert page.said("generate", "text") == ""
+    assert not page.card("generate").find_element("css selector", ".legend").is_displayed()
 
 
 @pytest.mark.slow
@@ -245,6 +252,35 @@ def test_servers_elsewhere(page, start, server):
     page.wait(lambda: "--rest_api_enable_cors_support" in page.text("#state"))
     page.fill(url=server.url, model="nobody")
     page.wait(lambda: "nobody" in page.text("#state"))
+
+
+@pytest.mark.slow
+def test_another_version(driver, start, server, tmp_path):
+    """Defaults and limits of a version that is no longer served, shown or sent to the one that is."""
+    import requests
+
+    shutil.copytree(server.folder / "1", tmp_path / "model" / "1")
+    other = start(playground=True, model_base_path=str(tmp_path / "model"))
+    page = Page(driver, f"{other.url}/")
+    page.wait(lambda: "version 1 is served" in page.text("#state"))
+    # The second version refuses what the first one has as its default.
+    other.export(tmp_path / "new", max_new_tokens=5, max_new_tokens_limit=6, top_k=7)
+    (tmp_path / "new").rename(tmp_path / "model" / "2")
+    states = f"{other.url}/v1/models/a%3Cb"
+    newest = {"version": "2", "state": "AVAILABLE"}
+    page.wait(lambda: newest.items() <= requests.get(states, timeout=10).json()["model_version_status"][0].items())
+    with Client(other.url, "a<b") as client:
+        page.fill(prompt="The", temperature="0")
+        page.submit("generate")
+        assert page.said("generate", "error") == ""
+        assert page.said("generate", "text") == client.generate("The", temperature=0.0).generated_text
+        assert page.said("generate", "facts").startswith("5 tokens")
+    assert page.find("#top_k").get_attribute("placeholder") == "7"
+    assert "version 2 is served" in page.text("#state")
+    shutil.rmtree(tmp_path / "model" / "2")
+    # Nobody asks anything, and the page sees it all the same.
+    page.wait(lambda: "version 1 is served" in page.text("#state"))
+    assert page.find("#top_k").get_attribute("placeholder") == "50"
 
 
 @pytest.mark.slow
@@ -277,6 +313,7 @@ def test_looks(page, width, scheme, tmp_path):
         page.driver.save_screenshot(str(tmp_path / f"{scheme}-{width}.png"))
         overhang = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert page.driver.execute_script(overhang) == 0
+        assert page.card("score").find_element("css selector", ".legend").is_displayed()
         colors = page.driver.execute_script(
             "const style = getComputedStyle(document.body); return [style.color, style.backgroundColor]"
         )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from tfclm.errors import InputError
 from tfclm.training.folder import RunFolder
+from tfclm.training.report import curve, model_card
 from tfclm.training.run import TrainingRecord
 
 SETTINGS = {
@@ -119,6 +123,42 @@ def test_only_files_inside_of_the_folder_are_removed(tmp_path: Path):
     assert outside.read_text() == "mine"
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+def test_a_filesystem_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+):
+    """A run that cannot be had on a network's filesystem, or one that is not told what is not checked there."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr("tfclm.disk._noted", set())  # it is said once a process
+    complete(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["perplexity"] == pytest.approx(math.exp(2.0))
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith(f"tfclm: {tmp_path / 'run'}: no locks here ({os.strerror(number)}); do not let two commands")
+
+
+def test_a_lock_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A failing disk that is taken for a filesystem without locks."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(InputError, match="Input/output error"):
+        interrupted(tmp_path / "run")
+
+
+def test_a_locked_folder_is_in_use(tmp_path: Path):
+    """Two runs that write into one folder."""
+    with RunFolder(tmp_path / "run", SETTINGS, overwrite=False):
+        with pytest.raises(InputError, match="in use by another run"):
+            interrupted(tmp_path / "run")
+        (tmp_path / "run" / "kept").touch()
+
+
 def test_results_are_json(tmp_path: Path):
     """NaN and Infinity, which Python writes and no other reader takes."""
 
@@ -131,6 +171,85 @@ def test_results_are_json(tmp_path: Path):
     assert results == returned
     assert [results[name] for name in ("initial_perplexity", "perplexity", "loss")] == [None, None, None]
     assert results["train"]["epochs"] == [epochs[0] | {"loss": None, "val_perplexity": None}]
+
+
+def test_card_and_curve_of_what_is_not_finite(tmp_path: Path):
+    """A card that says "inf" and "nan", or a curve that fails for them when the training is over."""
+    epochs = [{"epoch": 1, "step": 8, "loss": math.nan, "val_loss": 800.0, "val_perplexity": math.inf}]
+    complete(tmp_path, initial_loss=800.0, best_loss=math.nan, epochs=epochs)
+    card = (tmp_path / "README.md").read_text()
+    assert "Validation perplexity **not finite** (not finite before training)" in card
+    assert "| 1 | 8 | not finite | 800.0000 | not finite |" in card
+    assert not {"nan", "inf"} & set(card.lower().replace("*", " ").split())
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_curve_of_the_perplexity_can_be_read():
+    """A fall from 5000 to 5 on a linear axis, along which everything after the first epoch is flat."""
+    losses = [math.log(value) for value in (500, 50, 20, 5)]
+    epochs = [{"epoch": i + 1, "step": 8 * (i + 1), "loss": loss, "val_loss": loss} for i, loss in enumerate(losses)]
+    figure = curve(done(initial_loss=math.log(5000), epochs=epochs))
+    axes = {each.get_title(): each for each in figure.axes}
+    below = axes["Validation perplexity"]
+    assert below.get_yscale() == "log"
+    assert below.lines[0].get_ydata() == pytest.approx([5000, 500, 50, 20, 5])
+    assert axes["Loss"].get_yscale() == "linear"
+    figure.draw_without_rendering()
+    assert {"10", "100", "1000"} <= {label.get_text() for label in below.get_yticklabels()}
+
+
+def card(settings: dict, protocol: dict, base: dict | None = None) -> str:
+    """The card of a short run."""
+    results = {
+        **{"perplexity": 7.4, "initial_perplexity": 54.6, "tokens": 100, "versions": {"python": "3.11"}},
+        "protocol": PROTOCOL | protocol,
+        "train": {**vars(done()), "corpus_tokens": 720},
+    }
+    return model_card(results, SETTINGS | {"train_file": [], "validation_file": []} | settings, base or {})
+
+
+def test_card_of_local_files_is_fit_to_be_seen():
+    """Somebody's home folder on the Hub, a Python list, "split None", or a repository that there is none of."""
+    text = card(
+        {"model": "/home/ann/first", "output_dir": "/home/ann/second", "train_file": ["/home/ann/tickets.jsonl"]},
+        {
+            "source": ["/home/ann/tickets.jsonl"],
+            "split": None,
+            "validation": "files /home/ann/a.jsonl, /home/ann/b.jsonl",
+        },
+    )
+    for words in (
+        "Fine-tuned from the local model first on the file tickets.jsonl.",
+        "* Source: the file tickets.jsonl, column text.",
+        "* Validation: 2 files: a.jsonl, b.jsonl; 1 document.",
+        "The card of the local model first names no licence",
+        "name: the file tickets.jsonl",
+        "model: first\n",
+        "train_file:\n- tickets.jsonl\n",
+        "output_dir: second\n",
+        'pipeline("text-generation", model="second"',
+        "`python -m tfclm.export --model second --serving-dir serving_models/second` makes a version that a stock "
+        "server hosts, or `python -m tfclm.serve --model_name=second --model_base_path=serving_models/second`.",
+    ):
+        assert words in text, words
+    for words in ("/home", "None", "['", "--hub", "saved_model.zip"):
+        assert words not in text.replace("torch_dtype=None", "").replace("hence the None", ""), words
+
+
+def test_card_names_some_of_many_files_and_a_dataset_as_it_is():
+    """A card that is a list of a thousand files, or one that shortens the name of a dataset or model of the Hub."""
+    text = card({"push_to_hub": "me/x"}, {"source": [f"/data/{number}.txt" for number in range(1000)], "split": None})
+    assert "on 1000 files: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 995 more." in text
+    assert "`python -m tfclm.serve --hub me/x`" in text
+    protocol = {"source": "some/texts", "split": "train[:9]", "validation": "split test (the dataset's own)"}
+    text = card(
+        {"dataset": "some/texts", "model": "base/tiny"}, protocol, {"base_model": "base/tiny", "license": "mit"}
+    )
+    assert "Fine-tuned from base/tiny on some/texts, split train[:9]." in text
+    assert "The licence is that of base/tiny: mit." in text
+    assert "model: base/tiny\n" in text
+    assert "* Validation: split test (the dataset's own); 1 document." in text
+    assert "Python's own documentation (python-docs), split" in card({"model": "scratch"}, {"source": "python-docs"})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -23,7 +24,8 @@ import tensorflow as tf
 import tf_keras
 
 from tfclm.errors import InputError
-from tfclm.training.resume import Interrupted
+from tfclm.metrics import TokenLoss
+from tfclm.training.resume import Interrupted, Progress, Snapshots
 
 pytestmark = pytest.mark.slow
 
@@ -336,6 +338,20 @@ def interrupted(tmp_path_factory, tokenizer_dir: Path) -> Path:
     return folder
 
 
+def test_sums_of_other_devices_are_added_up(tmp_path: Path):
+    """A run that was stopped on two devices, or saved by an older version, and cannot go on here."""
+    loss, model = TokenLoss(), tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(1,))])
+    snapshots = Snapshots(tmp_path, model, tf_keras.optimizers.legacy.SGD(), [], loss)
+    snapshots.restore_loss(Progress("", loss_sums=[[0.1, 3.0], [0.2, 4.0]]))
+    assert snapshots.loss_sums() == [[0.1 + 0.2, 7.0]]
+    older: Any = [0.1 + 0.2, 7.0]
+    snapshots.save(Progress("", loss_sums=older))
+    restored = snapshots.restore()
+    assert restored is not None
+    assert restored.loss_sums == [[0.1 + 0.2, 7.0]]
+    assert restored.loss == (0.1 + 0.2) / 7.0
+
+
 STATE = {
     "state/checkpoint": "resume/state ",
     "state/ckpt-*.index": "resume/state ",
@@ -400,21 +416,74 @@ def _on_two_devices(connection, folder: Path, tokenizer_dir: Path) -> None:
     connection.send((found, whole, finetune_tiny(folder / "stopped", tokenizer_dir, strategy=two)))
 
 
-@pytest.fixture(scope="module")
-def on_two_devices(tmp_path_factory, tokenizer_dir: Path):
-    """What a process with two devices has found: TensorFlow cannot be given a second one once it has computed."""
+class Reports(tf_keras.callbacks.Callback):
+    """Keeps what the steps report; presses Ctrl-C after one of them."""
+
+    def __init__(self, end: int | None = None):
+        super().__init__()
+        self.end = end
+        self.logs: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.logs.append({name: float(value) for name, value in logs.items()})
+        if len(self.logs) == self.end:
+            press_ctrl_c()
+
+
+def _report_on_two_devices(connection, folder: Path, tokenizer_dir: Path) -> None:
+    from conftest import tiny_config
+
+    from tfclm.checkpoint import create
+    from tfclm.metrics import token_losses
+    from tfclm.training.feed import run_order
+
+    device = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(device, [tf.config.LogicalDeviceConfiguration()] * 2)
+    # What the first step should report, but for dropout.
+    tf_keras.utils.set_random_seed(0)
+    model = create(tiny_config("gpt2"))
+    ids = tf.constant([make_blocks(32)[int(row)]["input_ids"] for row in run_order(32, 6, 1, 0)[:6]])
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(token_losses(model(input_ids=ids).logits, ids)[0])
+    gradients = tape.gradient(loss, model.trainable_variables)
+    expected = {"loss": float(loss), "grad_norm": float(tf.linalg.global_norm(gradients))}
+
+    two, reports = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), Reports()
+    settings = {"strategy": two, "epochs": 1, "batch_size": 6}
+    whole, _ = finetune_tiny(folder / "whole", tokenizer_dir, [reports], **settings)
+    with pytest.raises(Interrupted):
+        finetune_tiny(folder / "stopped", tokenizer_dir, [Reports(2)], **settings)
+    resumed, _ = finetune_tiny(folder / "stopped", tokenizer_dir, **settings)
+    connection.send((expected, reports.logs, whole, resumed))
+
+
+def _in_a_process_with_two_devices(target: Callable, folder: Path, tokenizer_dir: Path):
+    """What it has found: TensorFlow cannot be given a second device once it has computed."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    folder = tmp_path_factory.mktemp("two")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent.parent), *sys.path]))
-        process = multiprocessing.get_context("spawn").Process(
-            target=_on_two_devices, args=(sender, folder, tokenizer_dir)
-        )
+        process = multiprocessing.get_context("spawn").Process(target=target, args=(sender, folder, tokenizer_dir))
         process.start()
     sender.close()
     found = receiver.recv()
     process.join()
     return found
+
+
+def test_what_two_replicas_report(tmp_path: Path, tokenizer_dir: Path):
+    """A norm of the gradient, or a loss, that is summed over replicas; an epoch's loss that a resumed run rounds."""
+    expected, logs, whole, resumed = _in_a_process_with_two_devices(_report_on_two_devices, tmp_path, tokenizer_dir)
+    # Dropout moves these by some percent; a sum would double them.
+    assert logs[0] == {name: pytest.approx(value, rel=0.2) for name, value in expected.items()}
+    assert logs[-1]["loss"] == whole.epochs[0]["loss"]
+    assert resumed.epochs == whole.epochs  # to the last bit
+    assert resumed == whole
+
+
+@pytest.fixture(scope="module")
+def on_two_devices(tmp_path_factory, tokenizer_dir: Path):
+    """What the runs of a process with two devices have come to."""
+    return _in_a_process_with_two_devices(_on_two_devices, tmp_path_factory.mktemp("two"), tokenizer_dir)
 
 
 @pytest.mark.long

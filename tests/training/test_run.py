@@ -11,8 +11,9 @@ import tensorflow as tf
 import tf_keras
 from conftest import ARCHITECTURES
 
+from tfclm.corpus import pack
 from tfclm.errors import InputError
-from tfclm.perplexity import perplexity
+from tfclm.metrics import perplexity
 from tfclm.training import TrainingSettings, finetune
 from tfclm.training.step import finetuning_step
 
@@ -184,6 +185,23 @@ def test_no_block_is_refused(make_model, tokenizer):
     """A division by zero."""
     with pytest.raises(InputError, match="more text"):
         finetune(make_model(), tokenizer, blocks(8), blocks(8).select([]), TrainingSettings())
+
+
+def test_texts_in_place_of_blocks_are_refused(make_model, tokenizer):
+    """KeyError: 'input_ids', where texts were given that are still to be tokenized and packed."""
+    model, texts = make_model(), datasets.Dataset.from_dict({"text": ["one", "two"]})
+    for wrong, found in ((texts, r"columns text"), (["one", "two"], "list"), ("one", "str")):
+        for arguments in ((wrong, blocks(8)), (blocks(8), wrong)):
+            name = "train" if arguments[0] is wrong else "validation"
+            with pytest.raises(InputError, match=rf"^{name} has no token ids \({found}\).*tfclm.pack"):
+                finetune(model, tokenizer, *arguments)
+        with pytest.raises(InputError, match=rf"^tokens has no token ids \({found}\)"):
+            pack(wrong, 8)
+    with pytest.raises(InputError, match=r"^input_ids has no token ids \(columns text\)"):
+        perplexity(model, texts)
+    for wrong in (["one", "two"], "one", [0.5, 1.5]):
+        with pytest.raises(ValueError, match="that the model's tokenizer makes"):
+            perplexity(model, wrong, window=8)
 
 
 @pytest.mark.parametrize(

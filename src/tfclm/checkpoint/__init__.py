@@ -8,8 +8,6 @@ the weights are read and written here, by their PyTorch names, and whatever does
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 import os
 import shutil
 import warnings
@@ -17,8 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tfclm.checkpoint.files import choose_weights, locate
-from tfclm.checkpoint.model import build, check_type, context_size, first_position, is_tied, tie
+from tfclm import disk
+from tfclm.checkpoint.configs import config_json, read_config
+from tfclm.checkpoint.files import choose_weights, locate, read_object
+from tfclm.checkpoint.model import build, context_size, first_position, is_tied, tie
+from tfclm.checkpoint.tokenizers import read_tokenizer
 from tfclm.checkpoint.weights import restore, state
 from tfclm.errors import InputError, first_line
 
@@ -43,15 +44,15 @@ def load(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) ->
     where = os.fspath(name_or_dir)
     with _quiet():
         folder = locate(where, revision)
-        config = _read_config(where, folder)
-        tokenizer = _read_tokenizer(where, folder)
+        config = read_config(where, folder)
+        weights = choose_weights(where, {path.name for path in folder.iterdir()})
+        tokenizer = read_tokenizer(where, folder)
         # A tokenizer with fewer entries is common: vocabularies are padded to round sizes.
         if len(tokenizer) > config.vocab_size:
             raise InputError(
                 f"{where}: the tokenizer has {len(tokenizer)} entries but the model's vocab_size is "
                 f"{config.vocab_size}; use the tokenizer that the model was trained with"
             )
-        weights = choose_weights(where, {path.name for path in folder.iterdir()})
         model = build(where, config)
         restore(model, where, folder / weights)
         _read_generation_config(model, where, folder)
@@ -91,12 +92,14 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)  # what a killed save left
         staging.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write to the folder {folder}: {error.strerror}") from error
+        raise InputError(f"cannot write to the folder {folder}: {disk.reason(error)}") from error
     try:
         if tokenizer is not None:
             with _quiet():
                 tokenizer.save_pretrained(staging)
-        (staging / "config.json").write_text(_config_json(model), encoding="utf-8")
+        architecture = type(model).__name__.removeprefix("TF")
+        text = config_json(model.config, architecture, is_tied(model))
+        (staging / "config.json").write_text(text, encoding="utf-8")
         if model.generation_config is not None:
             # Not its own save_pretrained, which refuses settings that loading accepts (top_k without do_sample).
             text = model.generation_config.to_json_string(use_diff=True)
@@ -105,74 +108,30 @@ def save(
         names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
         mode = (staging / "config.json").stat().st_mode
         for name in names:
-            os.chmod(staging / name, mode)  # safetensors' own files are for their owner alone
-            _sync(staging / name)
+            disk.set_mode(staging / name, mode)  # safetensors' own files are for their owner alone
+            disk.sync(staging / name)
         for name in sorted(names, key=lambda name: name.endswith(".safetensors")):
             (folder / name).parent.mkdir(exist_ok=True)
             os.replace(staging / name, folder / name)
-        _sync(folder)
+        disk.sync(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return names
 
 
-def _read_config(where: str, folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type = fields["model_type"]
-    except FileNotFoundError as error:
-        raise InputError(f"{where} has no config.json: give a checkpoint's folder or a Hub id") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{where}: config.json is no JSON object with a model_type") from error
-    check_type(where, model_type, bool(fields.get("is_decoder")))
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # a config class raises whatever its fields provoke
-        raise InputError(f"{where}: config.json is no {model_type} config: {first_line(error)}") from error
-
-
-def _read_tokenizer(where: str, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
-    except Exception as error:  # of many types, depending on which file is missing or broken
-        raise InputError(
-            f"{where}: no tokenizer can be read from its files (tokenizer.json, or vocab.json and merges.txt): "
-            f"{first_line(error)}"
-        ) from error
-    if not tokenizer.is_fast:
-        raise InputError(f"{where}: {type(tokenizer).__name__} has no fast version: provide a tokenizer.json")
-    return tokenizer
-
-
 def _read_generation_config(model: TFPreTrainedModel, where: str, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():  # else it stays what the model's config implies
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except Exception as error:
-            raise InputError(f"{where}: generation_config.json cannot be used: {first_line(error)}") from error
-
-
-def _config_json(model: TFPreTrainedModel) -> str:
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__.removeprefix("TF")]
-    config.tie_word_embeddings = is_tied(model)
-    config.torch_dtype = "float32"
-    return str(config.to_json_string(use_diff=True))
-
-
-def _sync(path: Path) -> None:
-    """Onto the disk, so that a rename after it never outlives the content."""
-    descriptor = os.open(path, os.O_RDONLY)
+    path = folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return  # it stays what the model's config implies
+    fields = read_object(where, path)
+    # Else TensorFlow's generate goes by config.json again, and not by this file.
+    fields.pop("_from_model_config", None)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        model.generation_config = GenerationConfig.from_dict(fields)
+    except Exception as error:
+        raise InputError(f"{where}: generation_config.json cannot be used: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -1,11 +1,15 @@
-"""Where a checkpoint's files are: in a local folder, or downloaded from the Hub."""
+"""Where a checkpoint's files are, in a local folder or downloaded from the Hub, and why one cannot be read."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+from tfclm.checkpoint.kinds import CONVERT, explain, explain_file
 from tfclm.errors import InputError, first_line
 
 # In the order of preference; the first that is there is read.
@@ -14,13 +18,28 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "tf_model.h5", "
 
 def locate(where: str, revision: str | None) -> Path:
     """The local folder of a checkpoint; what a Hub id needs, and no more, is downloaded into the Hub's cache."""
-    folder = Path(where).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise InputError(f"{where} is a folder, and a revision ({revision}) applies to Hub ids only")
-        return folder
-    if folder.exists():
-        raise InputError(f"{where} is a file: give the folder that holds it")
+    if not where.strip():
+        raise InputError("the model's name is empty: give a folder or a Hub id")
+    try:
+        folder = Path(where).expanduser()
+        if folder.is_dir():
+            if revision is not None:
+                raise InputError(f"{where} is a folder, and a revision ({revision}) applies to Hub ids only")
+            next(folder.iterdir(), None)  # whether it can be listed
+            return folder
+        if folder.exists():
+            raise InputError(explain_file(where, folder))
+        if folder.is_symlink():
+            raise InputError(f"{where} is a link that leads nowhere ({folder.readlink()}): give the folder itself")
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be entered, an unknown ~user
+        raise InputError(f"{where} cannot be read: {first_line(error)}") from error
+    address = re.fullmatch(r"(https?://|hf://)(huggingface\.co/|hf\.co/)?(models/)?([^/]+/[^/]+?)(/.*)?", where)
+    if address and (address[2] or address[1] == "hf://"):
+        raise InputError(f"{where} is an address: give the Hub id, {address[4]}")
+    if "://" in where:
+        raise InputError(
+            f"{where} is an address: copy the checkpoint to a local folder and give that, or give a Hub id"
+        )
     return _download(where, revision)
 
 
@@ -34,7 +53,10 @@ def _download(name: str, revision: str | None) -> Path:
     )
 
     try:
-        files = [file for file in HfApi().list_repo_files(name, revision=revision) if "/" not in file]
+        there = HfApi().list_repo_files(name, revision=revision)
+        files = [file for file in there if "/" not in file]
+        if "config.json" not in files and (reason := explain(name, there)):
+            raise InputError(reason)
         weights = choose_weights(name, files)
         shards = weights.removesuffix(".index.json")
         stem, suffix = shards.rsplit(".", 1)
@@ -60,12 +82,48 @@ def _download(name: str, revision: str | None) -> Path:
 
 def choose_weights(where: str, files: Collection[str]) -> str:
     """The name of the file to read the weights from, among those that there are."""
+    if "adapter_config.json" in files:  # beside weights, too: without it the model would be another
+        raise InputError(str(explain(where, ["adapter_config.json"])))
     for name in WEIGHTS:
         if name in files:
             return name
     if any(name.startswith("pytorch_model") for name in files):
-        raise InputError(
-            f"{where} has only pytorch_model.bin, which needs PyTorch: convert it with PyTorch's save_pretrained to "
-            "model.safetensors, or give a checkpoint that has one"
-        )
-    raise InputError(f"{where} has no weights: expected one of {', '.join(WEIGHTS)}")
+        raise InputError(f"{where} has only pytorch_model.bin, which {CONVERT}")
+    there = {"config.json", *files}  # so that a tokenizer is not taken for all that there is
+    raise InputError(explain(where, there) or f"{where} has no weights: expected one of {', '.join(WEIGHTS)}")
+
+
+def read_object(where: str, path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint; raises `InputError` for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: {path.name} cannot be read: {why_unreadable(path, error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: {path.name} is no JSON object, which begins with {{")
+    return content
+
+
+def why_unreadable(path: Path, error: BaseException) -> str:
+    """What is wrong with a file that was to be read, of a failure that may not say it."""
+    try:
+        if path.is_dir():
+            return "it is a folder"
+        if not path.exists():
+            link = path.is_symlink()
+            return f"it is a link that leads nowhere ({path.readlink()})" if link else "there is no such file"
+        with path.open("rb") as stream:
+            start = stream.read(512)
+    except OSError as unreadable:
+        return unreadable.strerror or first_line(unreadable)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer, run `git lfs pull`"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "it is a web page, saved in place of the file; download the file itself"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    return first_line(error)

@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
+from tfclm.checkpoint.configs import check_type, from_fields
 from tfclm.checkpoint.weights import HEADS, layout
 from tfclm.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, TFPreTrainedModel
-
-DECODERS = ("ctrl", "gpt-sw3", "gpt2", "gptj", "mistral", "openai-gpt", "opt", "xglm")
-# These read in both directions unless their config says is_decoder. Left out on purpose, though transformers lists
-# them: roformer and xlnet (later tokens change earlier logits), xlm and transfo-xl (broken or gone in TensorFlow).
-ENCODERS = ("bert", "camembert", "rembert", "roberta", "roberta-prelayernorm", "xlm-roberta")
-
-# Settings that TensorFlow's classes ignore, with the one value that they compute.
-FIXED: dict[str, dict[str, Any]] = {
-    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
-    "mistral": {"rope_scaling": None},
-    "openai-gpt": {"afn": "gelu"},
-    "opt": {"enable_bias": True, "layer_norm_elementwise_affine": True},
-    **{encoder: {"position_embedding_type": "absolute"} for encoder in ("bert", "rembert")},
-    # Their positions begin behind that of the padding, which TensorFlow takes for 1.
-    **{
-        encoder: {"position_embedding_type": "absolute", "pad_token_id": 1}
-        for encoder in ("camembert", "roberta", "roberta-prelayernorm", "xlm-roberta")
-    },
-}
-
-
-def check_type(where: str, model_type: str, is_decoder: bool) -> None:
-    """Raise `InputError` for a type that is no causal LM in TensorFlow."""
-    if model_type in ENCODERS and not is_decoder:
-        raise InputError(
-            f"{where}: a {model_type} model is an encoder, no causal LM, unless it was trained as one and its config "
-            f"has is_decoder; types that are: {', '.join(DECODERS)}"
-        )
-    if model_type not in DECODERS + ENCODERS:
-        raise InputError(
-            f"{where}: model type {model_type} is no causal LM in TensorFlow; supported: {', '.join(DECODERS)} and, "
-            f"with is_decoder, {', '.join(ENCODERS)}"
-        )
 
 
 def build(where: str, config: PretrainedConfig) -> TFPreTrainedModel:
@@ -51,16 +18,7 @@ def build(where: str, config: PretrainedConfig) -> TFPreTrainedModel:
     from transformers import TFAutoModelForCausalLM
 
     check_type(where, config.model_type, bool(getattr(config, "is_decoder", False)))
-    fixed = FIXED.get(config.model_type, {})
-    if getattr(config, "head_dim", None) is not None:
-        fixed = fixed | {"head_dim": config.hidden_size // config.num_attention_heads}
-    for setting, value in fixed.items():
-        if getattr(config, setting, value) != value:
-            raise InputError(
-                f"{where}: TensorFlow's {config.model_type} ignores {setting}={getattr(config, setting)!r} "
-                f"and would compute something else; only {value!r} is supported"
-            )
-    config = copy.deepcopy(config)
+    config = from_fields(where, config.to_dict())
     if getattr(config, "sliding_window", None):
         # TensorFlow's Mistral attends to everything, which is the same up to one window.
         config.max_position_embeddings = min(config.max_position_embeddings, config.sliding_window)
@@ -68,6 +26,7 @@ def build(where: str, config: PretrainedConfig) -> TFPreTrainedModel:
         model = TFAutoModelForCausalLM.from_config(config)
         tie(model)
         _mend_mask(model)
+        _mend_activation(model)
         model.build_in_name_scope()
     except Exception as error:  # layers raise whatever sizes that do not fit provoke
         raise InputError(f"{where}: no {config.model_type} model has this config: {first_line(error)}") from error
@@ -96,6 +55,16 @@ def tie(model: TFPreTrainedModel) -> None:
             new.build(None)
         if old.use_bias:
             new.bias.assign(old.bias)
+
+
+def _mend_activation(model: TFPreTrainedModel) -> None:
+    """TensorFlow's OpenAI-GPT takes the exact GELU whatever `afn` says; the model was trained with GPT-2's."""
+    from transformers.activations_tf import get_tf_activation
+
+    if model.config.model_type == "openai-gpt":
+        names = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "swish"}
+        for block in model.transformer.h:
+            block.mlp.act = get_tf_activation(names[model.config.afn])
 
 
 def _mend_mask(model: TFPreTrainedModel) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfclm.errors import InputError, first_line
+from tfclm.checkpoint.files import read_object, why_unreadable
+from tfclm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import TFPreTrainedModel
@@ -112,8 +112,8 @@ class _Tensors:
         files = [path]
         if sharded:
             with self._reading(path):
-                index = json.loads(path.read_text(encoding="utf-8"))
-                files = [path.parent / name for name in sorted(set(index["weight_map"].values()))]
+                shards = sorted(set(read_object(where, path)["weight_map"].values()))
+                files = [path.parent / Path(name).name for name in shards]
         for file in files:
             with self._reading(file):
                 if file.suffix == ".h5":
@@ -131,20 +131,22 @@ class _Tensors:
 
         file, read = self._read[name]
         with self._reading(file):
-            return np.asarray(tf.cast(read(), tf.float32))  # NumPy itself has no bfloat16
+            tensor = tf.convert_to_tensor(read())
+            if tensor.dtype not in (tf.float32, tf.float16, tf.bfloat16, tf.float64):
+                raise InputError(
+                    f"{self._where}: {file.name} has {name} as {tensor.dtype.name}, so its weights are quantized: give "
+                    "the model before quantization, or dequantize it and save float32 or bfloat16"
+                )
+            return np.asarray(tf.cast(tensor, tf.float32))  # NumPy itself has no bfloat16
 
     @contextlib.contextmanager
     def _reading(self, file: Path) -> Iterator[None]:
         try:
             yield
+        except InputError:
+            raise
         except Exception as error:  # safetensors, h5py and JSON each have errors of their own
-            reason = first_line(error)
-            if not file.is_file():
-                reason = "there is no such file"
-            else:
-                with file.open("rb") as stream:
-                    if stream.read(8) == b"version ":
-                        reason = "it is a git-lfs pointer, run `git lfs pull`"
+            reason = why_unreadable(file, error)
             raise InputError(f"{self._where}: {file.name} cannot be read: {reason}") from error
 
     def _add_safetensors(self, file: Path) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
+from tfclm.client.replies import as_rows, understood
 from tfclm.client.rest import RestTransport
 from tfclm.client.rpc import RpcTransport
-from tfclm.client.transport import Model, ServerError, Signature, Transport
+from tfclm.client.tls import Tls
+from tfclm.client.transport import Call, Limits, Model, ServerError, Signature, Transport
 from tfclm.errors import InputError
 
-__all__ = ["Client", "Completion", "Score", "ServerError", "Signature"]
+__all__ = ["Client", "Completion", "Score", "ServerError", "Signature", "idle_knobs"]
 
 T = TypeVar("T")
 
@@ -61,13 +64,18 @@ class Client:
         model_name: the name that the server serves the model under.
         version: its number; the one served now if not given.
         version_label: its label, such as "stable", instead of the number.
-        timeout: seconds that an answer may take.
+        timeout: seconds that a call of a method may take, with all of its requests and retries.
         retries: how often a request is sent again that the server was too busy to run (503, UNAVAILABLE).
+        max_reply_bytes: the size of the largest reply that is read, inflated if it is compressed.
+        ca_file: PEM file of the authorities to trust for https:// and grpcs://, instead of the public ones.
+        cert_file: PEM file of the client's own certificate, for a server that wants one.
+        key_file: PEM file of that certificate's key, without a passphrase.
 
     Raises:
         InputError: from every method, if the server refuses the request or has no such model or signature; the message
             is one line that names the input.
-        ServerError: from every method, if the server is absent, still loading the model, overloaded, or failed.
+        ServerError: from every method, if the server is absent, not trusted, still loading the model, overloaded, late
+            or failed, or if its reply is too large or cannot be read; the message is one line.
     """
 
     def __init__(
@@ -79,17 +87,28 @@ class Client:
         version_label: str | None = None,
         timeout: float = 120.0,
         retries: int = 4,
+        max_reply_bytes: int = 32 * 2**20,
+        ca_file: str | None = None,
+        cert_file: str | None = None,
+        key_file: str | None = None,
     ) -> None:
         model = Model(model_name, version, version_label)
         if not 0 < timeout < math.inf:
             raise InputError(f"timeout {timeout}: give seconds, more than 0")
         if retries < 0:
             raise InputError(f"retries {retries}: give 0 or more")
+        if max_reply_bytes < 1:
+            raise InputError(f"max_reply_bytes {max_reply_bytes}: give 1 or more")
+        limits = Limits(timeout, retries, max_reply_bytes)
+        trust = Tls(ca_file, cert_file, key_file)
+        if trust and not url.startswith(("https://", "grpcs://")):
+            raise InputError(f"URL {url}: ca_file, cert_file and key_file go with https:// or grpcs://")
+        self._timeout = timeout
         self._transport: Transport
         if url.startswith(("http://", "https://")):
-            self._transport = RestTransport(url, model, timeout, retries)
+            self._transport = RestTransport(url, model, limits, trust)
         elif url.startswith(("grpc://", "grpcs://", "unix:")):
-            self._transport = RpcTransport(url, model, timeout, retries)
+            self._transport = RpcTransport(url, model, limits, trust)
         else:
             raise InputError(f"URL {url}: give http://HOST:PORT for REST, or grpc://HOST:PORT")
 
@@ -137,21 +156,24 @@ class Client:
         """The continuation of a prompt, or of several in one request.
 
         Knobs that are not given have the defaults that the model was exported with. With several prompts, a knob may be
-        a sequence with a value for each.
+        a sequence with a value for each. Warns of knobs that do nothing because the temperature is 0.
         """
         given = {name: value for name, value in knobs.items() if value is not None}
-        outputs = self.predict("generate", {"prompt": _rows(prompt), **given})
-        completions = [
-            Completion(
-                generated_text=_text(row["generated_text"]),
-                completion=_text(row["completion"]),
-                completion_bytes=row["completion_bytes"],
-                finish_reason=_text(row["finish_reason"]),
-                prompt_tokens=row["prompt_tokens"],
-                completion_tokens=row["completion_tokens"],
-            )
-            for row in _as_rows(outputs)
-        ]
+        known, outputs = self._predict("generate", {"prompt": _rows(prompt), **given})
+        if idle := idle_knobs(knobs, known):
+            warnings.warn(f"at temperature 0 nothing is drawn: {', '.join(idle)} without effect", stacklevel=2)
+        with understood(self._transport.address, "a completion"):
+            completions = [
+                Completion(
+                    generated_text=row.text("generated_text"),
+                    completion=row.text("completion"),
+                    completion_bytes=row.raw("completion_bytes"),
+                    finish_reason=row.text("finish_reason"),
+                    prompt_tokens=row.count("prompt_tokens"),
+                    completion_tokens=row.count("completion_tokens"),
+                )
+                for row in as_rows(outputs)
+            ]
         return completions[0] if isinstance(prompt, str) else completions
 
     @overload
@@ -162,22 +184,24 @@ class Client:
 
     def score(self, text: str | list[str] | tuple[str, ...]) -> Score | list[Score]:
         """Loss, perplexity and the log-probabilities of the tokens of a text, or of several in one request."""
-        scores = [
-            Score(
-                loss=row["loss"],
-                perplexity=row["perplexity"],
-                token_count=row["token_count"],
-                # Rows of a request are padded to the longest.
-                token_ids=tuple(row["token_ids"][: row["token_count"] + 1]),
-                token_logprobs=tuple(row["token_logprobs"][: row["token_count"] + 1]),
-            )
-            for row in _as_rows(self.predict("score", {"text": _rows(text)}))
-        ]
+        outputs = self.predict("score", {"text": _rows(text)})
+        with understood(self._transport.address, "a score"):
+            scores = [
+                Score(
+                    loss=row.number("loss"),
+                    perplexity=row.number("perplexity"),
+                    token_count=row.count("token_count"),
+                    # Rows of a request are padded to the longest.
+                    token_ids=row.several("token_ids", int, row.count("token_count") + 1),
+                    token_logprobs=row.several("token_logprobs", float, row.count("token_count") + 1),
+                )
+                for row in as_rows(outputs)
+            ]
         return scores[0] if isinstance(text, str) else scores
 
     def signatures(self) -> dict[str, Signature]:
         """The model's signatures by name: the inputs' types, and their defaults."""
-        return self._transport.signatures()
+        return self._transport.signatures(self._call())
 
     def predict(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Runs any signature.
@@ -189,7 +213,11 @@ class Client:
         Returns:
             Outputs name -> B values: numbers, bytes for strings, and lists of them for outputs of a higher rank.
         """
-        signatures = self.signatures()
+        return self._predict(signature, inputs)[1]
+
+    def _predict(self, signature: str, inputs: Mapping[str, Any]) -> tuple[Signature, dict[str, list[Any]]]:
+        call = self._call()
+        signatures = self._transport.signatures(call)
         if signature not in signatures:
             raise InputError(f"the served model has no signature {signature}; it has {', '.join(sorted(signatures))}")
         known = signatures[signature]
@@ -212,10 +240,22 @@ class Client:
             name: (dtype, [_checked(value, dtype, name) for value in _repeated(complete[name], size)])
             for name, dtype in known.inputs.items()
         }
-        outputs = self._transport.predict(signature, rows)
-        if list(outputs) == [""] and len(known.outputs) == 1:
-            return dict(zip(known.outputs, outputs.values(), strict=True))
-        return outputs
+        return known, self._transport.predict(signature, known, rows, call)
+
+    def _call(self) -> Call:
+        return Call(self._transport.address, self._timeout)
+
+
+def idle_knobs(given: Mapping[str, Any], signature: Signature) -> list[str]:
+    """The knobs that are given to draw tokens, where none is drawn: the temperature is 0, given or by default."""
+    temperature = given.get("temperature")
+    if temperature is None:
+        temperature = signature.defaults.get("temperature")
+    if not isinstance(temperature, int | float) or temperature != 0:
+        return []
+    # With these values they are off.
+    off = {"top_k": 0, "top_p": 1, "seed": -1}
+    return [name for name, value in off.items() if given.get(name) not in (None, value)]
 
 
 def _several(value: Any) -> bool:
@@ -258,11 +298,3 @@ def _checked(value: Any, dtype: str, name: str) -> Any:
     if dtype == "DT_BOOL" and isinstance(value, bool):
         return value
     raise InputError(f"{name} is {value!r}: the signature takes {dtype} there")
-
-
-def _as_rows(outputs: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(outputs, row, strict=True)) for row in zip(*outputs.values(), strict=True)]
-
-
-def _text(value: bytes) -> str:
-    return value.decode()

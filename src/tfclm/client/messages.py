@@ -7,13 +7,14 @@ may be loaded in one process. What a client does not read is left out: protobuf 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory, wrappers_pb2
 
-__all__ = ["DTYPES", "STATES", "from_tensor", "message", "to_tensor"]
+__all__ = ["DTYPES", "STATES", "from_tensor", "message", "tensor_size", "to_tensor"]
 
 # Package -> message -> field -> number and type: a scalar's name or a message's, [] if repeated, {} if values of a map.
 _MESSAGES: dict[str, dict[str, dict[str, tuple[int, Any]]]] = {
@@ -80,6 +81,11 @@ _VALUES: dict[int, tuple[str, Any]] = {
     10: ("bool_val", np.bool_),
 }
 
+# Of a tensor; TensorFlow has 254.
+_MOST_DIMENSIONS = 32
+# Values that one value may stand for.
+_MOST_REPEATED = 2**20
+
 _Field = descriptor_pb2.FieldDescriptorProto
 
 
@@ -137,10 +143,16 @@ def message(name: str) -> Any:
 
 
 def to_tensor(values: Sequence[Any], dtype: str) -> Any:
-    """A TensorProto of values, all of one shape (`[B]`, or `[B, L]` for lists of numbers), bytes for DT_STRING."""
+    """A TensorProto of values, all of one shape (`[B]`, or `[B, L]` for lists of them), bytes for DT_STRING.
+
+    Raises:
+        ValueError: the values are not of one shape.
+    """
     number = DTYPES[dtype]
     field, kind = _VALUES[number]
     array = np.array(values, kind)
+    if kind is object and any(isinstance(value, list) for value in array.ravel()):
+        raise ValueError("lists of different lengths")  # which NumPy keeps as objects
     tensor = message("tensorflow.TensorProto")(dtype=number)
     for size in array.shape:
         tensor.tensor_shape.dim.add(size=size)
@@ -148,24 +160,44 @@ def to_tensor(values: Sequence[Any], dtype: str) -> Any:
     return tensor
 
 
+def tensor_size(tensor: Any) -> int:
+    """How many values a TensorProto's shape claims.
+
+    Raises:
+        ValueError: the shape is none.
+    """
+    shape = [dim.size for dim in tensor.tensor_shape.dim]
+    if tensor.tensor_shape.unknown_rank or len(shape) > _MOST_DIMENSIONS or min(shape, default=0) < 0:
+        raise ValueError("a tensor without a shape")
+    return math.prod(shape)
+
+
 def from_tensor(tensor: Any) -> Any:
     """The values of a TensorProto as (nested) Python lists, or one value for a scalar; strings are bytes.
 
     Raises:
-        ValueError: for a type that no signature of a text model has.
+        ValueError: for a type that no signature of a text model has, and for values that do not fit the shape.
     """
     if tensor.dtype not in _VALUES:
         raise ValueError(f"a tensor of type {tensor.dtype}: only {', '.join(DTYPES)} are read")
     field, kind = _VALUES[tensor.dtype]
+    size = tensor_size(tensor)
     shape = [dim.size for dim in tensor.tensor_shape.dim]
     if tensor.tensor_content:
+        if kind is object:
+            raise ValueError("strings in tensor_content")
         array = np.frombuffer(tensor.tensor_content, kind)
     else:
         array = np.array(list(getattr(tensor, field)), kind)
+    # What is built of a few bytes has to be small: a shape with a 0 has as many lists as the sizes before it.
+    lists = size or math.prod(shape[: shape.index(0)])
+    if array.size < lists and lists > _MOST_REPEATED:
+        raise ValueError(f"a tensor of shape {shape} with {array.size} values")
+    if 0 < array.size < size and not tensor.tensor_content:
         # The last value stands for all that follow.
-        missing = int(np.prod(shape)) - array.size
-        if missing and array.size:
-            array = np.concatenate([array, np.repeat(array[-1:], missing)])
-        elif missing:
-            array = np.array([b"" if kind is object else 0] * missing, kind)
+        array = np.concatenate([array, np.repeat(array[-1:], size - array.size)])
+    elif not array.size:
+        array = np.array([b"" if kind is object else 0] * size, kind)
+    if array.size != size:
+        raise ValueError(f"a tensor of shape {shape} with {array.size} values")
     return array.reshape(shape).tolist()

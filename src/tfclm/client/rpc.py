@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
 
-from tfclm.client.messages import from_tensor, message, to_tensor
-from tfclm.client.rest import CONNECT_SECONDS
-from tfclm.client.transport import Model, ServerError, Signature, not_available, read_signatures, reason
+from tfclm.client import tls
+from tfclm.client.messages import message, to_tensor
+from tfclm.client.replies import read_signatures, read_tensors, understood
+from tfclm.client.sockets import CONNECT_SECONDS
+from tfclm.client.transport import Call, Limits, Model, ServerError, Signature, not_available, reason, too_large
 from tfclm.errors import InputError
 
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.OUT_OF_RANGE)
@@ -24,30 +26,39 @@ class RpcTransport:
     UNAVAILABLE, gRPC's 503, is asked again up to `retries` times, after a growing pause, within the timeout.
     """
 
-    def __init__(self, address: str, model: Model, timeout: float, retries: int) -> None:
+    def __init__(self, address: str, model: Model, limits: Limits, trust: tls.Tls) -> None:
         scheme, _, target = address.partition("://")
         if scheme not in ("grpc", "grpcs") or not target:
             scheme, target = "", address
-        if not target.startswith("unix:") and ("/" in target or ":" not in target):
-            raise InputError(f"URL {address}: give host and port, such as grpc://localhost:8500")
+        host, _, port = target.rpartition(":")
+        # A socket has no address that could be asked for TLS.
+        self._server = None
+        if not target.startswith("unix:"):
+            if "/" in target or not host or not port.isdecimal() or int(port) >= 2**16:
+                raise InputError(f"URL {address}: give host and port, such as grpc://localhost:8500")
+            self._server = tls.Server(address, scheme, host.strip("[]"), int(port))
         self.address = address
         self._model = model
-        self._timeout = timeout
+        self._limits = limits
+        self._tls = trust
         policy = {
-            "maxAttempts": min(5, retries + 1),  # five is the most that gRPC does
+            "maxAttempts": min(5, limits.retries + 1),  # five is the most that gRPC does
             "initialBackoff": "0.2s",
             "maxBackoff": "5s",
             "backoffMultiplier": 2,
             "retryableStatusCodes": ["UNAVAILABLE"],
         }
-        config = {"methodConfig": [{"name": [{}], **({"retryPolicy": policy} if retries else {})}]}
+        config = {"methodConfig": [{"name": [{}], **({"retryPolicy": policy} if limits.retries else {})}]}
         options = [
             ("grpc.service_config", json.dumps(config)),
-            ("grpc.max_receive_message_length", _MOST_BYTES),
+            ("grpc.max_receive_message_length", min(limits.max_reply_bytes, _MOST_BYTES)),
             ("grpc.max_send_message_length", _MOST_BYTES),
         ]
         if scheme == "grpcs":
-            self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), options)
+            credentials = grpc.ssl_channel_credentials(
+                trust.read("ca_file"), trust.read("key_file"), trust.read("cert_file")
+            )
+            self._channel = grpc.secure_channel(target, credentials, options)
         else:
             self._channel = grpc.insecure_channel(target, options)
         self._connected = False
@@ -56,25 +67,35 @@ class RpcTransport:
         """Closes the channel."""
         self._channel.close()
 
-    def signatures(self) -> dict[str, Signature]:
+    def signatures(self, call: Call) -> dict[str, Signature]:
         """The model's signatures, from its metadata."""
         request = message("tensorflow.serving.GetModelMetadataRequest")(metadata_field=["signature_def"])
         self._name(request.model_spec)
-        reply = self._ask("PredictionService/GetModelMetadata", request, "GetModelMetadataResponse")
-        signatures = message("tensorflow.serving.SignatureDefMap")()
-        signatures.ParseFromString(reply.metadata["signature_def"].value)
-        return read_signatures(signatures)
+        reply = self._ask("PredictionService/GetModelMetadata", request, call)
+        with understood(self.address, "metadata that is not TensorFlow Serving's, or"):
+            metadata = message("tensorflow.serving.GetModelMetadataResponse").FromString(reply).metadata
+            if "signature_def" not in metadata:
+                raise ValueError("it has no signature_def")
+            packed = metadata["signature_def"].value
+            return read_signatures(message("tensorflow.serving.SignatureDefMap").FromString(packed))
 
-    def predict(self, signature: str, inputs: Mapping[str, tuple[str, list[Any]]]) -> dict[str, list[Any]]:
+    def predict(
+        self, name: str, signature: Signature, inputs: Mapping[str, tuple[str, list[Any]]], call: Call
+    ) -> dict[str, list[Any]]:
         """Runs a signature."""
         request = message("tensorflow.serving.PredictRequest")()
         self._name(request.model_spec)
-        request.model_spec.signature_name = signature
-        for name, (dtype, values) in inputs.items():
-            values = [value.encode() if isinstance(value, str) else value for value in values]
-            request.inputs[name].CopyFrom(to_tensor(values, dtype))
-        reply = self._ask("PredictionService/Predict", request, "PredictResponse")
-        return {name: from_tensor(tensor) for name, tensor in reply.outputs.items()}
+        request.model_spec.signature_name = name
+        for key, (dtype, values) in inputs.items():
+            try:
+                request.inputs[key].CopyFrom(to_tensor(_encoded(values), dtype))
+            except ValueError as error:
+                raise InputError(f"{key} has rows of different lengths: give all rows the same") from error
+        reply = self._ask("PredictionService/Predict", request, call)
+        size = len(next(iter(inputs.values()))[1]) if inputs else 1
+        with understood(self.address, "predictions"):
+            outputs = message("tensorflow.serving.PredictResponse").FromString(reply).outputs
+            return read_tensors(outputs, signature.outputs, size)
 
     def _name(self, spec: Any) -> None:
         spec.name = self._model.name
@@ -83,7 +104,7 @@ class RpcTransport:
         if self._model.label is not None:
             spec.version_label = self._model.label
 
-    def _connect(self) -> None:
+    def _connect(self, call: Call) -> None:
         """Waits until the channel is ready; a server that is not there is told from one that is busy."""
         if self._connected:
             return
@@ -96,36 +117,54 @@ class RpcTransport:
                 known.set()
 
         self._channel.subscribe(changed, try_to_connect=True)
-        known.wait(CONNECT_SECONDS)
+        known.wait(min(CONNECT_SECONDS, call.left()))
         self._channel.unsubscribe(changed)
         if not states or states[0] != grpc.ChannelConnectivity.READY:
-            raise ServerError(f"no server answers at {self.address}: start one (python -m tfclm.serve) or give its URL")
+            raise self._diagnosis(call) or ServerError(
+                f"{self.address} does not speak gRPC: for its REST port, give http://"
+                if states
+                else f"{self.address} did not answer within {CONNECT_SECONDS:g} s"
+            )
         self._connected = True
 
-    def _ask(self, method: str, request: Any, response: str) -> Any:
-        self._connect()
-        read: Callable[[bytes], Any] = message(f"tensorflow.serving.{response}").FromString
-        call = self._channel.unary_unary(
-            f"/tensorflow.serving.{method}", lambda request: request.SerializeToString(), read
-        )
+    def _diagnosis(self, call: Call) -> ServerError | None:
+        if self._server is None:
+            return tls.unreachable(self.address, OSError())
+        return tls.diagnose(self._server, self._tls, call)
+
+    def _ask(self, method: str, request: Any, call: Call) -> bytes:
+        self._connect(call)
+        send = self._channel.unary_unary(f"/tensorflow.serving.{method}", lambda request: request.SerializeToString())
         try:
-            return call(request, timeout=self._timeout)
+            return bytes(send(request, timeout=call.left()))
         except grpc.RpcError as error:
             code, said = error.code(), reason(error.details() or "")
             if code == grpc.StatusCode.NOT_FOUND:
-                versions = {} if method.startswith("ModelService") else self._versions()
+                versions = {} if method.startswith("ModelService") else self._versions(call)
                 raise not_available(self._model, self.address, versions) from error
             if code in _REFUSED:
                 raise InputError(said) from error
             if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise ServerError(f"{self.address} did not answer within {self._timeout:g} s") from error
+                raise call.late() from error
+            if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in said:
+                raise too_large(self.address, self._limits.max_reply_bytes) from error
+            if code == grpc.StatusCode.UNAVAILABLE and (found := self._diagnosis(call)):
+                raise found from error
             raise ServerError(f"{self.address} answered {code.name}: {said}") from error
 
-    def _versions(self) -> dict[int, int]:
+    def _versions(self, call: Call) -> dict[int, int]:
         request = message("tensorflow.serving.GetModelStatusRequest")()
         request.model_spec.name = self._model.name
         try:
-            reply = self._ask("ModelService/GetModelStatus", request, "GetModelStatusResponse")
+            reply = self._ask("ModelService/GetModelStatus", request, call)
         except InputError:
             return {}
-        return {version.version: version.state for version in reply.model_version_status}
+        with understood(self.address, "a status"):
+            status = message("tensorflow.serving.GetModelStatusResponse").FromString(reply)
+            return {version.version: version.state for version in status.model_version_status}
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_encoded(item) for item in value]
+    return value.encode() if isinstance(value, str) else value

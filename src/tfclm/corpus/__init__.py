@@ -5,7 +5,7 @@ Each step streams, writes Arrow files into the datasets cache (`HF_DATASETS_CACH
 """
 
 from tfclm.corpus.files import Split
-from tfclm.corpus.packing import Packed, check_block_size, check_vocabulary, pack
+from tfclm.corpus.packing import Packed, check_block_size, check_ids, check_vocabulary, pack
 from tfclm.corpus.sources import Texts, read, read_split
 from tfclm.corpus.tokenizing import tokenize
 
@@ -14,6 +14,7 @@ __all__ = [
     "Split",
     "Texts",
     "check_block_size",
+    "check_ids",
     "check_vocabulary",
     "pack",
     "read",

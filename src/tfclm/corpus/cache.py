@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import tempfile
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 # Part of every key: raise it when a writer's result changes.
 FORMAT = 2
+
+
+def made_by() -> list[object]:
+    """What is part of the key of all that `datasets` caches for us: it knows a function by its name alone."""
+    return [FORMAT, *(importlib.metadata.version(name) for name in ("tokenizers", "transformers"))]
 
 
 @functools.cache
@@ -37,11 +43,15 @@ def _folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(
-            f"the cache {folder} cannot be written ({error.strerror}): let HF_HOME or HF_DATASETS_CACHE name a folder "
-            "that can"
-        ) from error
+        raise _not_writable(folder, error) from error
     return folder
+
+
+def _not_writable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"the cache {folder} cannot be written ({error.strerror or error}): let HF_HOME or HF_DATASETS_CACHE name a "
+        "folder that can"
+    )
 
 
 def stored(
@@ -59,17 +69,23 @@ def stored(
     folder = _folder()
     name = hashlib.sha256(json.dumps([FORMAT, kind, key, str(schema)]).encode()).hexdigest()[:32]
     arrow, facts = folder / f"{kind}-{name}.arrow", folder / f"{kind}-{name}.json"
-    if not arrow.exists():
-        handle, part = tempfile.mkstemp(dir=folder, prefix=f"{kind}-{name}.", suffix=".part")
-        os.close(handle)
+    if arrow.exists():
         try:
-            with pa.ipc.new_stream(part, schema) as writer:
-                found = write(writer.write_batch)
-            facts_part = Path(f"{part}.json")
-            facts_part.write_text(json.dumps(found), encoding="utf-8")
-            # Facts first: the Arrow file's presence means that both are there.
-            os.replace(facts_part, facts)
-            os.replace(part, arrow)
-        finally:
-            Path(part).unlink(missing_ok=True)
-    return datasets.Dataset.from_file(str(arrow)), json.loads(facts.read_text(encoding="utf-8"))
+            return datasets.Dataset.from_file(str(arrow)), json.loads(facts.read_text(encoding="utf-8"))
+        except (pa.ArrowInvalid, OSError, ValueError):
+            pass  # a crash of the machine can leave files without their content: they are written again
+    handle, part = tempfile.mkstemp(dir=folder, prefix=f"{kind}-{name}.", suffix=".part")
+    os.close(handle)
+    try:
+        with pa.ipc.new_stream(part, schema) as writer:
+            found = write(writer.write_batch)
+        facts_part = Path(f"{part}.json")
+        facts_part.write_text(json.dumps(found), encoding="utf-8")
+        # Facts first: the Arrow file's presence means that both are there.
+        os.replace(facts_part, facts)
+        os.replace(part, arrow)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(arrow)), found

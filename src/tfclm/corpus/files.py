@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import hashlib
 import json
+import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -36,24 +38,55 @@ class Split:
 
 
 def resolve(patterns: Sequence[str], flag: str) -> list[Path]:
-    """The files that paths and globs name, in the order given; the matches of one glob are sorted."""
+    """The files that paths and globs name, in the order given; the matches of one glob are sorted.
+
+    A file keeps the name that it is given by, also where that is a link to another: the name says how to read it.
+    """
     paths: list[Path] = []
+    seen: set[Path] = set()
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            raise InputError(f"{flag} {pattern} is a folder: give its files, for example '{path}/*.txt'")
-        found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        found = [name for name in found if name.is_file()]
-        if not found:
-            kind = "file matches" if glob.has_magic(str(path)) else "such file:"
-            raise InputError(f"no {kind} {flag} {pattern}: give an existing file or a quoted glob")
+        try:
+            found = _matches(Path(pattern).expanduser(), f"{flag} {pattern}")
+        except InputError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"{flag} {pattern}: {getattr(error, 'strerror', None) or error}") from error
         for name in found:
             if _extension(name) not in _READERS:
                 raise InputError(f"{name} is of no known kind: give {EXTENSIONS}")
-            if name.resolve() in paths:
+            if name.resolve() in seen:
                 raise InputError(f"{flag} names {name} twice: give each file once")
-            paths.append(name.resolve())
+            seen.add(name.resolve())
+            paths.append(name.parent.resolve() / name.name)
     return paths
+
+
+def _matches(path: Path, given: str) -> list[Path]:
+    """The regular files that a path or glob names; what cannot be read is refused rather than left out."""
+    if path.is_dir():
+        raise InputError(f"{given} is a folder: give its files, for example '{path}/*.txt'")
+    found = [path] if _is_there(path) else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    # A glob also finds subfolders; a folder that is named as a file of data is not one to be passed over.
+    found = [name for name in found if not name.is_dir() or _extension(name) in _READERS]
+    if not found:
+        kind = "file matches" if glob.has_magic(str(path)) else "such file:"
+        raise InputError(f"no {kind} {given}: give an existing file or a quoted glob")
+    for name in found:
+        if name.is_dir():
+            raise InputError(f"{name} is a folder: give its files, for example '{name}/*.txt'")
+        if not name.exists():
+            raise InputError(f"{name} links to {os.readlink(name)}, which is not there: give an existing file")
+        if not name.is_file():
+            raise InputError(f"{name} is a pipe, socket or device: save its content to a file, and give that")
+    return found
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _extension(path: Path) -> str:
@@ -68,12 +101,15 @@ def read_files(paths: list[Path], column: str) -> Split:
     import pyarrow as pa
 
     schema = pa.schema({"text": pa.string()})
+    # By content: copies, archives and reproducible builds give another text the same size and time of change.
+    states = [_state(path) for path in paths]
+    key = [column, *([_extension(path), _is_gzip(path), digest([path])] for path in paths)]
 
     def write(append: Callable[[pa.RecordBatch], None]) -> dict[str, Any]:
         dropped = 0
         batch: list[str] = []
         size = 0
-        for path in paths:
+        for path, state in zip(paths, states, strict=True):
             rows = kept = 0
             for text in _documents(path, column):
                 rows += 1
@@ -88,12 +124,12 @@ def read_files(paths: list[Path], column: str) -> Split:
             if not kept:
                 raise InputError(f"{path} has no text" + (f": its {rows} rows are empty" if rows else ": it is empty"))
             dropped += rows - kept
+            if _state(path) != state:
+                raise InputError(f"{path} was changed while it was read: give the same command again")
         if batch:
             append(pa.record_batch([pa.array(batch, pa.string())], schema=schema))
         return {"dropped_rows": dropped}
 
-    stats = [path.stat() for path in paths]
-    key = [column, *([str(path), stat.st_mtime_ns, stat.st_size] for path, stat in zip(paths, stats, strict=True))]
     texts, facts = stored("texts", key, schema, write)
     source = [str(path) for path in paths]
     return Split(texts, {"source": source, "split": None, "rows": len(texts), "dropped_rows": facts["dropped_rows"]})
@@ -104,10 +140,39 @@ def _documents(path: Path, column: str) -> Iterator[str | None]:
         yield from _READERS[_extension(path)](path, column)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a whole gzip file ({error}): compress it again") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """A digest of the content of some files; a gigabyte takes about a second.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    content = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    content.update(piece)
+                content.update(b"%d." % file.tell())  # else one file could end where the next begins
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return content.hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _is_gzip(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb"))
+    return cast(BinaryIO, gzip.open(path, "rb") if _is_gzip(path) else path.open("rb"))
 
 
 def _not_utf8(path: Path, line: int) -> InputError:
@@ -133,6 +198,8 @@ def _lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
             try:
                 text = carriage_return + decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
+                if line == 1 and piece.startswith(b"\x1f\x8b"):
+                    raise InputError(f"{path} is compressed by gzip: give it a name that ends in .gz") from error
                 raise _not_utf8(path, line) from error
             # A limit can fall between \r and \n.
             carriage_return = "\r" if piece and text.endswith("\r") else ""
@@ -284,7 +351,7 @@ def _csv(path: Path, column: str) -> Iterator[str | None]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
-        header = next(reader, None)
+        header = next((row for row in reader if row), None)
         if header is None:
             return
         if column not in header:

@@ -41,6 +41,7 @@ def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = (
     """
     import pyarrow as pa
 
+    check_ids(tokens, "tokens")
     if block_size < 2:
         raise InputError(f"--block-size {block_size} leaves no token to predict: give 2 or more, for example 128")
     schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
@@ -106,6 +107,19 @@ def _streams(tokens: datasets.Dataset, separator: np.ndarray[Any, Any]) -> Itera
         joined[of_documents] = values
         joined[places] = separator
         yield joined
+
+
+def check_ids(rows: Any, name: str) -> None:
+    """Raise `InputError` unless `rows` is a dataset with a column `input_ids`; `name` is what the message calls it."""
+    import datasets
+
+    if isinstance(rows, datasets.Dataset) and "input_ids" in rows.column_names:
+        return
+    found = f"columns {', '.join(rows.column_names)}" if isinstance(rows, datasets.Dataset) else type(rows).__name__
+    raise InputError(
+        f"{name} has no token ids ({found}): give a dataset with a column input_ids, as tfclm.corpus.tokenize makes it "
+        "of texts and tfclm.pack of those"
+    )
 
 
 def check_block_size(block_size: int, context: int | None) -> None:

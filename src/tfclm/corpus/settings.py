@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tfclm.errors import InputError
-from tfclm.settings import setting
+from tfclm.settings import documented, setting
 
 
+@documented
 @dataclass(frozen=True)
 class SourceSettings:
     """Settings of every command that reads text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from collections.abc import Sequence
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfclm.corpus.cache import made_by
 from tfclm.corpus.columns import is_blank, locate, texts_of
-from tfclm.corpus.files import Split, read_files, resolve
+from tfclm.corpus.files import Split, digest, read_files, resolve
 from tfclm.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,9 +94,10 @@ def read(
         train = read_files(resolve(files, "--train-file"), text_column)
     if validation_files:
         paths = resolve(validation_files, "--validation-file")
-        shared = set(paths) & set(resolve(files, "--train-file"))
+        trained_on = {path.resolve() for path in resolve(files, "--train-file")}
+        shared = [path for path in paths if path.resolve() in trained_on]
         if shared:
-            raise InputError(f"{min(shared)} is both a --train-file and a --validation-file: validate on other text")
+            raise InputError(f"{shared[0]} is both a --train-file and a --validation-file: validate on other text")
         held_out = read_files(paths, text_column)
         obtained = "files " + ", ".join(map(str, paths))
 
@@ -145,11 +148,15 @@ def _check_source(
         raise InputError(f"--dataset and {flag} exclude each other: give one of them")
     if not dataset and not files:
         raise InputError(f"no text to read: give --dataset or {flag}")
-    if dataset and Path(dataset).is_file():
-        raise InputError(f"--dataset {dataset} is a file: give it as {flag} {dataset}")
     folder = Path(dataset or "")
+    try:
+        saved = _is_saved(folder)
+        if dataset and folder.is_file():
+            raise InputError(f"--dataset {dataset} is a file: give it as {flag} {dataset}")
+    except OSError as error:
+        raise InputError(f"--dataset {dataset}: {error.strerror}") from error
     for option, value, applies in (
-        ("--dataset-config", config, dataset and dataset != PYTHON_DOCS and not _is_saved(folder)),
+        ("--dataset-config", config, dataset and dataset != PYTHON_DOCS and not saved),
         ("--dataset-revision", revision, dataset and dataset != PYTHON_DOCS and not folder.is_dir()),
     ):
         if value is not None and not applies:
@@ -201,10 +208,27 @@ def _load(name: str, config: str | None, revision: str | None) -> datasets.Datas
     try:
         if _is_saved(Path(name)):
             saved = datasets.load_from_disk(name)
-            return saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
-        return datasets.load_dataset(name, config, revision=revision)
-    except (RuntimeError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            return _identified(saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved))
+        if not Path(name).is_dir():
+            return datasets.load_dataset(name, config, revision=revision)
+        # datasets itself tells local files by their time of change alone.
+        files = datasets.load_dataset_builder(name, config).config.data_files or {}
+        content = digest(path for split in files.values() for path in map(Path, split) if path.is_file())
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "tfclm-folders" / content
+        return _identified(datasets.load_dataset(name, config, cache_dir=str(cache)))
+    except InputError:
+        raise
+    # datasets trips over files without rows.
+    except (RuntimeError, ValueError, OSError, IndexError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise InputError(_why_not_loaded(name, config, revision, error)) from error
+
+
+def _identified(splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """The splits under fingerprints that are made from their content, which name all that is cached of them."""
+    for rows in splits.values():
+        content = digest(Path(file["filename"]) for file in rows.cache_files)
+        rows._fingerprint = hashlib.sha256(f"{rows._fingerprint} {content}".encode()).hexdigest()[:32]
+    return splits
 
 
 def _why_not_loaded(name: str, config: str | None, revision: str | None, error: Exception) -> str:
@@ -221,6 +245,17 @@ def _why_not_loaded(name: str, config: str | None, revision: str | None, error: 
         return f"--dataset-config {config} does not fit --dataset {name}: {said}"
     if "Revision" in said and revision:
         return f"--dataset-revision {revision} does not exist for --dataset {name}: give a branch, tag or commit"
+    if isinstance(error, NotImplementedError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+    ):
+        return (
+            f"--dataset {name} cannot be prepared, because the cache's filesystem has no file locks ({said}): "
+            "let HF_DATASETS_CACHE name a folder on a local disk"
+        )
+    if isinstance(error, IndexError | StopIteration) or any(
+        part in said for part in ("corresponds to no data", "at least one example", "No columns to parse")
+    ):
+        return f"--dataset {name} has no text: its files hold no rows"
     if isinstance(error, FileNotFoundError):
         return f"--dataset {name} is neither on the Hub (or not open to you) nor a folder with data files: {said}"
     return f"--dataset {name} cannot be read: {said}"
@@ -266,7 +301,13 @@ def _take(splits: datasets.DatasetDict, source: str, expression: str, named: str
     texts = (
         rows.select_columns([head])
         .with_format("arrow")
-        .map(_text_only, batched=True, remove_columns=[head], fn_kwargs={"head": head, "rest": rest}, desc="reading")
+        .map(
+            _text_only,
+            batched=True,
+            remove_columns=[head],
+            fn_kwargs={"head": head, "rest": rest, "made_by": made_by()},
+            desc="reading",
+        )
         .with_format(None)
     )
     if not len(texts):
@@ -277,7 +318,7 @@ def _take(splits: datasets.DatasetDict, source: str, expression: str, named: str
     return Split(texts, {"source": source, "split": expression, "rows": len(texts), "dropped_rows": dropped})
 
 
-def _text_only(table: pa.Table, head: str, rest: str) -> pa.Table:
+def _text_only(table: pa.Table, head: str, rest: str, made_by: Any) -> pa.Table:
     import pyarrow as pa
 
     texts = [text for text in texts_of(table[head], rest) if not is_blank(text)]

@@ -9,6 +9,8 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from tfclm.corpus.cache import made_by
+
 if TYPE_CHECKING:
     import datasets
     import numpy as np
@@ -55,7 +57,7 @@ def tokenize(
         batched=True,
         num_proc=num_proc,
         remove_columns=columns,
-        fn_kwargs=encode,
+        fn_kwargs={"made_by": made_by(), **encode},
         desc="tokenizing",
     )
     return tokens.with_format(None)
@@ -120,7 +122,7 @@ class _Encoder:
 _encoder = functools.lru_cache(maxsize=2)(_Encoder)
 
 
-def _encode_fast(table: pa.Table, **encode: Any) -> pa.Table:
+def _encode_fast(table: pa.Table, made_by: Any, **encode: Any) -> pa.Table:
     encoder = _encoder(**encode)  # by name, as above: else it is another entry of the cache
     ids: list[np.ndarray[Any, Any]] = []
     group: list[str] = []
@@ -134,7 +136,7 @@ def _encode_fast(table: pa.Table, **encode: Any) -> pa.Table:
     return _table(ids + encoder.encode(group))
 
 
-def _encode_slow(table: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+def _encode_slow(table: pa.Table, made_by: Any, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     import numpy as np
 
     encoded = tokenizer(

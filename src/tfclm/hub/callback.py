@@ -161,7 +161,7 @@ class PushToHubCallback(transformers.PushToHubCallback):
         """Adds what a run can be resumed from: its settings and, of the same moment as the weights, its state."""
         settings, resume = self.output_dir / "fit.yaml", self.output_dir / "resume"
         if settings.is_file():
-            shutil.copy(settings, folder)
+            shutil.copyfile(settings, folder / settings.name)
         if self.checkpoint:
             for name, path in files_of(resume, leave_out=(Path(STAGING).name, "former.json")).items():
                 target = folder / "resume" / name

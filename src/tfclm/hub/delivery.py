@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tfclm.disk import write
 from tfclm.errors import InputError
 from tfclm.hub.pushing import Pusher, State, complain
 from tfclm.hub.repository import Repository, files_of, said
-from tfclm.training.folder import write
 
 MARKER = "unpushed.json"
 STAGING = "resume/push"
@@ -37,7 +37,7 @@ def marked(folder: Path) -> dict[str, Any] | None:
     try:
         where = json.loads(path.read_text(encoding="utf-8"))
         return {name: where[name] for name in WHERE}
-    except (ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} cannot be read: remove it, and say --repo-id") from error
 
 
@@ -75,15 +75,19 @@ def deliver(
         state: push `resume/` too.
         say: gets a line for people.
     """
-    from tfclm.hub.fetching import SERVABLE, zip_servable
+    from tfclm.hub.archive import SERVABLE, zip_servable
 
     files = files_of(folder, leave_out=(MARKER, STAGING) if state else (MARKER, "resume"))
-    with tempfile.TemporaryDirectory(prefix="tfclm-") as scratch:
-        if servable is not None:
-            files[SERVABLE] = zip_servable(servable, Path(scratch) / SERVABLE)
-        pusher = Pusher(repository, request_title(folder), say)
-        pusher.put(State(files, *message(folder)))
-        error = pusher.close(patience)
+    error: BaseException | None
+    try:
+        with tempfile.TemporaryDirectory(prefix="tfclm-") as scratch:
+            if servable is not None:
+                files[SERVABLE] = zip_servable(servable, Path(scratch) / SERVABLE)
+            pusher = Pusher(repository, request_title(folder), say)
+            pusher.put(State(files, *message(folder)))
+            error = pusher.close(patience)
+    except OSError as full:  # no room for the archive
+        error = full
     if error is None:
         (folder / MARKER).unlink(missing_ok=True)
         say(f"{repository.url} holds {folder}")

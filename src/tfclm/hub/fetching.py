@@ -3,83 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from contextlib import ExitStack
+from pathlib import Path
 
+from tfclm import disk
 from tfclm.errors import InputError, first_line
-
-SERVABLE = "saved_model.zip"  # its name in a repository; it holds one folder, named by the version's number
-
-
-def newest_version(folder: Path) -> Path:
-    """The folder of a version: the one given, or the newest below the one given.
-
-    Raises:
-        InputError: there is no exported version.
-    """
-    below = [each for each in folder.glob("*") if each.name.isdigit()]
-    for version in (folder, *sorted(below, key=lambda each: int(each.name))[-1:]):
-        if (version / "saved_model.pb").is_file() and version.resolve().name.isdigit():
-            return version.resolve()
-    raise InputError(f"{folder} is no exported model: give a folder that tfclm.export has written, or a version in it")
-
-
-def zip_servable(version: Path, target: Path) -> Path:
-    """Packs a version of an exported model into the file `target`; the same bytes for the same version."""
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:  # weights do not get smaller
-        for path in sorted(version.rglob("*")):
-            if path.is_file():
-                # Without the times of the files, so that a version that is there already is not sent again.
-                entry = zipfile.ZipInfo(f"{version.name}/{path.relative_to(version).as_posix()}")
-                with open(path, "rb") as source, packed.open(entry, "w", force_zip64=True) as sink:
-                    shutil.copyfileobj(source, sink, 1 << 20)
-    return target
+from tfclm.hub.archive import SERVABLE, unpack
+from tfclm.hub.repository import limit_requests, stored_token
 
 
 def fetch_servable(repo_id: str, *, revision: str | None = None) -> Path:
     """Brings the exported model of a repository here; the servable's folder, one version in it, as a server takes it.
 
-    It is kept in the Hub's cache, a folder a commit's file: what was fetched once is not fetched again.
+    It is kept in the Hub's cache, a folder for each content of the file: what was fetched once is not fetched again.
+
+    Args:
+        repo_id: owner/name.
+        revision: a branch, tag or commit; main if not given.
 
     Raises:
-        InputError: no such repository, none in it, or one that is damaged; or the Hub is out of reach.
+        InputError: no such repository, none in it, or one that is damaged; or the Hub is out of reach, or the cache
+            cannot be written.
     """
     from huggingface_hub import constants, hf_hub_download
 
     with _asking(repo_id, revision, f"no {SERVABLE} in it: push with --push-saved-model"):
         packed = Path(hf_hub_download(repo_id, SERVABLE, revision=revision))
-    # The cache's own name of a content is its hash.
-    target = Path(constants.HF_HOME) / "tfclm" / "servables" / repo_id.replace("/", "--") / packed.resolve().name
+    # The cache's own name of a content is its hash. Where there are no links, files lie in a folder of their commit.
+    blob = packed.resolve()
+    content = blob.name if blob.parent.name == "blobs" else packed.parent.name
+    target = Path(constants.HF_HOME) / "tfclm" / "servables" / repo_id.replace("/", "--") / content
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as staged:
-            unpack(packed, Path(staged) / "servable", repo_id)
+        with ExitStack() as held:
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                staged = held.enter_context(disk.staging(target.parent, ".part-"))
+            except OSError as error:
+                raise InputError(
+                    f"the cache {target.parent} cannot be written ({disk.reason(error)}): let HF_HOME name a folder "
+                    "that can"
+                ) from error
+            unpack(packed, staged / "servable", repo_id)
             with contextlib.suppress(OSError):  # another process was faster
-                os.rename(Path(staged) / "servable", target)
+                os.rename(staged / "servable", target)
     return target
-
-
-def unpack(packed: Path, target: Path, name: str) -> None:
-    """Unpacks a servable that `zip_servable` packed into a folder; `name` is what messages call it.
-
-    Raises:
-        InputError: it is something else, or damaged.
-    """
-    try:
-        with zipfile.ZipFile(packed) as file:
-            paths = [PurePosixPath(entry) for entry in file.namelist()]
-            roots = {path.parts[0] for path in paths if path.parts}
-            if len(roots) != 1 or not min(roots).isdigit() or any(".." in path.parts for path in paths):
-                raise InputError(f"{name}: {SERVABLE} does not hold one version of an exported model")
-            file.extractall(target)  # compares the checksums
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{name}: {SERVABLE} is damaged: {first_line(error)}") from error
-    if not (target / min(roots) / "saved_model.pb").is_file():
-        raise InputError(f"{name}: {SERVABLE} holds no saved_model.pb")
 
 
 def fetch_run(repo_id: str, folder: Path, *, revision: str | None = None) -> None:
@@ -97,14 +69,28 @@ def fetch_run(repo_id: str, folder: Path, *, revision: str | None = None) -> Non
             f"--resume-from {repo_id} has no state to go on from: there is one while a run that was given "
             "--push-checkpoint is not complete"
         )
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, and renamed when it is whole.
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.absolute().parent) as beside:
-        staged = Path(beside) / "run"
-        # The cache holds links, and belongs to the Hub's client.
-        shutil.copytree(fetched / "resume", staged / "resume")
-        shutil.copyfile(fetched / "fit.yaml", staged / "fit.yaml")
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        # Beside it, and renamed when it is whole.
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.absolute().parent) as beside:
+            staged = Path(beside) / "run"
+            # The cache holds links, and belongs to the Hub's client.
+            disk.copy_folder(fetched / "resume", staged / "resume")
+            shutil.copyfile(fetched / "fit.yaml", staged / "fit.yaml")
+            _place(staged, folder)
+    except OSError as error:
+        raise InputError(f"--output-dir {folder}: {disk.reason(error)}; give a folder that can be written") from error
+
+
+def _place(staged: Path, folder: Path) -> None:
+    try:
         os.rename(staged, folder)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EBUSY):
+            raise
+        # The folder is a mount of its own, empty as yet. What makes a run of it comes last.
+        disk.copy_folder(staged / "resume", folder / "resume")
+        shutil.copyfile(staged / "fit.yaml", folder / "fit.yaml")
 
 
 @contextlib.contextmanager
@@ -118,6 +104,8 @@ def _asking(repo_id: str, revision: str | None, without: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    stored_token()  # one that cannot be read is told of as such
+    limit_requests()
     try:
         yield
     except HFValidationError as error:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfclm.hub.repository import FIRST_WAIT, Repository, next_wait, said, wait_for
+from tfclm.hub.repository import FIRST_WAIT, PushFailed, Repository, next_wait, said, wait_for
+from tfclm.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Pusher:
         """Waits for the push that goes on and for the state that waits; why the newest one failed, if it did.
 
         Args:
-            patience: seconds for which a push that fails is tried again.
+            patience: seconds for which a push that fails is tried again. A Hub that asks for a longer wait is not
+                waited for at all.
             drop: leave out the state that waits.
         """
         with self._news:
@@ -89,13 +91,37 @@ class Pusher:
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._waiting is not None or self._deadline is not None)
+                # The wait that the Hub has asked for, of an earlier state or of another pusher.
+                until = self.repository.rests_until
+                in_time = self._waiting is None or self._rest(until)
                 state, self._waiting = self._waiting, None
             if state is None:
                 return
             try:
-                self.error = self._push(state)
+                if in_time:
+                    self.error = self._push(state)
+                else:
+                    wait = until - time.monotonic()
+                    self.error = PushFailed(f"the Hub asks to be left alone for {wait:.0f} s more")
+            except BaseException as error:  # or nobody would know that the thread has ended
+                self.error = error
+                self._say(f"{state.title}: not pushed to {self.repository.repo_id}: {type(error).__name__}")
             finally:
                 state.discard()
+
+    def _rest(self, until: float, *, newer: bool = False) -> bool:
+        """Waits until then, of which the lock is held; False, at once, if the time for pushing is over before.
+
+        With `newer`, a newer state ends the wait.
+        """
+
+        def out_of_time() -> bool:
+            return self._deadline is not None and self._deadline < until
+
+        self._news.wait_for(
+            lambda: out_of_time() or (newer and self._waiting is not None), max(until - time.monotonic(), 0.0)
+        )
+        return not out_of_time()
 
     def _push(self, state: State) -> BaseException | None:
         """Pushes until it is done, overtaken, refused for good, or out of time."""
@@ -119,26 +145,17 @@ class Pusher:
                 if not waited:
                     self._say(f"{state.title}: pushing to {self.repository.repo_id} failed, trying again: {reason}")
                 waited = next_wait(waited, self._first_wait)
-                pause = max(waited, asked)
+                again = time.monotonic() + max(waited, asked)
+                # A newer state cuts our own back-off short, and waits in turn as long as the Hub has asked for.
+                self.repository.rests_until = time.monotonic() + asked
                 with self._news:
-                    again = time.monotonic() + pause
-                    # A newer state or the end cuts our own back-off short, never the wait that the Hub asked for.
-                    self._news.wait_for(self._is_called, timeout=pause)
-                    overtaken = self._waiting is not None
-                    out_of_time = self._deadline is not None and again > self._deadline
-                if overtaken:
-                    time.sleep(min(asked, max(again - time.monotonic(), 0.0)))
-                    return error
-                if out_of_time:
-                    return error
-                time.sleep(max(again - time.monotonic(), 0.0))
-
-    def _is_called(self) -> bool:
-        return self._waiting is not None or self._deadline is not None
+                    if not self._rest(again, newer=True) or self._waiting is not None:
+                        return error
 
 
 def complain(line: str) -> None:
     """A line on stderr, above the bar of a training."""
     from tqdm.auto import tqdm
 
-    tqdm.write(line, file=sys.stderr)
+    if sys.stderr is not None:
+        tqdm.write(printable(line, sys.stderr), file=sys.stderr)

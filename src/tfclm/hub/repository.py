@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import hashlib
 import logging
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tfclm.disk import reason
 from tfclm.errors import InputError, first_line
 
 T = TypeVar("T")
@@ -19,6 +21,7 @@ T = TypeVar("T")
 # What a Hub repository has of its own.
 OWN_FILES = (".gitattributes",)
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
+LONGEST_ASKED = 3600  # seconds that the Hub may ask to wait; then it is asked again, whatever it said
 
 
 class Unreachable(Exception):
@@ -29,17 +32,42 @@ class PushFailed(Exception):
     """The Hub refuses a push for a reason that waiting does not mend."""
 
 
-def scrubbed(text: str, *tokens: str | None) -> str:
-    """A text without the tokens of the Hub in it: those given, those of the environment, and what looks like one."""
-    from huggingface_hub import get_token
+def stored_token() -> str | None:
+    """The token of the environment or of `hf auth login`; None if there is none.
 
-    for token in filter(None, (*tokens, os.environ.get("HF_TOKEN"), get_token())):
+    Raises:
+        InputError: its file cannot be read.
+    """
+    from huggingface_hub import constants, get_token
+
+    try:
+        return get_token()
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else "it is no text"
+        raise InputError(
+            f"the Hub's token in {constants.HF_TOKEN_PATH} cannot be read ({why}): run `hf auth login` again, remove "
+            "that file, or set HF_TOKEN"
+        ) from error
+
+
+def scrubbed(text: str, *tokens: str | None) -> str:
+    """A text without the tokens of the Hub in it: those given, those of the environment, and what looks like one.
+
+    It is called where errors are told, and so must not fail: what cannot be looked up is left out.
+    """
+    known = [*tokens, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]
+    with contextlib.suppress(Exception):
+        known.append(stored_token())
+    for token in filter(None, known):
         text = text.replace(token, "***")
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "***", text)
 
 
 def wait_for(error: BaseException) -> float | None:
-    """Seconds that the Hub asks to wait before a request that failed is made again; None: it would fail again."""
+    """Seconds that the Hub asks to wait before a request that failed is made again; None: it would fail again.
+
+    An hour at most.
+    """
     from requests import exceptions
 
     requests_errors = (
@@ -60,11 +88,20 @@ def wait_for(error: BaseException) -> float | None:
         return None if isinstance(innermost, ValueError | TypeError | OSError | PushFailed | InputError) else 0.0
     if response.status_code < 500 and response.status_code not in (408, 409, 412, 425, 429):
         return None
-    asked = response.headers.get("Retry-After", "")
-    if asked.isdigit():
-        return float(asked)
-    date = email.utils.parsedate_to_datetime(asked).timestamp() if re.match(r"\w{3}, ", asked) else 0.0
-    return max(date - time.time(), 0.0)
+    return _asked_wait(response.headers.get("Retry-After", ""))
+
+
+def _asked_wait(header: str) -> float:
+    """Seconds that a Retry-After asks for, `LONGEST_ASKED` at most; 0 for one that cannot be read."""
+    header = header.strip()
+    if re.fullmatch(r"[0-9]+", header):
+        # Not float(), which is infinite for very many digits.
+        return float(min(int(header[:20]), LONGEST_ASKED))
+    try:
+        seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    except (TypeError, ValueError, OverflowError, IndexError):
+        return 0.0
+    return min(max(seconds, 0.0), float(LONGEST_ASKED))
 
 
 def next_wait(waited: float, first: float = FIRST_WAIT) -> float:
@@ -76,8 +113,8 @@ def said(error: BaseException, *tokens: str | None) -> str:
     """What went wrong with a request, in one line without tokens."""
     response = getattr(error, "response", None)
     status = f" (the Hub answered {response.status_code})" if response is not None else ""
-    reason = getattr(error, "server_message", None) or first_line(error)
-    return scrubbed(" ".join(f"{reason}{status}".split()), *tokens)
+    what = getattr(error, "server_message", None) or first_line(error)
+    return scrubbed(" ".join(f"{what}{status}".split()), *tokens)
 
 
 class Repository:
@@ -108,6 +145,7 @@ class Repository:
         self.token, self.user = token, user
         self._api = HfApi(token=token, library_name="tfclm")
         self._request: str | None = None  # the pull request's branch, once there is one
+        self.rests_until = 0.0  # on the monotonic clock: the Hub has asked not to be asked before
 
     @property
     def url(self) -> str:
@@ -241,7 +279,7 @@ def preflight(
         Unreachable: HF_HUB_OFFLINE is set, or the Hub does not answer.
     """
     import requests
-    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -255,9 +293,10 @@ def preflight(
         raise InputError(f"{where}: {error}") from error
     if constants.HF_HUB_OFFLINE:
         raise Unreachable(f"{where}: HF_HUB_OFFLINE is set")
-    if (token or get_token()) is None:
+    if (token or stored_token()) is None:
         raise InputError(f"{where} needs a token: run `hf auth login`, or set HF_TOKEN")
-    _limit_requests(timeout)
+    limit_requests(timeout)
+    _quiet_client()
     api = HfApi(token=token, library_name="tfclm")
 
     def ask(call: Callable[[], T]) -> T:
@@ -309,24 +348,32 @@ def preflight(
             401: "the token is not valid: run `hf auth login`, or set HF_TOKEN",
             403: f"the token of {user} may not write to {repo_id}: give another token or another repository",
         }
-        reason = f"{reasons[status]} (the Hub answered {status})" if status in reasons else said(error, token)
-        raise InputError(scrubbed(f"{where}: {reason}", token)) from error
+        why = f"{reasons[status]} (the Hub answered {status})" if status in reasons else said(error, token)
+        raise InputError(scrubbed(f"{where}: {why}", token)) from error
     return Repository(repo_id, private=private, branch=branch, create_pr=create_pr, token=token, user=user)
 
 
-def _limit_requests(seconds: float) -> None:
-    """Gives every request of `huggingface_hub` a time limit, which writing ones have not, and quiets its retries."""
+def limit_requests(seconds: float = 60.0) -> None:
+    """Gives every request of `huggingface_hub` in this process a time limit, which many of them have not."""
     import requests
     from huggingface_hub import configure_http_backend
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     class Session(requests.Session):
         """Gives up a connection on which nothing comes or goes."""
 
         def request(self, *arguments: Any, **options: Any) -> requests.Response:
-            return super().request(*arguments, **{"timeout": seconds} | options)
+            # Most of the client's calls say None, which is for ever.
+            if options.get("timeout") is None:
+                options["timeout"] = seconds
+            return super().request(*arguments, **options)
 
     configure_http_backend(Session)
+
+
+def _quiet_client() -> None:
+    """No bars and no lines on retries from `huggingface_hub`."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
     # Bars and warnings of another thread in the middle of the training's; what matters is said by us.
     disable_progress_bars()
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)

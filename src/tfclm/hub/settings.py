@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tfclm.errors import InputError
-from tfclm.settings import setting
+from tfclm.settings import documented, setting
 
 
+@documented
 @dataclass(frozen=True)
 class HubSettings:
     """Settings of every command that pushes."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["broadcast", "ranked", "require"]
+__all__ = ["broadcast", "ranked", "require", "require_at_most"]
 
 Tensor = Any
 
@@ -24,8 +24,19 @@ def require(condition: Tensor, value: Tensor, name: str, problem: str | Tensor) 
             return tf.identity(value)
 
 
-def ranked(value: Tensor, name: str, rank: int) -> Tensor:
-    """`value` of this rank, 1 or 2, and with one row at least."""
+def require_at_most(amount: Tensor, limit: int, value: Tensor, name: str, unit: str) -> Tensor:
+    """`value` if the request's `amount`, a scalar integer, is at most `limit`; else "name has AMOUNT UNIT".
+
+    What is computed from the result is not computed, and takes no memory, for a request above the limit.
+    """
+    with tf.device("CPU:0"):
+        message = tf.strings.join([f"{name} has ", tf.strings.as_string(amount), f" {unit}: give at most {limit}"])
+        with tf.control_dependencies([tf.debugging.Assert(amount <= limit, [message])]):
+            return tf.identity(value)
+
+
+def ranked(value: Tensor, name: str, rank: int, max_rows: int) -> Tensor:
+    """`value` of this rank, 1 or 2, and with 1 to `max_rows` rows."""
     actual = tf.rank(value)
     shape = "[B]" if rank == 1 else "[B, L]"
     message = tf.strings.join([f"{name} has rank ", tf.strings.as_string(actual), f": give rank {rank}, {shape}"])
@@ -36,7 +47,7 @@ def ranked(value: Tensor, name: str, rank: int) -> Tensor:
     ):
         value = tf.identity(value)
     value.set_shape([None] * rank)
-    return value
+    return require_at_most(tf.shape(value)[0], max_rows, value, name, "rows")
 
 
 def broadcast(value: Tensor, name: str, batch: Tensor) -> Tensor:

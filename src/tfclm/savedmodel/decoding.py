@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
 
 from tfclm.savedmodel.network import Network, Weights
-from tfclm.savedmodel.sampling import Knobs, choose, penalize
+from tfclm.savedmodel.sampling import Knobs, sample_next_token
 from tfclm.savedmodel.stopping import Stop, StopFinder
 
 __all__ = ["Decoded", "decode"]
@@ -83,8 +83,10 @@ def decode(
     def pick(state: _State, logits: Tensor) -> _State:
         """Chooses a token a row, and ends the rows that are done."""
         slots = tf.range(capacity)[None]
-        logits = penalize(logits, state.tokens, slots < (lengths + state.step)[:, None], knobs.repetition_penalty)
-        token = tf.where(state.running, choose(logits, knobs, tf.gather(uniform, state.step, axis=1), xla=xla), IDLE)
+        known = slots < (lengths + state.step)[:, None]
+        numbers = tf.gather(uniform, state.step, axis=1)
+        token = sample_next_token(logits, state.tokens, known, knobs, numbers, xla=xla)
+        token = tf.where(state.running, token, IDLE)
         # A row that is done, and others are not, may be at the end.
         place = tf.stack([rows, tf.minimum(lengths + state.step, capacity - 1)], 1)
         found = finder.find(state.stop, token, state.running) if finder is not None else state.stop

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tfclm.disk import copy_folder
 from tfclm.errors import InputError
-from tfclm.savedmodel import canary, gate, saving, warmup
+from tfclm.savedmodel import canary, comparison, gate, saving, warmup
 from tfclm.savedmodel.canary import CanaryFailed
 from tfclm.savedmodel.gate import Cost, Gate, GateFailed, Measured
 from tfclm.savedmodel.publish import address, check_place, publish, staged
@@ -37,14 +37,15 @@ def export_saved_model(
     model: Any,
     tokenizer: Any,
     serving_dir: str | os.PathLike[str],
-    settings: ServableSettings = ServableSettings(),
+    settings: ServableSettings | None = None,
     *,
     version: int | None = None,
     recorded: Measured | None = None,
-    measure: Callable[[Any], Measured | None] = lambda model: None,
-    limits: Gate = Gate(),
+    measure: Callable[[Any], Measured | None] | None = None,
+    limits: Gate | None = None,
+    texts: Callable[[], Iterable[str]] | None = None,
     source: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = None,
 ) -> Exported:
     """Writes the next version of a servable that TensorFlow Serving hosts as it is: text in, text out.
 
@@ -52,12 +53,15 @@ def export_saved_model(
         model: a TensorFlow causal LM of transformers.
         tokenizer: its fast tokenizer.
         serving_dir: the servable's folder, or an address that TensorFlow knows (gs://, s3://); versions are below it.
-        settings: defaults, limits and compilation.
+        settings: defaults, limits and compilation; `ServableSettings()` if not given.
         version: the version's number; the highest there plus 1 if not given.
         recorded: the model's perplexity, where it is known already.
         measure: gives a model's perplexity on some text, and is asked if none is recorded. It is asked of smaller
             weights too: the gate and the record go by the model's perplexity times what they cost on that text.
         limits: what the perplexity must meet.
+        texts: gives the documents that the new version and the one served now are both scored on, where
+            `max_regression` is asked for. Without them, and where one of the two has no signature `score`, the served
+            version's record is compared with.
         source: where the model came from, for the record.
         say: gets a line of progress now and then.
 
@@ -69,41 +73,55 @@ def export_saved_model(
         GateFailed: the perplexity is too high; nothing was published.
         CanaryFailed: the finished version does not do what the model does; nothing was published.
     """
+    settings, limits, say = settings or ServableSettings(), limits or Gate(), say or _say_nothing
+    measure = measure or _measure_nothing
     settings.check()
     limits.check()
     where = address(serving_dir)
     check_place(where, version)
     served = gate.served_record(where, limits)
-    gate.check_comparable(limits, served)
+    by_text = texts is not None and gate.can_be_measured(served)
+    # What is decided before there is a version to score a text with.
+    first = replace(limits, max_regression=None) if by_text else limits
+    gate.check_comparable(first, served)
     verdicts = _Verdicts(where, dict(source or {}))
     smaller = settings.weights != "float32"
     if recorded is not None:  # what it decides is known before anything is built
-        gate.check_comparable(limits, served, recorded.protocol, recorded.tokens)
+        gate.check_comparable(first, served, recorded.protocol, recorded.tokens)
         if not smaller:
-            verdicts.require(gate.decide(limits, recorded, served))
+            verdicts.require(gate.decide(first, recorded, served))
     began = time.monotonic()
     servable = Servable(model, tokenizer, settings)
     if servable.tokenizer_problem is not None:
         say(f"generate_tokens alone is exported: {servable.tokenizer_problem}")
+        by_text, first = False, limits
     network = servable.network
     exact = recorded if recorded is not None else measure(model)
     measured, cost = exact, None
     if smaller:
         cost = _cost(measure(model) if recorded is not None else exact, measure(network.model))
         measured = cost.applied(exact) if cost is not None and exact is not None else None
-    verdict = gate.decide(limits, measured, served)
+    verdict = gate.decide(first, measured, served)
     verdicts.require(verdict)
     prompts = canary.make_prompts(network.model, network.vocab_size, network.context, servable.eos_ids, servable.limit)
-    texts = canary.make_texts(tokenizer, network.context) if servable.tokenizer_problem is None else []
+    samples = canary.make_texts(tokenizer, network.context) if servable.tokenizer_problem is None else []
     with staged(where, say) as folder:
         say("writing the SavedModel")
         saving.write(servable, folder)
         records = warmup.write(servable, folder)
         seconds = time.monotonic() - began
-        say(f"asking it in a process of its own ({records} warm-up records)")
+        say(f"verifying it in a separate process ({records} warm-up records)")
         with verdicts.of_canary(verdict):
-            checked = canary.validate(folder, prompts, texts, xla=settings.compile == "xla")
+            checked = canary.validate(folder, prompts, samples, xla=settings.compile == "xla")
+            if by_text and texts is not None:
+                scored = comparison.pieces(texts(), tokenizer)
+                say(f"scoring {len(scored)} texts with this version and with the one served now")
+                compared = comparison.compare(str(folder), str(gate.served_version(where)), scored)
+                recorded_too = {"perplexity": measured.finite if measured is not None else None}
+                verdict = gate.decide_by_text(limits, recorded_too | verdict, compared)
+        verdicts.require(verdict)
         entries = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "source": dict(source or {}),
             "model_type": model.config.model_type,
             "perplexity": measured.finite if measured else None,
@@ -116,10 +134,11 @@ def export_saved_model(
             "settings": {name: value for name, value in record(settings).items() if hasattr(ServableSettings, name)},
             "defaults": vars(servable.defaults),
             "max_new_tokens_limit": servable.limit,
+            "max_request_tokens": servable.max_request_tokens,
             "context": network.context,
             "buckets": servable.buckets,
             "gate": verdict,
-            "canary": {"prompts": len(prompts), "texts": len(texts), **checked},
+            "canary": {"prompts": len(prompts), "texts": len(samples), **checked},
             "export_seconds": round(seconds, 1),
             "peak_memory_mib": canary.peak_memory_mib(),
             "saved_model_bytes": (folder / "saved_model.pb").stat().st_size,
@@ -137,9 +156,9 @@ def publish_exported(
     serving_dir: str | os.PathLike[str],
     *,
     version: int | None = None,
-    limits: Gate = Gate(),
+    limits: Gate | None = None,
     source: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = None,
 ) -> Exported:
     """Makes a version that was exported elsewhere the next one here, if its record passes the gate.
 
@@ -158,6 +177,7 @@ def publish_exported(
         GateFailed: the perplexity is too high; nothing was published.
         CanaryFailed: it cannot be loaded, or a warm-up record fails; nothing was published.
     """
+    limits, say = limits or Gate(), say or _say_nothing
     limits.check()
     where = address(serving_dir)
     check_place(where, version)
@@ -171,13 +191,21 @@ def publish_exported(
     verdict = gate.decide(limits, measured, gate.served_record(where, limits))
     verdicts.require(verdict)
     with staged(where, say) as folder:
-        shutil.copytree(exported, folder, dirs_exist_ok=True)
-        say("asking it in a process of its own")
+        copy_folder(exported, folder)
+        say("verifying it in a separate process")
         with verdicts.of_canary(verdict):
             canary.validate(folder, xla=(entries.get("settings") or {}).get("compile") == "xla")
         number = publish(folder, where, version)
     verdicts.published(verdict, number, say)
     return Exported(number, f"{where}/{number}", entries)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _measure_nothing(model: Any) -> Measured | None:
+    return None
 
 
 def _cost(exact: Measured | None, smaller: Measured | None) -> Cost | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
@@ -15,18 +16,28 @@ from tfclm.errors import InputError, first_line
 from tfclm.savedmodel import saving
 from tfclm.savedmodel.publish import address, folders
 
+if TYPE_CHECKING:
+    from tfclm.savedmodel.comparison import Compared
+
 __all__ = [
+    "REMEDY",
     "Cost",
     "Gate",
     "GateFailed",
     "Measured",
+    "can_be_measured",
     "check_comparable",
     "decide",
+    "decide_by_text",
     "read_record",
     "record_verdict",
     "served_record",
+    "served_version",
+    "verdicts",
 ]
 
+# What is said where two records cannot be compared.
+REMEDY = "give --dataset or --file, on which both are measured then, or leave it out once"
 VERDICTS = ".verdicts"  # hidden from servers, which take folders with a number for a name
 
 
@@ -117,6 +128,44 @@ def decide(gate: Gate, measured: Measured | None, served: Mapping[str, Any]) -> 
     return verdict
 
 
+def decide_by_text(gate: Gate, verdict: Mapping[str, Any], compared: Compared) -> dict[str, Any]:
+    """The verdict on a model whose regression is decided by one text, on which the served version was measured too.
+
+    Args:
+        gate: what is asked for.
+        verdict: that on everything else.
+        compared: both perplexities.
+
+    Raises:
+        InputError: the served version has no finite perplexity on this text.
+    """
+    assert gate.max_regression is not None
+    if not math.isfinite(compared.served):
+        raise InputError(
+            "--max-regression: the version served now has no finite perplexity on this text; leave it out once"
+        )
+    made = {**verdict, "max_regression": gate.max_regression, "compared": compared.record()}
+    most = compared.served * (1 + gate.max_regression)
+    if not math.isfinite(compared.perplexity):
+        made |= {"passed": False, "reason": "the model has diverged and has no perplexity: train it again"}
+    elif not compared.perplexity <= most:
+        reason = f"perplexity {compared.perplexity:.4f} is above {most:.4f}"
+        allows = f"which the served version's {compared.served:.4f} on the same text allows"
+        made |= {"passed": False, "reason": f"{reason}, {allows}"}
+    return made
+
+
+def can_be_measured(served: Mapping[str, Any]) -> bool:
+    """Whether there is a served version that can score a text, going by its record; one that does not say may."""
+    return bool(served) and "score" in (served.get("signatures") or ["score"])
+
+
+def served_version(serving_dir: str) -> str | None:
+    """The folder or address of the newest version; None if there is none."""
+    there = list(folders(serving_dir).values())
+    return f"{address(serving_dir)}/{there[-1][-1]}" if there else None
+
+
 def check_comparable(
     gate: Gate, served: Mapping[str, Any], protocol: Mapping[str, Any] | None = None, tokens: int | None = None
 ) -> None:
@@ -134,7 +183,7 @@ def check_comparable(
     if gate.max_regression is None or not served:
         return
     if served.get("perplexity") is None:
-        raise InputError("--max-regression: the version served now has no perplexity in its record; leave it out once")
+        raise InputError(f"--max-regression: the version served now has no perplexity in its record: {REMEDY}")
     if protocol is None:
         return
     # A record has been through JSON.
@@ -147,8 +196,7 @@ def check_comparable(
     if ours != theirs:
         names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise InputError(
-            f"--max-regression: the version served now was measured otherwise ({', '.join(names)} differ); measure "
-            "both on the same text with the same tokenizer, or leave it out once"
+            f"--max-regression: the version served now was measured otherwise ({', '.join(names)} differ): {REMEDY}"
         )
 
 
@@ -173,8 +221,8 @@ def served_record(serving_dir: str, gate: Gate) -> dict[str, Any]:
     Raises:
         InputError: it is damaged.
     """
-    there = list(folders(serving_dir).values()) if gate.max_regression is not None else []
-    return {"perplexity": None, **read_record(f"{address(serving_dir)}/{there[-1][-1]}")} if there else {}
+    version = served_version(serving_dir) if gate.max_regression is not None else None
+    return {"perplexity": None, **read_record(version)} if version is not None else {}
 
 
 def read_record(version: str) -> dict[str, Any]:
@@ -213,3 +261,16 @@ def record_verdict(serving_dir: str, verdict: Mapping[str, Any]) -> str:
     except tf.errors.OpError as error:
         raise InputError(f"--serving-dir {serving_dir}: the verdict cannot be written: {error.message}") from error
     return path
+
+
+def verdicts(serving_dir: str) -> list[dict[str, Any]]:
+    """The verdicts that are kept in a serving directory, the oldest first; what cannot be read is left out."""
+    folder = f"{address(serving_dir)}/{VERDICTS}"
+    found = []
+    with contextlib.suppress(tf.errors.OpError):
+        for name in sorted(tf.io.gfile.listdir(folder)):
+            with contextlib.suppress(ValueError, tf.errors.OpError), tf.io.gfile.GFile(f"{folder}/{name}") as file:
+                verdict = json.loads(file.read())
+                if isinstance(verdict, dict):
+                    found.append(verdict)
+    return found

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tfclm import disk
 from tfclm.errors import InputError
 from tfclm.savedmodel.numbering import check_number, following, numbered, taken
 
@@ -115,7 +115,8 @@ def staged(serving_dir: str | os.PathLike[str], say: Callable[[str], None] = lam
 
     Args:
         serving_dir: where the version is to be published.
-        say: gets a line on each incomplete version that stays in a remote serving directory.
+        say: gets a line on each leftover that stays: an incomplete version in a remote serving directory, or what this
+            user may not remove.
 
     Raises:
         InputError: the serving directory cannot be written, or the disk is full.
@@ -138,18 +139,9 @@ def staged(serving_dir: str | os.PathLike[str], say: Callable[[str], None] = lam
             os.makedirs(place, mode=0o700 if is_remote(where) else 0o777, exist_ok=True)
             if is_remote(where) and os.lstat(place).st_uid != os.getuid():
                 raise PermissionError(errno.EPERM, "another user has made it")
-            # Between the making of a folder and its lock it looks like one that was left behind.
-            with _locked(place, wait=True):
-                for entry in place.glob(f"{STAGING}*"):
-                    # In use, or just renamed into a version.
-                    with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(entry):
-                        shutil.rmtree(entry)
-                folder = tempfile.mkdtemp(prefix=STAGING, dir=place)
-                held.callback(shutil.rmtree, folder, ignore_errors=True)
-                held.enter_context(_locked(Path(folder)))
-            os.chmod(folder, 0o755)  # a server is often another user
+            folder = held.enter_context(disk.staging(place, STAGING, say))
         try:
-            yield Path(folder)
+            yield folder
         except InputError:
             raise
         except Exception as error:
@@ -177,9 +169,7 @@ def publish(folder: Path, serving_dir: str | os.PathLike[str], version: int | No
         from tfclm.savedmodel import remote
 
         return remote.upload(folder, where, version)
-    for file in folder.rglob("*"):
-        _sync(file)
-    _sync(folder)
+    disk.sync_folder(folder)
     others = 0
     while True:
         number = version if version is not None else following(where, [others, *versions(where)])
@@ -194,7 +184,7 @@ def publish(folder: Path, serving_dir: str | os.PathLike[str], version: int | No
                 raise taken(where, version) from error
             others = number  # by another export, or by a file
             continue
-        _sync(Path(where))
+        disk.sync(Path(where))
         return number
 
 
@@ -208,11 +198,14 @@ def remove(serving_dir: str | os.PathLike[str], version: int) -> None:
         with remote.reached(where):
             remote.remove(where, version, names)
         return
-    with _usable(f"--serving-dir {where}", "give a folder that can be written"), _locked(Path(where), wait=True):
+    with (
+        _usable(f"--serving-dir {where}", "give a folder that can be written"),
+        disk.FolderLock(Path(where), disk.LOCK_PATIENCE),
+    ):
         hidden = tempfile.mkdtemp(prefix=STAGING, dir=where)
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # another process has removed it just now
-                os.rename(Path(where) / name, Path(hidden) / name)
+                _hide(Path(where) / name, Path(hidden) / name)
         shutil.rmtree(hidden)
 
 
@@ -246,29 +239,22 @@ def explain_incomplete(serving_dir: str, number: int) -> str:
     return f"{serving_dir}/{number} {problem}: it is being uploaded, or was left behind by an export that was killed"
 
 
+def _hide(folder: Path, hidden: Path) -> None:
+    try:
+        os.rename(folder, hidden)
+    except OSError as error:
+        # Within one folder too, where it shows several file systems: overlays, as containers have them, and mounts.
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.rmtree(folder)
+
+
 @contextmanager
 def _usable(named: str, hint: str) -> Iterator[None]:
     """Names the folder where the system refuses something in it."""
     try:
         yield
+    except BlockingIOError as error:
+        raise InputError(f"{named} is in use by another process: give the command again when that has ended") from error
     except OSError as error:
-        raise InputError(f"{named}: {error.strerror}; {hint}") from error
-
-
-@contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Holds a folder against other processes, until this one's end at most; BlockingIOError if one of them has it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        raise InputError(f"{named}: {disk.reason(error)}; {hint}") from error

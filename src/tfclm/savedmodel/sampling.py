@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-__all__ = ["Knobs", "choose", "penalize", "uniforms"]
+__all__ = ["Knobs", "apply_repetition_penalty", "sample_next_token", "uniforms"]
 
 Tensor = Any
 
 CANDIDATES = 1024  # as many of the likeliest tokens are sorted first, where top-p has no top-k beside it
 COMPILED_CANDIDATES = 64  # the same with XLA, for every row
+ORDINARY = 1e6  # temperatures and penalties up to this, and down to its inverse, are applied in float32
+LOWEST = -3e38  # score of a token that cannot be drawn, as float32 has it
 BLOCK = 16  # tokens, of which one maximum tells whether any of the highest scores can be among them
 
 
@@ -47,42 +49,77 @@ def uniforms(seeds: Tensor, count: int) -> Tensor:
         return tf.map_fn(row, seeds, fn_output_signature=tf.TensorSpec([count], tf.float64))
 
 
-def penalize(logits: Tensor, tokens: Tensor, known: Tensor, penalty: Tensor) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, tokens: Tensor, known: Tensor, penalty: Tensor) -> Tensor:
     """Logits [B, V] after the repetition penalty [B]: of tokens there, positive ones divided, negative ones multiplied.
 
-    tokens int32 [B, C], of which `known` bool [B, C] are there, the first one always.
+    tokens int32 [B, C], of which `known` bool [B, C] are there, the first one always. logits are float32, or float64
+    for penalties whose result float32 cannot hold.
     """
 
     def apply() -> Tensor:
         there = tf.where(known, tokens, tokens[:, :1])
         old = tf.gather(logits, there, batch_dims=1)
-        inverse = tf.cast(1 / tf.cast(penalty, tf.float64), tf.float32)
-        new = old * tf.where(old > 0, inverse[:, None], penalty[:, None])
+        factor = tf.cast(penalty, tf.float64)
+        inverse = tf.cast(1 / factor, logits.dtype)
+        new = old * tf.where(old > 0, inverse[:, None], tf.cast(factor, logits.dtype)[:, None])
         rows = tf.broadcast_to(tf.range(tf.shape(logits)[0])[:, None], tf.shape(there))
         return tf.tensor_scatter_nd_update(logits, tf.stack([rows, there], -1), new)
 
     return tf.cond(tf.reduce_any(penalty != 1), apply, lambda: logits)
 
 
-def choose(logits: Tensor, knobs: Knobs, uniform: Tensor, *, xla: bool = False) -> Tensor:
+def sample_next_token(
+    logits: Tensor, tokens: Tensor, known: Tensor, knobs: Knobs, uniform: Tensor, *, xla: bool = False
+) -> Tensor:
     """The next token of each row, int32 [B]: the likeliest where the temperature is 0, else drawn by uniform [B].
 
-    logits float32 [B, V]. `xla` takes ops that compile well instead of those that are fast on their own.
+    logits float32 [B, V]; tokens and known as for `apply_repetition_penalty`. `xla` takes ops that compile well instead
+    of those that are fast on their own.
     """
-    greedy = tf.argmax(logits, -1, output_type=tf.int32)
     vocabulary = logits.shape[-1]
+    extreme = _extreme(knobs)
+
+    def ordinary() -> tuple[Tensor, Tensor]:
+        """The likeliest tokens int32 [B], and the scores float32 [B, V]: logits below the highest by temperature."""
+        penalized = apply_repetition_penalty(logits, tokens, known, knobs.repetition_penalty)
+        return _likeliest(penalized), _scores(penalized, knobs.temperature)
+
+    def with_extremes() -> tuple[Tensor, Tensor]:
+        """The same in float64 for the rows that need it; the others must not depend on their neighbours' knobs."""
+        wide = apply_repetition_penalty(tf.cast(logits, tf.float64), tokens, known, knobs.repetition_penalty)
+        exact, narrow = (_likeliest(wide), _scores(wide, knobs.temperature)), ordinary()
+        return tf.where(extreme, exact[0], narrow[0]), tf.where(extreme[:, None], exact[1], narrow[1])
+
+    greedy, scores = tf.cond(tf.reduce_any(extreme), with_extremes, ordinary)
 
     def sampled() -> Tensor:
-        # From the highest score, 0, down, so that the smallest temperature leaves that one finite.
-        scores = logits - tf.reduce_max(logits, -1, keepdims=True)
-        scores /= tf.maximum(tf.where(knobs.temperature > 0, knobs.temperature, 1.0), 1e-30)[:, None]
-        scores = _pad(scores)
-        weights = tf.exp(scores)
-        threshold = _threshold(scores, weights, knobs, vocabulary, xla)
-        weights = tf.where(scores >= threshold[:, None], weights, 0.0)
+        padded = _pad(scores)
+        weights = tf.exp(padded)
+        threshold = _threshold(padded, weights, knobs, vocabulary, xla)
+        weights = tf.where(padded >= threshold[:, None], weights, 0.0)
         return tf.where(knobs.temperature > 0, _draw(weights, uniform, _group_size(vocabulary)), greedy)
 
     return tf.cond(tf.reduce_any(knobs.temperature > 0), sampled, lambda: greedy)
+
+
+def _extreme(knobs: Knobs) -> Tensor:
+    """The rows, bool [B], whose knobs may lead out of the range of float32."""
+
+    def outside(values: Tensor) -> Tensor:
+        return (values < 1 / ORDINARY) | (values > ORDINARY)
+
+    return outside(knobs.repetition_penalty) | (outside(knobs.temperature) & (knobs.temperature > 0))
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    return tf.argmax(logits, -1, output_type=tf.int32)
+
+
+def _scores(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Logits [B, V] from the highest, 0, down and divided by the temperature [B], 1 where that is 0; float32."""
+    scores = logits - tf.reduce_max(logits, -1, keepdims=True)
+    scores /= tf.cast(tf.where(temperature > 0, temperature, 1.0), logits.dtype)[:, None]
+    return scores if logits.dtype == tf.float32 else tf.cast(tf.maximum(scores, LOWEST), tf.float32)
 
 
 def _group_size(vocabulary: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.core.framework import tensor_shape_pb2
 from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.python.saved_model.pywrap_saved_model import constants, fingerprinting
 
 from tfclm.savedmodel.servable import Servable
 
@@ -37,6 +38,10 @@ def write(servable: Servable, folder: Path) -> None:
                     )
                 )
     path.write_bytes(model.SerializeToString(deterministic=True))
+    # TensorFlow's own, of the file that it wrote, would name another one in a server's metrics.
+    fingerprint = folder / constants.FINGERPRINT_FILENAME
+    if fingerprint.exists():
+        fingerprint.write_bytes(fingerprinting.CreateFingerprintDef(str(folder)))
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

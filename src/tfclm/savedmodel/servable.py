@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.checks import broadcast, ranked, require
+from tfclm.savedmodel.checks import broadcast, ranked, require, require_at_most
 from tfclm.savedmodel.decoding import decode
 from tfclm.savedmodel.detokenizer import GraphDetokenizer
 from tfclm.savedmodel.network import Network
@@ -24,8 +24,10 @@ __all__ = ["Servable"]
 Tensor = Any
 
 QUEUE = 1024  # batches that wait; one more is refused with UNAVAILABLE, instead of growing without bound
-AT_ONCE = 256  # batches of one request that are waiting at a time
-SCORED = 2**24  # tokens, padding included, that the scores of one request may have
+MAX_REQUEST_TOKENS = 2**20
+# A request's text may have this many bytes for each token that it may have. It is checked before the text is
+# tokenized, which takes far more memory than the text itself.
+BYTES_PER_TOKEN = 4
 
 
 class Servable(tf.Module):
@@ -52,6 +54,18 @@ class Servable(tf.Module):
         self.limit = settings.max_new_tokens_limit or min(context - 1, 256 if xla else context - 1)
         if self.limit > context - 1:
             raise InputError(f"--max-new-tokens-limit {self.limit}: the model's context leaves {context - 1} at most")
+        batch_tokens = settings.max_batch_size * context
+        self.max_request_tokens = settings.max_request_tokens or max(MAX_REQUEST_TOKENS, batch_tokens)
+        if settings.max_request_rows < settings.max_batch_size:
+            raise InputError(
+                f"--max-request-rows {settings.max_request_rows}: give at least --max-batch-size, which is "
+                f"{settings.max_batch_size}"
+            )
+        if self.max_request_tokens < batch_tokens:
+            raise InputError(
+                f"--max-request-tokens {self.max_request_tokens}: give at least {batch_tokens}, which is "
+                f"{settings.max_batch_size} rows (--max-batch-size) of {context} tokens (the model's context)"
+            )
         self.defaults: Defaults = defaults(settings, model.generation_config, self.limit)
         eos = model.generation_config.eos_token_id
         self.eos_ids = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
@@ -107,7 +121,11 @@ class Servable(tf.Module):
         return [size for size in buckets if size < longest] + [longest]
 
     def _batched(self, rows: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        """Coalesces the calls of concurrent requests, of all signatures; a call of too many rows is split."""
+        """Coalesces the calls of concurrent requests, of all signatures.
+
+        A call of more rows than a batch holds makes one batch after the other. `enable_large_batch_splitting`, by which
+        the op would do that itself, ends the process when a request is cancelled while its rows are in several batches.
+        """
         xla = self.settings.compile == "xla"
 
         def batch(ids: Tensor, lengths: Tensor, stop: Tensor, seed: Tensor, *knobs: Tensor) -> tuple[Tensor, ...]:
@@ -119,25 +137,27 @@ class Servable(tf.Module):
             return rows(ids[:, :most], lengths, uniforms(seed, self.limit), seed, *knobs, *began)
 
         types = (tf.string, tf.int64, *(spec.dtype for spec in _knob_specs()[:5]))
-        specs = [tf.TensorSpec([None, self.network.context - 1], tf.int32), tf.TensorSpec([None], tf.int32)]
-        specs += [tf.TensorSpec([None], kind) for kind in types]
+        width = self.network.context - 1
+        others = [tf.TensorSpec([None], kind) for kind in (tf.int32, *types)]
+        specs = [tf.TensorSpec([None, width], tf.int32), *others]
         traced = tf.function(batch, autograph=self.network.autograph).get_concrete_function(*specs)
         # A name of its own: within one process, those that share it share the queue and its function.
         name = f"tfclm-{uuid.uuid4().hex}"
         largest = self.settings.max_batch_size
 
-        def call(*arguments: Tensor) -> tuple[Tensor, ...]:
+        def call(ids: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+            # Rows that are decoded together must agree in width.
+            ids = tf.ensure_shape(tf.pad(ids, [[0, 0], [0, width - tf.shape(ids)[1]]]), [None, width])
             results = tf.raw_ops.BatchFunction(
-                in_tensors=list(arguments),
+                in_tensors=[ids, *arguments],
                 captured_tensors=traced.captured_inputs,
                 f=traced,
                 num_batch_threads=1,  # one batch at a time has all cores
-                # This limits what is split; a batch is as large as the last allowed size.
-                max_batch_size=AT_ONCE * largest,
+                max_batch_size=largest,
                 allowed_batch_sizes=self.batch_sizes() if xla else list(range(1, largest + 1)),
                 batch_timeout_micros=int(self.settings.batch_timeout * 1000),
                 max_enqueued_batches=QUEUE,
-                enable_large_batch_splitting=True,
+                enable_large_batch_splitting=False,
                 Tout=[output.dtype for output in traced.outputs],
                 shared_name=name,
                 batching_queue=name,
@@ -146,8 +166,10 @@ class Servable(tf.Module):
                 result.set_shape(shape)
             return tuple(results)
 
-        queued = tf.function(call, autograph=False).get_concrete_function(*specs)
-        return lambda *arguments: _in_slices(queued, arguments, AT_ONCE * largest)
+        queued = tf.function(call, autograph=False).get_concrete_function(
+            tf.TensorSpec([None, None], tf.int32), *others
+        )
+        return lambda *arguments: _in_slices(queued, arguments, largest)
 
     def _rows(self, ids: Tensor, lengths: Tensor, uniform: Tensor, seed: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         new, heat, k, p, penalty, *stop = rest
@@ -215,19 +237,29 @@ class Servable(tf.Module):
                 "has ", _first(lengths, fits), f" tokens, and the context holds {context}, the answer included"
             )
             ids = require(fits, ids, name, problem)
-        # Rows that are decoded together must agree in width.
-        width = context - 1
-        ids = tf.pad(ids[:, :width], [[0, 0], [0, tf.maximum(0, width - tf.shape(ids)[1])]])
-        ids = tf.ensure_shape(ids, [None, width])
-        results = self._decode(ids, lengths, stop, knobs.seed, *knobs[:5])
+        results = self._decode(ids[:, : context - 1], lengths, stop, knobs.seed, *knobs[:5])
         return (*results, lengths)
+
+    def _texts(self, texts: Tensor, name: str) -> Tensor:
+        """Texts [B] of a request that is not larger than one may be."""
+        texts = ranked(texts, name, 1, self.settings.max_request_rows)
+        size = tf.reduce_sum(tf.cast(tf.strings.length(texts), tf.int64))
+        limit = BYTES_PER_TOKEN * self.max_request_tokens
+        return require_at_most(size, limit, texts, name, "bytes in all rows together")
+
+    def _ids(self, ids: Tensor, name: str) -> Tensor:
+        """Ids, or a mask of them, [B, L] of a request that is not larger than one may be."""
+        ids = ranked(ids, name, 2, self.settings.max_request_rows)
+        limit = self.max_request_tokens
+        return require_at_most(tf.size(ids, tf.int64), limit, ids, name, "tokens with padding")
 
     def _answer(self, prompt: Tensor, knobs: Knobs, stop: Tensor) -> dict[str, Tensor]:
         assert self._tokenizer is not None
         assert self._detokenizer is not None
-        prompt = ranked(prompt, "prompt", 1)
+        prompt = self._texts(prompt, "prompt")
         prompt = require(tf.strings.length(prompt) > 0, prompt, "prompt", "is empty: give a text")
-        ids, lengths = self._tokenizer.encode(prompt, last=self.network.context)
+        most = self.max_request_tokens
+        ids, lengths = self._tokenizer.encode(prompt, last=self.network.context, max_tokens=most, name="prompt")
         ids = require(lengths > 0, ids, "prompt", "has no tokens: give a longer text")
         output, count, stopped, size, lengths = self._continue(ids, lengths, "prompt", stop, knobs)
         raw = self._detokenizer.decode_bytes(output, count)
@@ -294,7 +326,7 @@ class Servable(tf.Module):
             repetition_penalty: Tensor = penalty,
             seed: Tensor = fresh,
         ) -> dict[str, Tensor]:
-            ids, mask = ranked(input_ids, "input_ids", 2), ranked(attention_mask, "attention_mask", 2)
+            ids, mask = self._ids(input_ids, "input_ids"), self._ids(attention_mask, "attention_mask")
             same = tf.reduce_all(tf.shape(ids) == tf.shape(mask))
             with tf.control_dependencies(
                 [tf.debugging.Assert(same, ["attention_mask has another shape than input_ids: give 1 or 0 for each"])]
@@ -326,17 +358,9 @@ class Servable(tf.Module):
         ).get_concrete_function(tf.TensorSpec([None, None], tf.int32))
 
         def score(text: Tensor) -> dict[str, Tensor]:
-            text = ranked(text, "text", 1)
-            ids, lengths = tokenizer.encode(text)
+            text = self._texts(text, "text")
+            ids, lengths = tokenizer.encode(text, max_tokens=self.max_request_tokens)
             ids = require(lengths > 1, ids, "text", "has less than 2 tokens: the first one is only context")
-            size = tf.size(ids, tf.int64)
-            small = tf.fill(tf.shape(lengths), size <= SCORED)
-            problem = _say(
-                "and its neighbours have ",
-                tf.strings.as_string(size),
-                f" tokens, padding included: give {SCORED} at most",
-            )
-            ids = require(small, ids, "text", problem)
             # As few rows at once as are decoded together, since each may take a whole context.
             (logprobs,) = _in_slices(scored, (ids,), self.settings.max_batch_size)
             logprobs = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), logprobs, 0.0)

@@ -6,10 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tfclm import sampling
 from tfclm.errors import InputError
-from tfclm.settings import setting
+from tfclm.settings import documented, setting
 
 INT32 = 2**31 - 1
+DEFAULT_NEW_TOKENS = 100
 # The largest and the smallest normal float32.
 LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
 # Of whole numbers, the smallest and the largest.
@@ -18,9 +20,12 @@ RANGES = {
     "max_new_tokens_limit": (1, INT32),
     "top_k": (0, INT32),
     "max_batch_size": (1, 4096),
+    "max_request_rows": (1, 2**20),
+    "max_request_tokens": (1, 2**24),
 }
 
 
+@documented
 @dataclass(frozen=True)
 class ServableSettings:
     """Settings of `export_saved_model`; None takes the checkpoint's generation_config."""
@@ -38,6 +43,12 @@ class ServableSettings:
     )
     max_batch_size: int = setting(8, "rows that are decoded together, of one request or several")
     batch_timeout: float = setting(30.0, "milliseconds that a request waits for others to be decoded with")
+    max_request_rows: int = setting(4096, "rows that one request may have; the model refuses more")
+    max_request_tokens: int | None = setting(
+        None,
+        "tokens that one request may have: its rows times the longest of them, and for texts 4 bytes per token; "
+        "1048576, or a batch of full contexts if that is more",
+    )
     compile: Literal["none", "xla"] = setting(
         "none", "xla is faster, and for servers with --xla_cpu_compilation_enabled only"
     )
@@ -87,31 +98,17 @@ class Defaults:
 
 # What generation_config may ask for beyond the knobs, with the value that asks for nothing.
 UNSUPPORTED: dict[str, Any] = {
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "penalty_alpha": None,
-    "typical_p": 1.0,
-    "min_p": None,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
+    **sampling.UNSUPPORTED,
+    "diversity_penalty": 0.0,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
-    "min_new_tokens": None,
+    "min_new_tokens": 0,
     "bad_words_ids": None,
-    "force_words_ids": None,
-    "sequence_bias": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "forced_decoder_ids": None,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
-    "num_return_sequences": 1,
-    "diversity_penalty": 0.0,
-    "stop_strings": None,
-    "max_time": None,
-    "watermarking_config": None,
 }
 
 
@@ -145,22 +142,7 @@ def defaults(settings: ServableSettings, generation_config: Any, limit: int) -> 
 
 
 def _knobs(settings: ServableSettings, generation_config: Any, limit: int) -> Defaults:
-    sampling = generation_config.do_sample
-    if sampling not in (True, False, None):
-        raise InputError(f"do_sample is {sampling!r}, neither true nor false")
-
-    def given(name: str, otherwise: Any, *, of_sampling: bool = True, whole: bool = False) -> Any:
-        value = getattr(settings, name)
-        if value is None and (sampling or not of_sampling):
-            value = getattr(generation_config, name, None)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else int | float)):
-                raise InputError(f"{name} is {value!r}, no {'whole number' if whole else 'number'}")
-        return otherwise if value is None else value
-
-    return Defaults(
-        max_new_tokens=min(limit, given("max_new_tokens", 100, of_sampling=False, whole=True)),
-        temperature=float(given("temperature", 1.0 if sampling else 0.0)),
-        top_k=given("top_k", 0, whole=True),
-        top_p=float(given("top_p", 1.0)),
-        repetition_penalty=float(given("repetition_penalty", 1.0, of_sampling=False)),
-    )
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Defaults)}
+    resolved = sampling.resolve_parameters(generation_config, given)
+    new = resolved["max_new_tokens"]
+    return Defaults(**resolved | {"max_new_tokens": min(limit, DEFAULT_NEW_TOKENS if new is None else new)})

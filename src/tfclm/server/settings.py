@@ -15,6 +15,9 @@ class ServeSettings:
 
     model_base_path: str | None = setting(None, "folder of the model, with a folder named by its number a version")
     hub: str | None = setting(None, "Hub repository whose saved_model.zip is served, instead of a --model_base_path")
+    hub_revision: str | None = setting(
+        None, "branch, tag or commit of --hub; a commit stays what it is, whatever is pushed later"
+    )
     model_name: str = setting("model", "the name under which requests ask for the model")
     model_config_file: str | None = setting(
         None, "ModelServerConfig in protobuf's text format: several models, version policies and labels"

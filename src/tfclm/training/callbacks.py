@@ -16,17 +16,13 @@ import tensorflow as tf
 import tf_keras
 from tqdm.auto import tqdm
 
+from tfclm.finite import exp
 from tfclm.training.resume import Interrupted, Progress, Snapshots
 from tfclm.training.settings import TrainingSettings
 
 
 class Diverged(RuntimeError):
     """The loss or the gradient is no longer finite."""
-
-
-def exp(loss: float) -> float:
-    """exp(loss), infinite instead of an error where it overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 class RunKeeper(tf_keras.callbacks.Callback):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tfclm.disk import FolderLock, write
 from tfclm.errors import InputError
-from tfclm.settings import to_yaml
+from tfclm.finite import exp, plain
+from tfclm.settings import say, to_yaml
 from tfclm.training.report import draw_curve, model_card, versions
 
 if TYPE_CHECKING:
@@ -128,8 +129,6 @@ class RunFolder:
         Returns:
             What `results.json` holds: a number that is not finite is None there.
         """
-        from tfclm.training.callbacks import exp
-
         self._remove_former(files)
         results = {
             "perplexity": exp(done.best_loss),
@@ -155,13 +154,12 @@ class RunFolder:
         draw_curve(done, self.path / "loss.png")
         write(self.path / "README.md", model_card(results, {**self.settings, "push_to_hub": repo_id}, base))
         results = self.record(results)
-        shutil.rmtree(self._resume)
+        shutil.rmtree(self._resume, ignore_errors=True)  # the run is complete; the next one removes what is left
         return results
 
     def record(self, results: dict[str, Any]) -> dict[str, Any]:
         """Writes `results.json`; the results as they are there."""
-        # Python would write NaN and Infinity, which are no JSON.
-        results = json.loads(json.dumps(results), parse_constant=lambda name: None)
+        results = plain(results)
         write(self._results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         return results
 
@@ -173,30 +171,21 @@ class RunFolder:
             names = read_results(self._former)["files"]
         except InputError:
             text = f"the former results.json cannot be read: files of its checkpoint may be left in {self.path}"
-            print(text, file=sys.stderr)
+            say(text)
             return
         left = {name.split("/")[0] for name in names} - {name.split("/")[0] for name in files}
         # From what is in the folder, so that no name leads out of it.
         remove(entry for entry in self.path.iterdir() if entry.name in left)
 
 
-class Lock:
+class Lock(FolderLock):
     """One run a folder: a lock that ends with its process, however that ends."""
 
     def __init__(self, folder: Path) -> None:
-        import fcntl
-
-        # The folder itself is locked: a lock file would be one file too many in the result.
-        self._handle = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            super().__init__(folder)
         except BlockingIOError as error:
-            os.close(self._handle)
             raise InputError(f"{folder} is in use by another run: wait for it, or give another --output-dir") from error
-
-    def release(self) -> None:
-        """Lets the folder go."""
-        os.close(self._handle)
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -214,13 +203,3 @@ def remove(entries: Iterable[Path]) -> None:
     """Removes files and folders."""
     for entry in list(entries):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfclm.errors import InputError, first_line
+from tfclm.finite import exp
 from tfclm.settings import to_yaml
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tfclm.training.run import TrainingRecord
 
 PACKAGES = ("tfclm", "tensorflow", "tf-keras", "transformers", "tokenizers", "datasets", "huggingface-hub")
+MOST_NAMES = 5  # of files that a card lists
 # What a card's metadata takes from the base model's card.
 INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -23,7 +27,14 @@ INHERITED = ("license", "license_name", "license_link", "language")
 def draw_curve(done: TrainingRecord, path: Path) -> None:
     """Draws training and validation loss, and perplexity, over optimizer steps as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(curve(done)).print_png(str(path))
+
+
+def curve(done: TrainingRecord) -> Figure:
+    """The figure of `draw_curve`; the perplexity's axis is logarithmic, so that its fall can be seen to the end."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     steps = [epoch["step"] for epoch in done.epochs]
     losses = [done.initial_loss, *(epoch["val_loss"] for epoch in done.epochs)]
@@ -33,11 +44,13 @@ def draw_curve(done: TrainingRecord, path: Path) -> None:
     above.plot(steps, [epoch["loss"] for epoch in done.epochs], "o--", label="training (mean of the epoch)")
     above.set(ylabel="loss (nats a token)", title="Loss")
     above.legend()
-    below.plot([0, *steps], [math.exp(loss) if loss < 700 else math.inf for loss in losses], "o-")
-    below.set(xlabel="optimizer step", ylabel="perplexity", title="Validation perplexity")
+    below.plot([0, *steps], [exp(loss) for loss in losses], "o-")
+    below.set(xlabel="optimizer step", ylabel="perplexity", title="Validation perplexity", yscale="log")
+    below.yaxis.set_major_formatter(LogFormatter())
+    below.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(str(path))
+    return figure
 
 
 def versions() -> dict[str, str]:
@@ -79,11 +92,11 @@ def model_card(results: Mapping[str, Any], settings: Mapping[str, Any], base: Ma
     protocol, train = results["protocol"], results["train"]
     measured = None
     if math.isfinite(results["perplexity"] or math.inf):
-        hub_data, held_out = _hub_dataset(settings), protocol["validation"]
+        hub_data, held_out = _hub_dataset(settings), _validation(protocol)
         measured = EvalResult(
             task_type="text-generation",
             dataset_type=hub_data or "text",
-            dataset_name=hub_data or str(protocol["source"]),
+            dataset_name=hub_data or _source(protocol),
             dataset_config=settings["dataset_config"],
             dataset_revision=settings["dataset_revision"],
             dataset_split=held_out.split(" ")[1] if held_out.startswith("split ") else None,
@@ -98,7 +111,7 @@ def model_card(results: Mapping[str, Any], settings: Mapping[str, Any], base: Ma
 {_origin(settings, base, protocol)}
 
 Validation perplexity **{_number(results["perplexity"])}** ({_number(results["initial_perplexity"])} before training) \
-over {results["tokens"]} tokens: exp of the mean negative log-likelihood a token, in blocks of \
+over {results["tokens"]} tokens: exp of the mean negative log-likelihood per token, in blocks of \
 {protocol["block_size"]} tokens, each scored on its own; \
 {"EOS" if protocol["separator"] == "eos" else "nothing"} between documents; {protocol["dropped_tokens"]} tokens at the \
 end filled no block.
@@ -194,12 +207,43 @@ def _hub_dataset(settings: Mapping[str, Any]) -> str | None:
 
 
 def _origin(settings: Mapping[str, Any], base: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
-    made = "A small GPT-2 trained from scratch" if settings["model"] == "scratch" else f"Fine-tuned from {_base(base)}"
-    return f"{made} on {protocol['source']}, split {protocol['split']}."
+    scratch = settings["model"] == "scratch"
+    made = "A small GPT-2 trained from scratch" if scratch else f"Fine-tuned from {_base(settings, base)}"
+    return f"{made} on {_source(protocol)}{_split(protocol)}."
 
 
-def _base(base: Mapping[str, Any]) -> str:
-    return str(base.get("base_model") or "a local model")
+def _base(settings: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    return str(base.get("base_model") or f"the local model {_last(settings['model'])}")
+
+
+def _source(protocol: Mapping[str, Any]) -> str:
+    """Where the training text is from; of files their names alone, for where they lie is nobody's business."""
+    source = protocol["source"]
+    if isinstance(source, list | tuple):
+        return _names(source)
+    return "Python's own documentation (python-docs)" if source == "python-docs" else _last(source)
+
+
+def _split(protocol: Mapping[str, Any]) -> str:
+    """Files have no split."""
+    return f", split {protocol['split']}" if protocol["split"] is not None else ""
+
+
+def _validation(protocol: Mapping[str, Any]) -> str:
+    kind, _, paths = str(protocol["validation"]).partition(" ")
+    return _names(paths.split(", ")) if kind == "files" else str(protocol["validation"])
+
+
+def _names(paths: Sequence[str]) -> str:
+    """The names of files, the first few of many."""
+    names = [Path(path).name for path in paths]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"{'the file' if len(names) == 1 else f'{len(names)} files:'} {', '.join(names[:MOST_NAMES])}{more}"
+
+
+def _last(value: Any) -> Any:
+    """A path without the folders of this machine above it; anything else as it is."""
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _table(epochs: Sequence[Mapping[str, Any]], before: float | None) -> str:
@@ -208,14 +252,16 @@ def _table(epochs: Sequence[Mapping[str, Any]], before: float | None) -> str:
         rows.append(f"| 0 | 0 | | {_number(math.log(before), 4)} | {_number(before)} |")
     for epoch in epochs:
         loss, own = epoch.get("val_loss"), epoch.get("loss")
-        perplexity = None if loss is None else math.exp(loss) if loss < 700 else math.inf
+        perplexity = None if loss is None else exp(loss)
         shown = (_number(own, 4), _number(loss, 4), _number(perplexity))
         rows.append(f"| {epoch['epoch']} | {epoch['step']} | {' | '.join(shown)} |")
     return "\n".join(rows)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
 
 
 def _weights(train: Mapping[str, Any]) -> str:
@@ -230,21 +276,34 @@ def _data(protocol: Mapping[str, Any], train: Mapping[str, Any]) -> str:
     revision = f", revision {protocol['revision']}" if protocol.get("revision") else ""
     return f"""## Data
 
-* Source: {protocol["source"]}{config}{revision}, split {protocol["split"]}, column {protocol["text_column"]}.
-* Training: {protocol["train_rows"]} documents, {train["corpus_tokens"]} tokens in blocks.
-* Validation: {protocol["validation"]}; {protocol["validation_rows"]} documents.
+* Source: {_source(protocol)}{config}{revision}{_split(protocol)}, column {protocol["text_column"]}.
+* Training: {_documents(protocol["train_rows"])}, {train["corpus_tokens"]} tokens in blocks.
+* Validation: {_validation(protocol)}; {_documents(protocol["validation_rows"])}.
 """
 
 
+def _documents(count: int) -> str:
+    return f"{count} document{'' if count == 1 else 's'}"
+
+
 def _use(settings: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    where = settings["push_to_hub"] or settings["output_dir"]
+    hub = settings["push_to_hub"]
+    where = hub or _last(settings["output_dir"])
+    served = f"serving_models/{_name(settings)}"
+    if hub:
+        serve = f"""a version that a stock server hosts. If this repository has a `saved_model.zip`, that is one, \
+ready to serve: `python -m tfclm.serve --hub {hub}`, or unpacked into the server's model folder."""
+    else:
+        serve = f"""a version that a stock server hosts, or `python -m tfclm.serve --model_name={_name(settings)} \
+--model_base_path={served}`."""
     if settings["model"] == "scratch":
         licence = "It was trained from scratch; which licence it may have follows from the texts it was trained on."
     elif base.get("license"):
-        licence = f"The licence is that of {_base(base)}: {base.get('license_name') or base['license']}."
+        licence = f"The licence is that of {_base(settings, base)}: {base.get('license_name') or base['license']}."
     else:
         licence = (
-            f"The card of {_base(base)} names no licence, or could not be read: ask there before you use the model."
+            f"The card of {_base(settings, base)} names no licence, or could not be read: ask there before you use the "
+            "model."
         )
     return f"""## Intended use
 
@@ -261,17 +320,19 @@ generator = pipeline("text-generation", model="{where}", torch_dtype=None)
 print(generator("Once", max_new_tokens=50)[0]["generated_text"])
 ```
 
-For TensorFlow Serving, `python -m tfclm.export --model {where} --serving-dir serving_models/{_name(settings)}` makes \
-a version that a stock server hosts. If this repository has a `saved_model.zip`, that is one, ready to serve: \
-`python -m tfclm.serve --hub {where}`, or unpacked into the server's model folder.
+For TensorFlow Serving, `python -m tfclm.export --model {where} --serving-dir {served}` makes {serve}
 """
 
 
 def _record(settings: Mapping[str, Any], used: Mapping[str, str]) -> str:
+    shown = {
+        name: [_last(each) for each in value] if isinstance(value, list) else _last(value)
+        for name, value in settings.items()
+    }
     return f"""## Settings
 
 ```yaml
-{to_yaml(settings)}```
+{to_yaml(shown)}```
 
 ## Versions
 

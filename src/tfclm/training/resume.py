@@ -17,7 +17,7 @@ import tensorflow as tf
 import tf_keras
 
 from tfclm.errors import InputError
-from tfclm.perplexity import TokenLoss
+from tfclm.metrics import TokenLoss
 
 
 class Interrupted(Exception):
@@ -38,7 +38,15 @@ class Progress:
     best_loss: float = float("inf")
     seconds: float = 0.0
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # tells this run from a repetition
-    loss_sums: tuple[float, float] = (0.0, 0.0)  # of the present epoch: negative log-likelihood, tokens
+    # Of the present epoch, a pair a replica: negative log-likelihood, tokens. Added up they would not be what each
+    # replica goes on with, to the last bit.
+    loss_sums: list[list[float]] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """Of the present epoch: mean negative log-likelihood a token, as `TokenLoss` gives it."""
+        total, tokens = (sum(sums) for sums in zip(*self.loss_sums, strict=True))
+        return float(total / tokens)
 
 
 def seed_dropout(model: Any, seed: int) -> list[tf.random.Generator]:
@@ -95,7 +103,10 @@ class Snapshots:
         with _reading(folder):
             tf.train.Checkpoint(progress=self._progress).read(newest).expect_partial()
             values = json.loads(self._progress.numpy())
-            progress = Progress(**values | {"loss_sums": tuple(values["loss_sums"])})
+            sums = values["loss_sums"]
+            if sums and not isinstance(sums[0], list):
+                values["loss_sums"] = [sums]  # one pair for all replicas, as older versions have written it
+            progress = Progress(**values)
         if progress.best_step is not None:
             # Read here already: that they are lost should not come out when the run is over.
             self.restore_best(progress)
@@ -103,14 +114,23 @@ class Snapshots:
             self._state.restore(newest).assert_consumed()
         return progress
 
-    def loss_sums(self) -> tuple[float, float]:
-        """What the epoch's loss is made of so far: summed negative log-likelihood, tokens."""
-        return float(self._loss.total.numpy()), float(self._loss.tokens.numpy())
+    def loss_sums(self) -> list[list[float]]:
+        """What the epoch's loss is made of so far, a pair a replica: summed negative log-likelihood, tokens."""
+        return [[float(variable.numpy()) for variable in pair] for pair in self._sums()]
+
+    def _sums(self) -> list[tuple[tf.Variable, tf.Variable]]:
+        # By way of the variables of all replicas, a sum of theirs is read, and an equal part is written to each.
+        local = tf.distribute.get_strategy().experimental_local_results
+        return list(zip(local(self._loss.total), local(self._loss.tokens), strict=True))
 
     def restore_loss(self, progress: Progress) -> None:
         """Goes on with the sums of an epoch's loss; Keras resets them when an epoch begins."""
-        for variable, value in zip((self._loss.total, self._loss.tokens), progress.loss_sums, strict=True):
-            variable.assign(value)
+        replicas, sums = self._sums(), progress.loss_sums
+        if len(sums) != len(replicas):  # the run goes on with another number of devices
+            sums = [[sum(each) for each in zip(*sums, strict=True)], *([[0.0, 0.0]] * (len(replicas) - 1))]
+        for variables, values in zip(replicas, sums, strict=True):
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(tf.constant(value, variable.dtype))
 
     def keep_best(self, progress: Progress, loss: float) -> None:
         """Keeps the present weights as the best; a name of its own, so that a kill leaves the older ones whole."""

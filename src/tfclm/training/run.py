@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from tfclm.corpus import check_ids
 from tfclm.errors import InputError
 from tfclm.training.callbacks import Diverged, EventLog, ProgressBar, RunKeeper
 from tfclm.training.feed import feed, run_order
@@ -66,8 +68,8 @@ def finetune(
         A `TrainingRecord`; `diverged` says why the run ended early if the loss was no longer finite.
 
     Raises:
-        InputError: settings out of range or not those that the model was made under, no block, or the state in
-            `output_dir` is of another run or broken.
+        InputError: settings out of range or not those that the model was made under, no block or no token ids, a model
+            whose loss is not finite, or the state in `output_dir` is of another run or broken.
         Interrupted: Ctrl-C or SIGTERM came; the state is saved.
     """
     settings = settings or TrainingSettings()
@@ -82,6 +84,8 @@ def finetune(
             "strategy 'mirrored' needs the model made under it: load it inside of "
             "tf.distribute.MirroredStrategy().scope(), and give that strategy to finetune"
         )
+    check_ids(train, "train")
+    check_ids(validation, "validation")
     if output_dir is None:
         with tempfile.TemporaryDirectory() as folder:
             return finetune(
@@ -134,6 +138,11 @@ def finetune(
 
         if progress.best_step is None:
             progress.initial_loss = validate([keeper])
+            if not math.isfinite(progress.initial_loss):
+                raise InputError(
+                    "the model's loss on the validation text is not finite before any training: its weights, or what "
+                    "it computes from them, hold NaN or infinity; begin with another checkpoint"
+                )
             snapshots.keep_best(progress, progress.initial_loss)
             keeper.save()
 
@@ -144,10 +153,9 @@ def finetune(
             if progress.step and progress.steps == min((progress.epoch + 1) * steps_per_epoch, total_steps):
                 # Interrupted after an epoch's last step, before its validation was over: what is left of the epoch is,
                 # for the callbacks, a fit of its own.
-                total, tokens = progress.loss_sums
                 rest = tf_keras.callbacks.CallbackList(watching, model=model)
                 rest.on_train_begin()
-                rest.on_epoch_end(progress.epoch, {"loss": total / tokens, "val_loss": validate(rest)})
+                rest.on_epoch_end(progress.epoch, {"loss": progress.loss, "val_loss": validate(rest)})
                 rest.on_train_end()
             if not keeper.finished:
                 model.step_state.start = (progress.epoch, progress.step)

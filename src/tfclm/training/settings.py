@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tfclm.errors import InputError
-from tfclm.settings import setting
+from tfclm.settings import documented, setting
 
 
+@documented
 @dataclass(frozen=True)
 class TrainingSettings:
     """Settings of `finetune`."""

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from tfclm.perplexity import TokenLoss, token_losses
+from tfclm.metrics import TokenLoss, token_losses
 from tfclm.training.resume import Progress
 
 
@@ -37,6 +37,8 @@ class FinetuningStep:
     optimizer: Any
     trainable_variables: Any
     __call__: Any
+    # What the steps report is equal on all replicas, and Keras would report its sum over them.
+    distribute_reduction_method = "first"
 
     def _maybe_load_initial_counters_from_ckpt(self, steps_per_epoch: int, initial_epoch: int) -> tuple[int, int]:
         # Where Keras asks at which epoch and step to begin; fit's own argument knows epochs alone.

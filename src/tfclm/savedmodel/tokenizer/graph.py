@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfclm.errors import InputError
+from tfclm.savedmodel.checks import require_at_most
 from tfclm.savedmodel.tokenizer.added import AddedTokens
 from tfclm.savedmodel.tokenizer.classes import Tensor
 from tfclm.savedmodel.tokenizer.merging import Merger
@@ -60,12 +61,15 @@ class GraphTokenizer(tf.Module):
         self._fixed = tf.constant([*after, *(token["id"] for token in added)], tf.int32)
         self._fixed_ends = tf.constant(len(after) + np.arange(len(added) + 1), tf.int64)
 
-    def encode(self, texts: Tensor, last: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, texts: Tensor, last: int | None = None, *, max_tokens: int | None = None, name: str = "text"
+    ) -> tuple[Tensor, Tensor]:
         """The token ids of `texts` (string [B]): int32 [B, L], padded with 0 on the right, and lengths int32 [B].
 
         Of a text of more tokens than `last`, if that is given, only the last ones are there, so that one long text does
-        not make all rows wide; its length is that of the whole. Bytes that are not UTF-8 count as U+FFFD, as Python's
-        `errors="replace"` has it.
+        not make all rows wide; its length is that of the whole. If B times L is more than `max_tokens`, an assertion
+        that calls the texts by their `name` fails before ids of that size are made. Bytes that are not UTF-8 count as
+        U+FFFD, as Python's `errors="replace"` has it.
         """
         with tf.device("CPU:0"):
             # A NUL ends each text, and an empty text the batch: no array is empty from here on.
@@ -86,6 +90,9 @@ class GraphTokenizer(tf.Module):
             length = ahead + size
             kept = length if last is None else tf.minimum(length, last)
             width = tf.reduce_max(tf.concat([ahead[None], kept], 0))
+            if max_tokens is not None:
+                amount = tf.size(length, tf.int64) * width
+                width = require_at_most(amount, max_tokens, width, name, "tokens with padding")
             # Places in the tokens put ahead of every text, the text's own behind them, and a 0 for the padding.
             place = (length - kept)[:, None] + tf.range(width)
             own = tf.where(place < ahead, place, place + begin[:, None])

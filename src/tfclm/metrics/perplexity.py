@@ -6,8 +6,6 @@ A mean of batch means is no perplexity: a short last batch, or one with few labe
 from __future__ import annotations
 
 import math
-import sys
-import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tf_keras
+
+from tfclm.corpus import check_ids
+from tfclm.finite import exp
 
 IGNORED = -100  # the label that the collators of transformers give to a position that counts for nothing
 
@@ -29,8 +30,8 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp(loss): infinite where that overflows, NaN where the loss is."""
+        return exp(self.loss)
 
     @property
     def standard_error(self) -> float:
@@ -83,8 +84,9 @@ def perplexity(
 
     Args:
         model: a TensorFlow causal language model of transformers.
-        input_ids: int [N, L], blocks that are scored each on its own, L - 1 tokens a block; or int [T], one text
-            that is scored by the strided protocol.
+        input_ids: int [N, L], or a dataset of such blocks as `tfclm.pack` makes them, which is read as it is scored:
+            blocks are scored each on its own, L - 1 tokens a block. Or int [T], one text that is scored by the strided
+            protocol.
         window: tokens that the model sees at once when a text is strided.
         stride: tokens by which the window moves, window by default. Each token is scored once, in the first window
             that holds it, with at least window - stride tokens before it (after the first window): T - 1 tokens in
@@ -95,13 +97,18 @@ def perplexity(
         A `Perplexity`; sums are kept in float64.
 
     Raises:
-        ValueError: no token to score, or a window or stride that does not fit.
+        ValueError: no token ids, no token to score, or a window or stride that does not fit.
 
     Source: the fixed-length protocol of transformers' "Perplexity of fixed-length models".
     """
-    ids = np.asarray(input_ids)
-    if ids.ndim == 2:
-        rows: Iterable[tuple[np.ndarray, np.ndarray]] = ((row, row) for row in ids)
+    rows: Iterable[tuple[np.ndarray, np.ndarray]]
+    if hasattr(input_ids, "column_names"):
+        check_ids(input_ids, "input_ids")
+        rows = ((row, row) for row in _rows(input_ids))
+    elif not np.issubdtype((ids := np.asarray(input_ids)).dtype, np.integer):
+        raise ValueError(f"input_ids is {ids.dtype}: give the ids that the model's tokenizer makes of a text")
+    elif ids.ndim == 2:
+        rows = ((row, row) for row in ids)
     elif window is None:
         raise ValueError("one text of [T] tokens is scored in windows: give window")
     else:
@@ -126,6 +133,12 @@ def perplexity(
     mean = total / tokens
     variance = max(squares / tokens - mean * mean, 0.0) * tokens / max(tokens - 1, 1)
     return Perplexity(loss=float(mean), tokens=int(tokens), loss_standard_error=float(math.sqrt(variance / tokens)))
+
+
+def _rows(blocks: Any) -> Iterator[np.ndarray]:
+    """The rows of a dataset, of which a few at a time are in memory."""
+    for some in blocks.with_format("numpy").iter(batch_size=1000):
+        yield from some["input_ids"]
 
 
 def _windows(ids: np.ndarray, window: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -157,13 +170,3 @@ def _batches(rows: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Iterat
 def _stack(batch: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     ids, labels = zip(*batch, strict=True)
     return np.stack(ids).astype(np.int32), np.stack(labels).astype(np.int64)
-
-
-class _Callable(types.ModuleType):
-    """`tfclm.perplexity` is this module once it is imported, and the function all the same."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Perplexity:
-        return perplexity(*arguments, **options)
-
-
-sys.modules[__name__].__class__ = _Callable

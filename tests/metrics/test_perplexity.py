@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import ARCHITECTURES
 
-from tfclm.perplexity import Perplexity, TokenLoss, perplexity, token_losses
+from tfclm.corpus import pack, read_split, tokenize
+from tfclm.evaluate import EvaluateSettings, measure
+from tfclm.metrics import Perplexity, TokenLoss, perplexity, token_losses
 
 
 def reference(model, windows) -> tuple[float, int, float]:
@@ -103,6 +107,52 @@ def test_metric_sums_over_batches():
     metric.reset_state()
     metric.update_state(tf.constant([[4.0]]), tf.constant([[True]]))
     assert metric.result().numpy() == 4.0
+
+
+class Table:
+    """The cheapest of models: the logits of a token's successor are a row of a table."""
+
+    base_model_prefix = "table"
+
+    def __init__(self, logits: np.ndarray):
+        self.logits = tf.constant(logits, tf.float32)
+        self.config = SimpleNamespace(max_position_embeddings=64, vocab_size=len(logits))
+
+    def __call__(self, input_ids, training):
+        return SimpleNamespace(logits=tf.gather(self.logits, input_ids))
+
+
+def test_a_dataset_of_blocks_has_the_score_of_its_array():
+    """Rows that are lost, doubled or batched otherwise where they are read a thousand at a time."""
+    random = np.random.default_rng(0)
+    model = Table(random.normal(size=(512, 512)))
+    blocks = random.integers(2, 512, (2103, 4)).astype(np.int32)
+    dataset = datasets.Dataset.from_dict({"input_ids": blocks})
+    for batch_size in (7, 64):
+        assert perplexity(model, dataset, batch_size=batch_size) == perplexity(model, blocks, batch_size=batch_size)
+    chosen = dataset.select([5, 3, 3])
+    assert perplexity(model, chosen) == perplexity(model, blocks[[5, 3, 3]])
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer, monkeypatch):
+    """A text of gigabytes whose tokens are all in memory before the first of them is scored."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    model = Table(np.zeros((len(tokenizer), len(tokenizer))))
+    peaks = []
+    for times in (1, 1, 40):  # what the first run makes, once and for all, is not counted
+        path = tmp_path / f"{times}.txt"
+        path.write_text("To be, or not to be, that is the question.\n" * 2000 * times)
+        settings = EvaluateSettings(file=(str(path),), block_size=64, batch_size=64)
+        texts = read_split(files=settings.file).texts
+        pack(tokenize(texts, tokenizer), 64, settings.separator_ids(tokenizer))  # in the cache now
+        tracemalloc.start()
+        result = measure(model, tokenizer, settings)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert result["perplexity"] == pytest.approx(len(tokenizer), rel=1e-6)
+    tokens = result["tokens"] * 4
+    assert tokens > 4e6
+    assert peaks[2] - peaks[1] < tokens / 4, (peaks, tokens)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 1}, {"window": 8, "stride": 9}, {"window": 8, "stride": 0}])

@@ -1,0 +1,203 @@
+"""What a server sent, checked: nothing of a reply is used before it has passed here.
+
+Whatever is wrong with a reply comes out as ServerError, with one line.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf import message as protobuf
+
+from tfclm.client.messages import DTYPES, from_tensor, message, tensor_size
+from tfclm.client.transport import ServerError, Signature, reason
+
+# What Python and protobuf raise at values that they do not expect.
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    json_format.Error,
+    protobuf.Error,
+)
+_TYPE_NAMES = {number: name for name, number in DTYPES.items()}
+_OTHER = "another type"
+_BITS = {"DT_INT32": 31, "DT_INT64": 63}
+
+
+@contextmanager
+def understood(address: str, what: str) -> Iterator[None]:
+    """Reads a part of a reply: whatever it trips over is the server's fault."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        said = reason(str(error)) or type(error).__name__
+        raise ServerError(f"{address} gave {what} that cannot be read: {said}") from error
+
+
+def from_json(content: bytes) -> Any:
+    """The value of a JSON document; raises ValueError or RecursionError.
+
+    TensorFlow Serving sends NaN and Infinity as they are, which Python reads. It also sends a tensor's bytes as they
+    are: what is no UTF-8 is kept as surrogates, from which `_leaf` restores it.
+    """
+    return json.loads(content.decode("utf-8", "surrogateescape"))
+
+
+def read_signatures(signatures: Any) -> dict[str, Signature]:
+    """The signatures of a SignatureDefMap."""
+    for name, signature in signatures.signature_def.items():
+        # Messages name them.
+        for key in (name, *signature.inputs, *signature.outputs):
+            if not key.isprintable():
+                raise ValueError(f"a name that cannot be printed: {key!a}")
+    return {
+        name: Signature(
+            {key: _TYPE_NAMES.get(info.dtype, _OTHER) for key, info in signature.inputs.items()},
+            {key: _TYPE_NAMES.get(info.dtype, _OTHER) for key, info in signature.outputs.items()},
+            {key: _default(key, value) for key, value in signature.defaults.items() if key in signature.inputs},
+        )
+        for name, signature in signatures.signature_def.items()
+        if name != "__saved_model_init_op"
+    }
+
+
+def read_metadata(metadata: Any) -> dict[str, Signature]:
+    """The signatures in the metadata as REST gives it."""
+    return read_signatures(_parsed(metadata["metadata"]["signature_def"], "SignatureDefMap"))
+
+
+def read_status(status: Any) -> dict[int, int]:
+    """Number -> state of the versions in a model's status as REST gives it."""
+    response = _parsed(status, "GetModelStatusResponse")
+    return {version.version: version.state for version in response.model_version_status}
+
+
+def read_rows(predictions: Any, outputs: Mapping[str, str], size: int) -> dict[str, list[Any]]:
+    """The predictions of a row request as outputs name -> `size` values."""
+    if not isinstance(predictions, list) or len(predictions) != size:
+        raise ValueError(f"no prediction for each of {size} rows")
+    names = set(outputs)
+    # A signature's only output comes without its name.
+    if len(names) == 1 and not all(isinstance(row, dict) and set(row) == names for row in predictions):
+        predictions = [{name: row} for row in predictions for name in names]
+    for row in predictions:
+        if not isinstance(row, dict) or set(row) != names:
+            raise ValueError(f"a row without the outputs {', '.join(sorted(names))}")
+    columns = {}
+    for name, dtype in outputs.items():
+        columns[name], _ = _values([row[name] for row in predictions], dtype, name)
+    return columns
+
+
+def read_tensors(tensors: Mapping[str, Any], outputs: Mapping[str, str], size: int) -> dict[str, list[Any]]:
+    """The tensors of a PredictResponse as outputs name -> `size` values."""
+    if set(tensors) != set(outputs):
+        raise ValueError(f"other outputs than {', '.join(sorted(outputs))}")
+    columns = {}
+    for name, dtype in outputs.items():
+        if _TYPE_NAMES.get(tensors[name].dtype, _OTHER) != dtype:
+            raise ValueError(f"{name} is not of type {dtype}")
+        columns[name] = from_tensor(tensors[name])
+        if not isinstance(columns[name], list) or len(columns[name]) != size:
+            raise ValueError(f"{name} has no value for each of {size} rows")
+    return columns
+
+
+def as_rows(outputs: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """Outputs name -> B values as B rows."""
+    return [Row(zip(outputs, row, strict=True)) for row in zip(*outputs.values(), strict=True)]
+
+
+class Row(dict[str, Any]):
+    """One row of a signature's outputs, whose values are of the kind that is asked for, or ValueError."""
+
+    def raw(self, name: str) -> bytes:
+        """A string as its bytes."""
+        return bytes(self._one(name, bytes))
+
+    def text(self, name: str) -> str:
+        """A string that is UTF-8."""
+        return self.raw(name).decode()
+
+    def count(self, name: str) -> int:
+        """A whole number, 0 or more."""
+        value = int(self._one(name, int))
+        if value < 0:
+            raise ValueError(f"{name} is {value}")
+        return value
+
+    def number(self, name: str) -> float:
+        """A number."""
+        return float(self._one(name, float))
+
+    def several(self, name: str, kind: type, count: int) -> tuple[Any, ...]:
+        """The first `count` values of a list."""
+        values = self._one(name, list)[:count]
+        if len(values) < count or not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"{name} has no {count} values")
+        return tuple(values)
+
+    def _one(self, name: str, kind: type) -> Any:
+        if not isinstance(self.get(name), kind):
+            raise ValueError(f"{name} is missing, or of another type or rank")
+        return self[name]
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """A JSON value as a message."""
+    # Raises at surrogates without a partner, at which protobuf fails with SystemError.
+    json.dumps(value, ensure_ascii=False).encode()
+    return json_format.ParseDict(value, message(f"tensorflow.serving.{name}")(), ignore_unknown_fields=True)
+
+
+def _default(name: str, tensor: Any) -> Any:
+    """The value of a default, which goes for every row."""
+    # Before it is expanded: the shape is a claim of a few bytes.
+    if tensor_size(tensor) != 1:
+        raise ValueError(f"the default of {name} is not one value")
+    value = from_tensor(tensor)
+    while isinstance(value, list):
+        (value,) = value
+    return value
+
+
+def _values(value: Any, dtype: str, name: str) -> tuple[Any, tuple[int, ...]]:
+    """A JSON value as its type has it, and its shape, which is one for all rows as in every tensor."""
+    if not isinstance(value, list):
+        return _leaf(value, dtype, name), ()
+    items = [_values(item, dtype, name) for item in value]
+    shapes = {shape for _, shape in items}
+    if len(shapes) > 1:
+        raise ValueError(f"{name} has rows of different shapes")
+    return [item for item, _ in items], (len(items), *(shapes.pop() if shapes else ()))
+
+
+def _leaf(value: Any, dtype: str, name: str) -> Any:
+    if dtype == "DT_STRING":
+        if isinstance(value, str):
+            return value.encode("utf-8", "surrogateescape")
+        if isinstance(value, dict) and list(value) == ["b64"] and isinstance(value["b64"], str):
+            return base64.b64decode(value["b64"], validate=True)
+    elif dtype == "DT_BOOL":
+        if isinstance(value, bool):
+            return value
+    elif isinstance(value, bool):
+        pass
+    elif dtype in _BITS:
+        if isinstance(value, int) and -(2 ** _BITS[dtype]) <= value < 2 ** _BITS[dtype]:
+            return value
+    elif dtype in ("DT_FLOAT", "DT_DOUBLE"):
+        if isinstance(value, int | float):
+            return float(value)
+    elif dtype == _OTHER and isinstance(value, str | int | float):
+        return value
+    raise ValueError(f"{name} has a value that is not of type {dtype}")
