@@ -85,7 +85,7 @@ def test_path_that_is_no_uri(rest, name):
     """A character that no path may hold being taken for a model's name."""
     with socket.create_connection((rest.host, rest.port), timeout=10) as connection:
         connection.sendall(f"GET /v1/models/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode("latin-1"))
-        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+        assert connection.recv(1000).split()[1] == b"400"
 
 
 @pytest.mark.parametrize("method", ["BREW", "get", "TRACE", "PROPFIND"])
@@ -93,7 +93,7 @@ def test_unknown_method(rest, method):
     """A method that is not HTTP's, or not this API's, being answered as a malformed request."""
     with socket.create_connection((rest.host, rest.port), timeout=10) as connection:
         connection.sendall(f"{method} /v1/models/m HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        assert connection.recv(1000).startswith(b"HTTP/1.1 501 ")
+        assert connection.recv(1000).split()[1] == b"501"
 
 
 def test_expectation_that_is_unknown(rest):
