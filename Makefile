@@ -25,6 +25,7 @@ long: $(INSTALLED)-dev  ## the tests with all their numbers, and those that are 
 
 lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## the journey from text to model on the lowest versions that pyproject.toml allows, and what the highest exports
 	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/test_checkpoint.py tests/savedmodel/test_detokenizer.py tests/savedmodel/test_decoding.py tests/savedmodel/test_products.py
+	.venv-lowest/bin/python $(PYTEST) tests/server/test_hostile_requests.py
 	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k stock_servers
 
 readme: $(INSTALLED)-dev  ## print the tables of settings for the README

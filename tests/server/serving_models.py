@@ -50,9 +50,13 @@ class Text(tf.Module):
     def nothing(self, prompt):
         return {"text": prompt[:0]}
 
+    @tf.function(input_signature=[_strings("prompt")])
+    def number(self, prompt):
+        return {"number": tf.strings.to_number(prompt)}
+
     def signatures(self) -> dict:
         """By their names in the SavedModel."""
-        names = ("knobs", "scalar", "twice", "raw", "guarded", "nothing")
+        names = ("knobs", "scalar", "twice", "raw", "guarded", "nothing", "number")
         return {"serving_default": self.complete, **{name: getattr(self, name) for name in names}}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 
@@ -66,6 +68,39 @@ def test_outside_of_the_api(rest):
         answer = rest.get(path)
         assert answer.status == 404
         assert answer.headers["Content-Type"].startswith("text/html")
+
+
+def test_absolute_url(rest):
+    """A request as proxies send it, with the whole URL, being refused or answered as another path."""
+    answer = rest.ask("POST", f"http://{rest.host}:{rest.port}/v1/models/m:predict", {"inputs": ["a"]})
+    assert answer.json == {"outputs": ["a world"]}
+    answer = rest.ask("POST", "http://other/v1/foo", {"inputs": ["a"]})
+    assert answer.error == "Malformed request: POST /v1/foo"
+    for url in ("http://other", "http://other/foo", "//v1/models/m"):
+        assert rest.get(url).status == 404
+
+
+@pytest.mark.parametrize("name", ["q%zz", "q%", "q%4", '"', "[", "\\", "\xff"])
+def test_path_that_is_no_uri(rest, name):
+    """A character that no path may hold being taken for a model's name."""
+    with socket.create_connection((rest.host, rest.port), timeout=10) as connection:
+        connection.sendall(f"GET /v1/models/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode("latin-1"))
+        assert connection.recv(1000).split()[1] == b"400"
+
+
+@pytest.mark.parametrize("method", ["BREW", "get", "TRACE", "PROPFIND"])
+def test_unknown_method(rest, method):
+    """A method that is not HTTP's, or not this API's, being answered as a malformed request."""
+    with socket.create_connection((rest.host, rest.port), timeout=10) as connection:
+        connection.sendall(f"{method} /v1/models/m HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert connection.recv(1000).split()[1] == b"501"
+
+
+def test_expectation_that_is_unknown(rest):
+    """A request that is run although its condition was not understood."""
+    answer = rest.predict({"inputs": ["a"]}, Expect="nothing")
+    assert answer.status == 417
+    assert rest.predict({"inputs": ["a"]}).status == 200
 
 
 def test_version_above_int64(rest):

@@ -330,4 +330,33 @@ def test_gzip(rest):
 def test_gzip_bomb(rest, server):
     """A small body that fills the memory."""
     bomb = gzip.compress(b" " * (101 * 2**20) + b'{"inputs":["a"]}')
-    assert rest.predict(bomb, **{"Content-Encoding": "gzip"}).status == 400
+    answer = rest.predict(bomb, **{"Content-Encoding": "gzip"})
+    assert (answer.status, answer.error) == (413, "The request is larger than 104857600 bytes")
+
+
+WHOLE = gzip.compress(b'{"inputs":["a"]}')
+
+
+@pytest.mark.parametrize("body", [WHOLE + b"x", WHOLE * 2, WHOLE[:-3], WHOLE[:-8] + bytes(8), b'{"inputs":["a"]}'])
+def test_gzip_with_something_wrong(rest, body):
+    """What stands behind the compressed body being passed over, or half a body being run."""
+    answer = rest.predict(body, **{"Content-Encoding": "gzip"})
+    assert (answer.status, answer.error) == (400, "JSON Parse error: The document is empty")
+
+
+def test_lone_low_surrogate_passes(rest):
+    """The second half of a surrogate pair, which the real server takes alone, being refused."""
+    answer = rest.predict('{"inputs":["\\ude42"]}')
+    assert (answer.status, b'"\xed\xb9\x82 world"' in answer.body) == (200, True)
+
+
+@pytest.mark.parametrize("text", ["aGVs bG8=", "aGVs\nbG8", " aGVsbG8 ", "aGVsbG8", "aGVsbG8."])
+def test_base64_with_white_space_or_without_padding(rest, text):
+    """Base64 that was broken into lines, or lacks its padding, being refused."""
+    assert rest.predict({"inputs": [{"b64": text}]}).json == {"outputs": ["hello world"]}
+
+
+@pytest.mark.parametrize("text", ["aGVsbA=", "aGVsbG8==", "=", "a", "a-_b", "aGVsbG8=aGVs"])
+def test_base64_that_is_wrong(rest, text):
+    """Base64 with half of its padding, or of another alphabet, being read in some way."""
+    assert rest.predict({"inputs": [{"b64": text}]}).error == "Unable to base64 decode"

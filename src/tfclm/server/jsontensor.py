@@ -7,7 +7,7 @@ A request in row format ("instances") holds one value, or one object of named va
 from __future__ import annotations
 
 import base64
-import binascii
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +17,13 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import classification_pb2, input_pb2, regression_pb2
 
-from tfclm.server.jsontext import debug_string, decimal, parse, quote, type_name
+from tfclm.server.deadline import Deadline
+from tfclm.server.jsontext import MAX_QUOTED, debug_string, decimal, parse, quote, type_name
 from tfclm.server.status import Code, StatusError, invalid
 
 Inputs = Mapping[str, Any]  # name -> TensorInfo, of a signature
 
-MAX_RANK = 254  # TensorFlow's own limit
+MAX_RANK = 32  # TensorFlow's Python interface crashes above it; TensorFlow itself goes up to 254
 
 _INT32 = (-(2**31), 2**31 - 1)
 _INTEGERS = {
@@ -45,15 +46,22 @@ class PredictBody:
     row: bool
 
 
-def read_predict(body: bytes, inputs_of: Callable[[str], Inputs]) -> PredictBody:
+def read_predict(
+    body: bytes,
+    inputs_of: Callable[[str], Inputs],
+    deadline: Deadline | None = None,
+    max_values: int | None = None,
+) -> PredictBody:
     """Reads a predict request; `inputs_of` gives the inputs of a signature by its name, "" for the default one.
 
     Raises:
-        StatusError: for a body that is no request to that signature.
+        StatusError: for a body that is no request to that signature, or that `parse` refuses.
     """
-    document = parse(body)
+    deadline = deadline or Deadline()
+    document = parse(body, deadline, max_values)
     name = _signature_name(document)
-    known = inputs_of(name)
+    # A map of protobuf fails when it is asked for a name that is not valid UTF-8; a dict does not.
+    known = dict(inputs_of(name))
     if not known:
         raise invalid(f"Failed to get input map for signature: {name or 'DEFAULT'}")
     if "instances" in document and "inputs" in document:
@@ -66,20 +74,23 @@ def read_predict(body: bytes, inputs_of: Callable[[str], Inputs]) -> PredictBody
             raise _format_error(document, "Expecting 'instances' to be an list/array")
         if not instances:
             raise _format_error(document, "No values in 'instances' array")
-        return PredictBody(name, _from_instances(instances, known), row=True)
+        return PredictBody(name, _from_instances(instances, known, deadline), row=True)
     if "inputs" in document:
-        return PredictBody(name, _from_inputs(document["inputs"], known), row=False)
+        return PredictBody(name, _from_inputs(document["inputs"], known, deadline), row=False)
     raise invalid("Missing 'inputs' or 'instances' key")
 
 
-def read_examples(body: bytes) -> tuple[str, input_pb2.Input]:
+def read_examples(
+    body: bytes, deadline: Deadline | None = None, max_values: int | None = None
+) -> tuple[str, input_pb2.Input]:
     """Reads a classify or regress request: the signature's name and the examples."""
-    document = parse(body)
+    deadline = deadline or Deadline()
+    document = parse(body, deadline, max_values)
     name = _signature_name(document)
     request = input_pb2.Input()
     context = "context" in document
     if context:
-        _fill_example(document["context"], request.example_list_with_context.context)
+        _fill_example(document["context"], request.example_list_with_context.context, deadline)
     if "examples" not in document:
         raise _format_error(document, "When method is classify, key 'examples' is expected and was not found")
     examples = document["examples"]
@@ -89,15 +100,16 @@ def read_examples(body: bytes) -> tuple[str, input_pb2.Input]:
         raise _format_error(document, "'examples' value is an empty array")
     target = request.example_list_with_context if context else request.example_list
     for example in examples:
-        _fill_example(example, target.examples.add())
+        _fill_example(example, target.examples.add(), deadline)
     return name, request
 
 
-def write_predict(outputs: Mapping[str, Any], *, row: bool) -> bytes:
+def write_predict(outputs: Mapping[str, Any], *, row: bool, deadline: Deadline | None = None) -> bytes:
     """The reply to a predict request: arrays by name, as "predictions" or "outputs"."""
     if not outputs:
         raise invalid("Cannot convert empty tensor map to JSON")
-    return _encode(_rows(outputs) if row else _columns(outputs))
+    deadline = deadline or Deadline()
+    return _encode(_rows(outputs, deadline) if row else _columns(outputs, deadline))
 
 
 def write_classifications(result: classification_pb2.ClassificationResult) -> bytes:
@@ -121,7 +133,7 @@ def write_regressions(result: regression_pb2.RegressionResult) -> bytes:
 
 def write_error(message: str) -> bytes:
     """The reply that says what went wrong."""
-    return _encode('{\n    "error": ' + quote(message) + "\n}")
+    return _encode('{\n    "error": ' + quote(message[:MAX_QUOTED]) + "\n}")
 
 
 def _encode(text: str) -> bytes:
@@ -140,7 +152,7 @@ def _signature_name(document: dict[str, Any]) -> str:
     return name
 
 
-def _from_instances(instances: list[Any], known: Inputs) -> dict[str, Any]:
+def _from_instances(instances: list[Any], known: Inputs, deadline: Deadline) -> dict[str, Any]:
     if not isinstance(instances[0], dict) and len(known) > 1:
         raise invalid(
             "instances is a plain list, but expecting list of objects as multiple input tensors required "
@@ -149,6 +161,8 @@ def _from_instances(instances: list[Any], known: Inputs) -> dict[str, Any]:
     named = _is_named(instances[0])
     columns: dict[str, _Column] = {}
     for place, instance in enumerate(instances):
+        if place % 1024 == 0:
+            deadline.check()
         if named and not _is_named(instance):
             raise invalid(f"Expecting object but got list at item {place} of input list")
         if not named and _is_named(instance):
@@ -157,10 +171,14 @@ def _from_instances(instances: list[Any], known: Inputs) -> dict[str, Any]:
         for name, value in values:
             try:
                 if name not in known:
-                    raise invalid(f"JSON object: does not have named input: {name}")
-                columns.setdefault(name, _Column(name, tf.as_dtype(known[name].dtype))).add(value)
+                    raise invalid(f"JSON object: does not have named input: {name[:MAX_QUOTED]}")
+                if name not in columns:
+                    columns[name] = _Column(name, tf.as_dtype(known[name].dtype), deadline)
+                columns[name].add(value)
             except StatusError as error:
-                key = f" key: {name}" if named else ""
+                if error.code is Code.DEADLINE_EXCEEDED:
+                    raise
+                key = f" key: {name[:MAX_QUOTED]}" if named else ""
                 raise invalid(f"Failed to process element: {place}{key} of 'instances' list. Error: {error}") from error
         if named and instance.keys() != known.keys():
             raise invalid(
@@ -170,7 +188,7 @@ def _from_instances(instances: list[Any], known: Inputs) -> dict[str, Any]:
     return {name: column.array(batch=len(instances)) for name, column in columns.items()}
 
 
-def _from_inputs(value: Any, known: Inputs) -> dict[str, Any]:
+def _from_inputs(value: Any, known: Inputs, deadline: Deadline) -> dict[str, Any]:
     if not _is_named(value):
         if len(known) > 1:
             raise invalid(
@@ -182,7 +200,7 @@ def _from_inputs(value: Any, known: Inputs) -> dict[str, Any]:
     for name, info in known.items():
         if name not in value:
             raise invalid(f"Missing named input: {name} in 'inputs' object.")
-        column = _Column(name, tf.as_dtype(info.dtype))
+        column = _Column(name, tf.as_dtype(info.dtype), deadline)
         column.add(value[name])
         arrays[name] = column.array()
     return arrays
@@ -199,8 +217,9 @@ def _is_named(value: Any) -> bool:
 class _Column:
     """The values of one input, of one shape an item."""
 
-    def __init__(self, name: str, dtype: tf.DType) -> None:
-        self._name, self._dtype = name, dtype
+    def __init__(self, name: str, dtype: tf.DType, deadline: Deadline) -> None:
+        self._name, self._dtype, self._deadline = name, dtype, deadline
+        self._steps = 0
         self._values: list[Any] = []
         self._shape: list[int] | None = None
         self._size = 0
@@ -242,6 +261,9 @@ class _Column:
         return flat.reshape(shape)
 
     def _fill(self, value: Any, level: int, shape: list[int]) -> None:
+        self._steps += 1
+        if self._steps % 4096 == 0:
+            self._deadline.check()
         if not isinstance(value, list):
             if level != len(shape):
                 raise invalid(
@@ -303,20 +325,30 @@ def _bytes(text: str) -> bytes:
 def _decode_base64(value: Any) -> bytes:
     if not _is_base64(value):
         raise invalid(f"JSON Value: {debug_string(value)} not formatted correctly for base64 data")
-    try:
-        # Padding may be left out.
-        text = _bytes(value["b64"]).rstrip(b"=")
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
-    except binascii.Error:
-        raise invalid("Unable to base64 decode") from None
+    # White space is passed over, and padding may be left out, but not half of it.
+    text = _bytes(value["b64"]).translate(None, b" \t\n\v\f\r")
+    parts = _BASE64.fullmatch(text)
+    missing = -len(parts[1]) % 4 if parts else 3
+    if not parts or missing == 3 or len(parts[2]) not in (0, missing):
+        raise invalid("Unable to base64 decode")
+    return base64.b64decode(parts[1] + b"=" * missing)
 
 
-def _fill_example(value: Any, example: Any) -> None:
+_BASE64 = re.compile(rb"([A-Za-z0-9+/]*)([=.]*)")
+
+
+def _fill_example(value: Any, example: Any, deadline: Deadline) -> None:
+    deadline.check()
     if not isinstance(value, dict):
         raise invalid(f"Example must be JSON object but got JSON {type_name(value)}")
     for name, content in value.items():
-        feature = example.features.feature[name]
-        for item in content if isinstance(content, list) else [content]:
+        try:
+            feature = example.features.feature[name]
+        except UnicodeEncodeError:
+            raise invalid(f"Feature: {name} is not valid UTF-8") from None
+        for place, item in enumerate(content if isinstance(content, list) else [content]):
+            if place % 1024 == 0:
+                deadline.check()
             _add_to_feature(item, name, feature)
 
 
@@ -341,7 +373,7 @@ def _add_to_feature(value: Any, name: str, feature: Any) -> None:
     getattr(feature, kind).value.append(value)
 
 
-def _rows(outputs: Mapping[str, Any]) -> str:
+def _rows(outputs: Mapping[str, Any], deadline: Deadline) -> str:
     batch = None
     for name, array in outputs.items():
         if np.ndim(array) == 0:
@@ -351,7 +383,7 @@ def _rows(outputs: Mapping[str, Any]) -> str:
         batch = len(array)
     if not batch:
         return '{\n    "predictions": []\n}'
-    columns = {name: _values(name, array) for name, array in outputs.items()}
+    columns = {name: _values(name, array, deadline) for name, array in outputs.items()}
     if len(columns) == 1:
         (column,) = columns.values()
         return '{\n    "predictions": [' + ", ".join(map(_line, column)) + "\n    ]\n}"
@@ -364,15 +396,15 @@ def _rows(outputs: Mapping[str, Any]) -> str:
     return '{\n    "predictions": [\n' + ",\n".join(rows) + "\n    ]\n}"
 
 
-def _columns(outputs: Mapping[str, Any]) -> str:
+def _columns(outputs: Mapping[str, Any], deadline: Deadline) -> str:
     if len(outputs) == 1:
         ((name, array),) = outputs.items()
-        return '{\n    "outputs": ' + _block(_values(name, array), 1) + "\n}"
-    members = (f"        {quote(name)}: {_block(_values(name, array), 2)}" for name, array in outputs.items())
+        return '{\n    "outputs": ' + _block(_values(name, array, deadline), 1) + "\n}"
+    members = (f"        {quote(name)}: {_block(_values(name, array, deadline), 2)}" for name, array in outputs.items())
     return '{\n    "outputs": {\n' + ",\n".join(members) + "\n    }\n}"
 
 
-def _values(name: str, array: Any) -> Any:
+def _values(name: str, array: Any, deadline: Deadline) -> Any:
     """An array as nested lists whose leaves are JSON text."""
     array = np.asarray(array)
     dtype = tf.as_dtype(array.dtype)
@@ -387,8 +419,10 @@ def _values(name: str, array: Any) -> Any:
         render = _bool_json
     else:
         raise invalid(f"Failed to write JSON value for tensor type: {type_string(dtype)}")
-    flat = np.empty(array.size, object)
-    flat[:] = [render(value) for value in array.ravel().tolist()]
+    flat, values = np.empty(array.size, object), array.ravel()
+    for start in range(0, array.size, 4096):
+        deadline.check()
+        flat[start : start + 4096] = [render(value) for value in values[start : start + 4096].tolist()]
     return flat.reshape(array.shape).tolist()
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
+from aiohttp.http_exceptions import BadHttpMethod
 
+from tfclm.server.bodies import Body
 from tfclm.server.jsontensor import write_error
-from tfclm.server.rest import Reply, RestApi
+from tfclm.server.rest import Reply, RestApi, error_page, local_path
 from tfclm.server.status import Code
 
 _log = logging.getLogger(__name__)
@@ -23,18 +26,21 @@ _access = logging.getLogger("tfclm.server.access")
 
 _http = logging.getLogger("tfclm.server.http")
 
-MAX_INFLATED_BYTES = 100 * 2**20
-
 
 @dataclass(frozen=True)
 class Limits:
-    """What the listener takes on before it refuses."""
+    """What the listener takes on before it refuses.
+
+    A client has `read_seconds` to send a request, and as long to take some of a reply that waits for it. Large bodies
+    (`jsontext.LARGE_BYTES`) may have a quarter of the threads, and a quarter of the queue.
+    """
 
     threads: int
     queued: int
     body_bytes: int
     read_seconds: float
     connections: int = 1000
+    spare_seconds: float = 5.0  # after which a useless connection gives its place to a new one
 
 
 class Refused(Exception):
@@ -52,6 +58,9 @@ class Listener:
         self._api, self._host, self._port, self._limits = api, host, port, limits
         self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="tfclm-rest")
         self._running = 0  # requests that have a thread or wait for one
+        self._large = 0  # of those, the ones with a large body
+        self._large_places = asyncio.Semaphore(max(limits.threads // 4, 1))
+        self._most_large = max(limits.threads // 4, 1) + limits.queued // 4
         self._buffered = 0  # bytes of bodies that are held
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tfclm-http", daemon=True)
@@ -91,10 +100,12 @@ class Listener:
         )
         backlog = self._limits.connections
         self._socket = await self._loop.create_server(self._connection, self._host, self._port, backlog=backlog)
+        self._watch = self._loop.create_task(self._web.watch(self._limits.read_seconds))
         return int(self._socket.sockets[0].getsockname()[1])
 
     async def _close(self, grace_seconds: float) -> None:
         self._socket.close()
+        self._watch.cancel()
         deadline = self._loop.time() + grace_seconds
         self._web.pre_shutdown()
         while self._running and self._loop.time() < deadline:
@@ -102,39 +113,43 @@ class Listener:
         await self._web.shutdown(1)
 
     def _connection(self) -> asyncio.Protocol:
-        if self._web.count >= self._limits.connections:
+        if self._web.count >= self._limits.connections and not self._web.drop_useless(self._limits.spare_seconds):
             return _Busy()
-        protocol = self._web()
         self._web.count += 1
-        # A connection on which no request head arrives is let go. Of a later request keep-alive's timeout takes care.
-        self._web.silent[protocol] = self._loop.call_later(self._limits.read_seconds, protocol.force_close)
-        return protocol
+        return self._web()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self._web.has_spoken(request.protocol)
         start = time.perf_counter()
         received = 0
-        close = False
+        # What is left of a body that is not read would be taken for the next request.
+        close = request.can_read_body
+        path = local_path(request.raw_path)
         try:
-            if self._api.is_inference(request.method, request.raw_path):
-                body = await self._read(request)
-                received = len(body)
+            if path is None:
+                reply = error_page(400)
+            elif request.can_read_body and request.headers.get("Expect", "100-continue").lower() != "100-continue":
+                reply = error_page(417)
+            elif self._api.is_inference(request.method, path):
+                sent = await self._read(request)
+                received, close = len(sent), False
+                gzip = "gzip" in request.headers.get("Content-Encoding", "")
                 try:
-                    reply = await self._in_thread(request, body)
+                    body = Body(sent, gzip=gzip, limit=self._limits.body_bytes)
+                    del sent
+                    reply = await self._in_thread(request, path, body)
+                    del body
                 finally:
                     self._buffered -= received
             else:
                 # Quick, and asked by probes: never behind the queue.
-                reply = self._answer(request, b"")
-                close = request.can_read_body
+                reply = self._answer(request, path, Body(limit=0))
         except Refused as refused:
             headers = {"Content-Type": "application/json"}
             reply = Reply(refused.status, write_error(refused.message), headers, code=refused.code)
             # The rest of the body is not wanted.
             close = True
-        response = web.Response(status=reply.status, body=reply.body, headers={"Server": "tfclm", **reply.headers})
-        if "Content-Type" not in reply.headers:
-            response.headers.popall("Content-Type", None)
+        response = _response(reply)
         if close:
             response.force_close()
         _access.info(
@@ -156,29 +171,35 @@ class Listener:
         )
         return response
 
-    async def _in_thread(self, request: web.BaseRequest, body: bytes) -> Reply:
-        if self._running >= self._limits.threads + self._limits.queued:
+    async def _in_thread(self, request: web.BaseRequest, path: str, body: Body) -> Reply:
+        full = self._running >= self._limits.threads + self._limits.queued
+        if full or (body.large and self._large >= self._most_large):
             raise Refused(503, Code.UNAVAILABLE, "The server is overloaded; try again later")
         self._running += 1
+        self._large += body.large
         try:
-            job = self._loop.run_in_executor(self._threads, self._answer, request, body)
-            job.add_done_callback(self._done)
+            if body.large:
+                await self._large_places.acquire()
+            job = self._loop.run_in_executor(self._threads, self._answer, request, path, body)
         except BaseException:
             self._running -= 1
+            self._large -= body.large
             raise
+        job.add_done_callback(partial(self._done, body.large))
         # A client that goes away leaves its request in its thread: its place is taken until it is done.
         return await asyncio.shield(job)
 
-    def _done(self, job: asyncio.Future[Reply]) -> None:
+    def _done(self, large: bool, job: asyncio.Future[Reply]) -> None:
         self._running -= 1
+        self._large -= large
+        if large:
+            self._large_places.release()
 
-    def _answer(self, request: web.BaseRequest, body: bytes) -> Reply:
+    def _answer(self, request: web.BaseRequest, path: str, body: Body) -> Reply:
         try:
-            if body and "gzip" in request.headers.get("Content-Encoding", ""):
-                body = _inflate(body)
-            return self._api.answer(request.method, request.raw_path, body, request.headers.get("Origin", ""))
+            return self._api.answer(request.method, path, body, request.headers.get("Origin", ""))
         except Exception:
-            _log.exception("a request failed: %s %s", request.method, request.raw_path[:512])
+            _log.exception("a request failed: %s %s", request.method, path[:512])
             headers = {"Content-Type": "application/json"}
             return Reply(500, write_error("Internal error; the server's log says more"), headers, code=Code.INTERNAL)
 
@@ -213,23 +234,109 @@ class Listener:
         return b"".join(pieces)
 
 
+@dataclass
+class _Connection:
+    """A connection, and since when it is of no use: no request has come, or replies wait for the client."""
+
+    transport: asyncio.Transport
+    since: float
+    silent: bool = True  # no head of a request has come yet
+    unread: int = 0  # bytes of replies that the client does not take
+
+
 class _Connections(web.Server):
-    """The open connections, and what will close those of them on which no request has come."""
+    """The open connections. Those end that are of no use for long, whatever the client does."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.count = 0  # with those that are about to be made, of which `connections` does not know
-        self.silent: dict[Any, asyncio.TimerHandle] = {}
+        self._options = options
+        self._open: dict[Any, _Connection] = {}
+        self.count = 0  # with those that are about to be made, of which `_open` does not know
 
-    def has_spoken(self, handler: Any) -> None:
-        """A request has come: the connection may stay. A timer left alone would keep it in memory until it ends."""
-        if timer := self.silent.pop(handler, None):
-            timer.cancel()
+    def __call__(self) -> web.RequestHandler:
+        """The protocol of a new connection."""
+        return _Protocol(self, loop=asyncio.get_running_loop(), **self._options)
+
+    async def watch(self, patience: float) -> None:
+        """Ends, from now on, every connection that has been of no use for `patience` seconds."""
+        while True:
+            await asyncio.sleep(min(patience / 4, 1.0))
+            now = asyncio.get_running_loop().time()
+            for protocol, connection in list(self._open.items()):
+                unread = connection.transport.get_write_buffer_size()
+                if not (unread or connection.silent) or connection.unread - unread >= _LEAST_TAKEN:
+                    connection.since = now
+                elif now - connection.since > patience:
+                    # To close it is to wait for the client to take what is left.
+                    if unread:
+                        connection.transport.abort()
+                    else:
+                        protocol.force_close()
+                else:
+                    # It is the most that counts, so that a client cannot stay by taking a byte at a time.
+                    unread = max(unread, connection.unread)
+                connection.unread = unread
+
+    def drop_useless(self, patience: float) -> bool:
+        """Ends the connection that has been of no use for the longest time, if that is `patience` seconds or more."""
+        useless = [pair for pair in self._open.items() if pair[1].silent or pair[1].unread]
+        if not useless:
+            return False
+        protocol, connection = min(useless, key=lambda pair: pair[1].since)
+        if asyncio.get_running_loop().time() - connection.since < patience:
+            return False
+        del self._open[protocol]
+        connection.transport.abort()
+        return True
+
+    def has_spoken(self, protocol: Any) -> None:
+        """Notes that a request has come; from the next one on keep-alive's time-out does for it."""
+        if (connection := self._open.get(protocol)) and connection.silent:
+            connection.silent, connection.since = False, asyncio.get_running_loop().time()
+
+    def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self._open[handler] = _Connection(transport, asyncio.get_running_loop().time())
 
     def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
         self.count -= 1
-        self.has_spoken(handler)
+        self._open.pop(handler, None)
         super().connection_lost(handler, exc)
+
+
+class _Protocol(web.RequestHandler):
+    """HTTP of a connection; what is no HTTP is answered as TensorFlow Serving answers it."""
+
+    _received = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._received = data[:64]
+        super().data_received(data)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        super().handle_error(request, status, exc)  # writes to the log, and refuses to answer twice
+        if isinstance(exc, BadHttpMethod) and _UNKNOWN_METHOD.match(self._received):
+            status = 501
+        response = _response(error_page(status))
+        response.force_close()
+        return response
+
+
+_UNKNOWN_METHOD = re.compile(rb"[A-Za-z-]+ ")
+_LEAST_TAKEN = 2**14
+
+
+def _response(reply: Reply) -> web.Response:
+    response = web.Response(status=reply.status, body=reply.body, headers={"Server": "tfclm", **reply.headers})
+    if "Content-Type" not in reply.headers:
+        response.headers.popall("Content-Type", None)
+    return response
 
 
 class _Terse(logging.Filter):
@@ -254,13 +361,3 @@ class _Busy(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         transport.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
         transport.close()
-
-
-def _inflate(body: bytes) -> bytes:
-    """Unpacks gzip; what cannot be unpacked, or is too large then, counts as no body."""
-    inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
-    try:
-        inflated = inflater.decompress(body, MAX_INFLATED_BYTES)
-    except zlib.error:
-        return b""
-    return inflated if inflater.eof else b""

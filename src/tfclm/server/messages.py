@@ -11,12 +11,12 @@ import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import classification_pb2, regression_pb2
 
+from tfclm.server.jsontensor import MAX_RANK
 from tfclm.server.status import invalid
 
 __all__ = ["classifications", "read_tensors", "regressions", "write_tensor"]
 
 _CHUNK = 2**16
-MAX_RANK = 254  # of a tensor in TensorFlow
 MAX_REPEATED_BYTES = 16 * 2**20  # what a request may ask for beyond the values that it holds
 
 

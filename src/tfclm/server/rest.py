@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -13,14 +16,17 @@ from google.protobuf import json_format
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
+    input_pb2,
     model_pb2,
     regression_pb2,
 )
 
 from tfclm.server import jsontensor
+from tfclm.server.bodies import Body
+from tfclm.server.deadline import Deadline, expired
 from tfclm.server.playground import Playground
 from tfclm.server.service import METADATA_FIELD, Service
-from tfclm.server.status import HTTP_STATUS, Code, StatusError, invalid
+from tfclm.server.status import HTTP_STATUS, Code, StatusError, TooLarge, invalid
 
 _JSON = {"Content-Type": "application/json"}
 _CORS = {
@@ -30,6 +36,13 @@ _CORS = {
 }
 _NAME, _VERSION = r"([^/:]+)", r"(?:/versions/(\d+)|/labels/([^/:]+))?"
 _FLAGS = re.IGNORECASE | re.ASCII | re.DOTALL
+_METHODS = {"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"}
+_CHARACTER = r"[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2}"
+_TARGET = re.compile(
+    # Scheme and host, of which nothing depends, then what counts: path, query and fragment.
+    r"(?:[A-Za-z][A-Za-z0-9+.\-]*:)?(?://[^/?#]*)?"
+    rf"((?:{_CHARACTER})*(?:\?(?:{_CHARACTER}|\?)*)?(?:\#(?:{_CHARACTER}|\?)*)?)"
+)
 _API = re.compile("/v1/.*", _FLAGS)
 _CALL = re.compile(f"/v1/models/{_NAME}{_VERSION}:(classify|regress|predict)", _FLAGS)
 _LOOK = re.compile(f"/v1/models(?:/{_NAME})?{_VERSION}(?:/(metadata))?", _FLAGS)
@@ -57,8 +70,9 @@ class Path:
 class RestApi:
     """TensorFlow Serving's REST API over a service.
 
-    `timeout_ms` limits a run of a model. `metrics_path` is where Prometheus asks; None for nowhere. `playground` is
-    the page at `/`; None for no page.
+    `timeout_ms` limits a request, from the reading of its body to the writing of the reply. A request may hold
+    `max_values` JSON values, by default any number. `metrics_path` is where Prometheus asks; None for nowhere.
+    `playground` is the page at `/`; None for no page.
     """
 
     def __init__(
@@ -69,8 +83,11 @@ class RestApi:
         cors: bool,
         metrics_path: str | None,
         playground: Playground | None = None,
+        max_values: int | None = None,
     ) -> None:
         self._service, self._timeout_ms, self._metrics_path = service, timeout_ms, metrics_path
+        self._max_values = max_values
+        self._large = threading.Lock()  # held by the one large body that is read
         self._cors = _CORS if cors else {}
         self._playground = playground
 
@@ -78,15 +95,16 @@ class RestApi:
         """Whether a request may run a model, so that it needs a thread and a place in the queue."""
         return method == "POST" and _API.fullmatch(path) is not None
 
-    def answer(self, method: str, path: str, body: bytes, origin: str = "") -> Reply:
-        """Answers a request. `path` is as it was sent, with its query."""
+    def answer(self, method: str, path: str, body: Body, origin: str = "") -> Reply:
+        """Answers a request. `path` is one that `local_path` gave."""
+        if method not in _METHODS:
+            return error_page(501)
         if self._metrics_path is not None and path.partition("?")[0] == self._metrics_path:
             return self._metrics(path)
         if self._playground is not None and method == "GET" and path.partition("?")[0] == "/":
             return Reply(200, self._playground.page(), dict(self._playground.headers))
         if not _API.fullmatch(path):
-            page = b"<!DOCTYPE html><title>404 Not Found</title><h1>Not Found</h1>\n"
-            return Reply(404, page, {"Content-Type": "text/html"}, code=Code.NOT_FOUND)
+            return error_page(404)
         if method == "OPTIONS":
             code = Code.OK if re.search("https?://", origin) else Code.FAILED_PRECONDITION
             self._service.metrics.request_count.add(model_name="", status=code.name)
@@ -105,7 +123,7 @@ class RestApi:
                 reply = self._run(method, path, parsed, body)
             return Reply(200, reply, headers, name)
         except StatusError as error:
-            status = HTTP_STATUS.get(error.code, 500)
+            status = 413 if isinstance(error, TooLarge) else HTTP_STATUS.get(error.code, 500)
             return Reply(status, jsontensor.write_error(error.message), headers, name, error.code)
 
     def _metrics(self, path: str) -> Reply:
@@ -114,19 +132,30 @@ class RestApi:
             return Reply(400, page.encode(), {"Content-Type": "text/plain"}, code=Code.INVALID_ARGUMENT)
         return Reply(200, self._service.metrics.page().encode(), {"Content-Type": "text/plain"})
 
-    def _run(self, method: str, path: str, parsed: Path | None, body: bytes) -> bytes:
+    def _run(self, method: str, path: str, parsed: Path | None, body: Body) -> bytes:
         if method == "POST" and parsed is not None:
             # The verb is matched without regard to case, and then refused: the path alone is free in that.
             run = {"predict": self._predict, "classify": self._classify, "regress": self._regress}.get(parsed.verb)
             if run is not None:
-                return run(parsed.spec, body)
+                return run(parsed.spec, body, Deadline(self._timeout_ms))
         if method == "GET" and parsed is not None:
             if not parsed.spec.name:
                 raise invalid("Missing model name in request.")
             return self._metadata(parsed.spec) if parsed.verb == "metadata" else self._status(parsed.spec)
         raise invalid(f"Malformed request: {method} {path}")
 
-    def _predict(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+    @contextmanager
+    def _read(self, body: Body, deadline: Deadline) -> Iterator[bytes]:
+        """The body's bytes. Large ones are read one at a time: what they become takes several times their memory."""
+        if body.large and not self._large.acquire(timeout=-1 if (left := deadline.seconds()) is None else left):
+            raise expired()
+        try:
+            yield body.read(deadline)
+        finally:
+            if body.large:
+                self._large.release()
+
+    def _predict(self, spec: model_pb2.ModelSpec, body: Body, deadline: Deadline) -> bytes:
         with ExitStack() as stack:
             taken = []
 
@@ -134,19 +163,33 @@ class RestApi:
                 taken.append(stack.enter_context(self._service.manager.use(spec)))
                 return taken[0].signature_inputs(signature_name)
 
-            request = jsontensor.read_predict(body, inputs_of)
-            outputs = taken[0].predict(request.signature_name, request.inputs, timeout_ms=self._timeout_ms)
-        return jsontensor.write_predict(outputs, row=request.row)
+            with self._read(body, deadline) as text:
+                request = jsontensor.read_predict(text, inputs_of, deadline, self._max_values)
+                del text
+            timeout_ms = deadline.milliseconds()
+            outputs = taken[0].predict(request.signature_name, request.inputs, timeout_ms=timeout_ms)
+        return jsontensor.write_predict(outputs, row=request.row, deadline=deadline)
 
-    def _classify(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
-        spec.signature_name, examples = jsontensor.read_examples(body)
+    def _classify(self, spec: model_pb2.ModelSpec, body: Body, deadline: Deadline) -> bytes:
+        examples = self._examples(spec, body, deadline)
         request = classification_pb2.ClassificationRequest(model_spec=spec, input=examples)
-        return jsontensor.write_classifications(self._service.classify(request, self._timeout_ms).result)
+        return jsontensor.write_classifications(self._service.classify(request, deadline.milliseconds()).result)
 
-    def _regress(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
-        spec.signature_name, examples = jsontensor.read_examples(body)
+    def _regress(self, spec: model_pb2.ModelSpec, body: Body, deadline: Deadline) -> bytes:
+        examples = self._examples(spec, body, deadline)
         request = regression_pb2.RegressionRequest(model_spec=spec, input=examples)
-        return jsontensor.write_regressions(self._service.regress(request, self._timeout_ms).result)
+        return jsontensor.write_regressions(self._service.regress(request, deadline.milliseconds()).result)
+
+    def _examples(self, spec: model_pb2.ModelSpec, body: Body, deadline: Deadline) -> input_pb2.Input:
+        """The examples of a request; the name of its signature is put into `spec`."""
+        with self._read(body, deadline) as text:
+            name, examples = jsontensor.read_examples(text, deadline, self._max_values)
+        try:
+            spec.signature_name = name
+        except UnicodeEncodeError:
+            # No name of a signature is like that: names are valid UTF-8.
+            raise invalid(f"No signature was found with the name: {name}") from None
+        return examples
 
     def _status(self, spec: model_pb2.ModelSpec) -> bytes:
         return _proto_json(self._service.manager.status(spec)).encode()
@@ -164,6 +207,23 @@ class RestApi:
             + "}\n}\n"
         )
         return text.encode()
+
+
+def local_path(target: str) -> str | None:
+    """What a request asks for, without the scheme and host that it may name: path, query and fragment.
+
+    None for what is no URI, such as one with a percent sign that two hexadecimal digits do not follow.
+    """
+    match = _TARGET.fullmatch(target)
+    return match and match[1]
+
+
+def error_page(status: int) -> Reply:
+    """The answer to what does not reach the API, which TensorFlow Serving gives as HTML."""
+    reason = HTTPStatus(status).phrase
+    page = f"<!DOCTYPE html><title>{status} {reason}</title><h1>{reason}</h1>\n".encode()
+    codes = {404: Code.NOT_FOUND, 501: Code.UNIMPLEMENTED}
+    return Reply(status, page, {"Content-Type": "text/html"}, code=codes.get(status, Code.INVALID_ARGUMENT))
 
 
 def _parse_path(method: str, path: str) -> Path | None:

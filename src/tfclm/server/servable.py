@@ -26,12 +26,13 @@ from tensorflow_serving.apis import (
 
 from tfclm.server.messages import MAX_REPEATED_BYTES, classifications, read_tensors, regressions
 from tfclm.server.metrics import Metrics
-from tfclm.server.runs import POOLS, Caller, Runs
+from tfclm.server.runs import POOLS, Caller, Runs, Step
 from tfclm.server.status import Code, StatusError, from_tensorflow, invalid
 
 DEFAULT_SIGNATURE = "serving_default"
 CLASSIFY, REGRESS, PREDICT = (f"tensorflow/serving/{method}" for method in ("classify", "regress", "predict"))
 MAX_WARMUP_RECORDS = 1000
+_NO_OUTPUT = "Missing 0-th output from"  # of a batch that was cancelled before it began
 MAX_INTER_OP_THREADS = 4  # of a run, unless the option says otherwise
 
 
@@ -271,7 +272,7 @@ class Servable:
         start = time.perf_counter()
         try:
             # While it loads, the warm-up is nobody's request.
-            values = self._runs.run(self.name, step, caller) if self._loaded else step(0, 0)
+            values = self._run_until_answered(step, caller) if self._loaded else step(0, 0)
         except tf.errors.OpError as error:
             raise from_tensorflow(error) from error
         except UnicodeDecodeError as error:
@@ -284,6 +285,20 @@ class Servable:
                 (time.perf_counter() - start) * 1e6, model_name=self.name, API=api, runtime="TF1"
             )
         return dict(zip(fetches, values, strict=True))
+
+    def _run_until_answered(self, step: Step[list[Any]], caller: Caller) -> list[Any]:
+        """Runs a step again where it failed because of another request, until it is done or the caller has gone.
+
+        TensorFlow runs a batch of several requests under the deadline of the last one. When that passes, the others
+        are cancelled, or get no output if the batch had not begun.
+        """
+        while True:
+            try:
+                return self._runs.run(self.name, step, caller)
+            except (tf.errors.CancelledError, tf.errors.InternalError) as error:
+                if isinstance(error, tf.errors.InternalError) and _NO_OUTPUT not in error.message:
+                    raise
+                caller.remaining()  # raises if it was this caller's own deadline
 
     def _tensor(self, name: str) -> Any:
         return self._session.graph.get_tensor_by_name(name)._as_tf_output()

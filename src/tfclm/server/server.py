@@ -10,6 +10,7 @@ import time
 
 from tfclm.errors import InputError
 from tfclm.server import configs
+from tfclm.server.jsontext import LARGE_BYTES
 from tfclm.server.listener import Limits, Listener
 from tfclm.server.manager import Manager
 from tfclm.server.metrics import Metrics
@@ -81,6 +82,8 @@ class Server:
                 cors=settings.rest_api_enable_cors_support,
                 metrics_path=configs.read_metrics_path(settings.monitoring_config_file),
                 playground=Playground(self.manager.names) if settings.playground else None,
+                # A value takes some hundred bytes of memory while it is read.
+                max_values=max(settings.max_request_bytes // 32, LARGE_BYTES),
             )
             limits = Limits(
                 threads=settings.rest_api_num_threads or threads,

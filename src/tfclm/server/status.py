@@ -61,6 +61,13 @@ class StatusError(Exception):
         return f"{self.code.name}: {self.message}"
 
 
+class TooLarge(StatusError):
+    """A request that is larger than the server takes; 413 over HTTP."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Code.INVALID_ARGUMENT, message)
+
+
 def invalid(message: str) -> StatusError:
     """An INVALID_ARGUMENT error."""
     return StatusError(Code.INVALID_ARGUMENT, message)
