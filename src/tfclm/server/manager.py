@@ -362,7 +362,6 @@ class Manager:
             model = self._models.get(name)
             if model is None or model.config is not config:
                 return
-            model.looked_at = True
             if absent is not None and absent.code is not Code.NOT_FOUND and model.versions:
                 # The path may be away for a while: what is loaded stays.
                 return
@@ -378,6 +377,8 @@ class Manager:
             if self._models.get(name) is not model or model.config is not config:
                 return
             model.versions.update(begun)
+            # Not before its versions are known: a model without any is not waited for.
+            model.looked_at = True
             for number, version in model.versions.items():
                 version.wanted = number in wanted
             self._changed.notify_all()
