@@ -1,17 +1,26 @@
-"""Requests that time out while their rows are decoded, on TensorFlow's C++ session, which TensorFlow Serving runs."""
+"""Requests that end while their rows are decoded: in TensorFlow's C++ session, which every server runs, and here."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import random
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from server.processes import launcher
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
+from tfclm.client import Client
 from tfclm.savedmodel import saving
 from tfclm.savedmodel.servable import Servable
 from tfclm.savedmodel.settings import ServableSettings
@@ -72,3 +81,113 @@ def test_time_outs(ask: Callable[[int, int], Any]) -> None:
 def test_a_minute_of_time_outs(ask: Callable[[int, int], Any]) -> None:
     """The same with more time for what is seldom."""
     assert ask(20, 60)["answered"] >= 100
+
+
+class Storm:
+    """Clients of one server: some of them wait for their answers, others time out, cancel or disconnect."""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
+        self.outcomes: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.prompts = [f"{'ab c'[: 1 + number % 4]} {number}" for number in range(12)]
+        self.expected = [self.wait_for([number])[0] for number in range(12)]
+
+    def body(self, numbers: list[int]) -> dict[str, Any]:
+        """A request for these prompts, with 3 to 120 tokens each."""
+        return {
+            "prompt": [self.prompts[number] for number in numbers],
+            "max_new_tokens": [(3, 20, LONGEST)[number % 3] for number in numbers],
+            "temperature": [number % 2 for number in numbers],
+            "seed": numbers,
+        }
+
+    def wait_for(self, numbers: list[int]) -> list[str]:
+        with Client(f"http://127.0.0.1:{self.server.rest_port}", "model", timeout=120) as client:
+            return [text.decode() for text in client.predict("generate", self.body(numbers))["completion"]]
+
+    def patient(self, numbers: list[int], rng: random.Random) -> None:
+        answers = self.wait_for(numbers)
+        if answers != [self.expected[number] for number in numbers]:
+            self.problems.append(f"{numbers}: {answers}")
+        self.outcomes["answered"] += 1
+
+    def call(self, numbers: list[int]) -> Any:
+        request = predict_pb2.PredictRequest()
+        request.model_spec.name, request.model_spec.signature_name = "model", "generate"
+        import tensorflow as tf
+
+        types = {"prompt": tf.string, "max_new_tokens": tf.int32, "temperature": tf.float32, "seed": tf.int64}
+        for name, values in self.body(numbers).items():
+            request.inputs[name].CopyFrom(tf.make_tensor_proto(values, types[name]))
+        return request
+
+    def with_deadline(self, numbers: list[int], rng: random.Random) -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{self.server.grpc_port}") as channel:
+            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+            try:
+                stub.Predict(self.call(numbers), timeout=rng.uniform(0.01, 0.4))
+                self.outcomes["in time"] += 1
+            except grpc.RpcError as error:
+                self.outcomes[error.code().name] += 1
+
+    def that_cancels(self, numbers: list[int], rng: random.Random) -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{self.server.grpc_port}") as channel:
+            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+            future = stub.Predict.future(self.call(numbers), timeout=60)
+            time.sleep(rng.uniform(0, 0.2))
+            self.outcomes["cancelled"] += future.cancel()
+
+    def that_disconnects(self, numbers: list[int], rng: random.Random) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.rest_port, timeout=60)
+        knobs = {"top_k": [0], "top_p": [1.0], "repetition_penalty": [1.0], "stop": [""]}
+        body = {"signature_name": "generate", "inputs": self.body(numbers) | knobs}
+        connection.request("POST", "/v1/models/model:predict", json.dumps(body))
+        time.sleep(rng.uniform(0, 0.2))
+        connection.close()
+        self.outcomes["disconnected"] += 1
+
+    def rage(self, seed: int, until: float) -> None:
+        rng = random.Random(seed)
+        kinds = [self.patient, self.with_deadline, self.that_cancels, self.that_disconnects]
+        while time.monotonic() < until:
+            # Two of the clients are patient all the time.
+            kind = self.patient if seed < 2 else rng.choice(kinds)
+            try:
+                kind([rng.randrange(12) for _ in range(rng.choice([1, 1, 3, 9]))], rng)
+            except Exception as error:
+                self.problems.append(f"{kind.__name__}: {error!r}")
+
+
+def storm(version: Path, folder: Path, seconds: float) -> Counter[str]:
+    """Lets it rage in a server of its own, and gives the outcomes if nobody who waited was disappointed."""
+    (folder / "model").mkdir()
+    (folder / "model" / "1").symlink_to(version)
+    with launcher() as launch:
+        server = launch(f"--model_base_path={folder / 'model'}", "--no_access_log").listens()
+        clients = Storm(server)
+        until = time.monotonic() + seconds
+        threads = [threading.Thread(target=clients.rage, args=(seed, until)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not clients.problems, clients.problems[:3]
+        assert [clients.wait_for([number])[0] for number in range(12)] == clients.expected
+        server.terminate()
+        assert server.ends(60) == 0
+    return clients.outcomes
+
+
+@pytest.mark.slow
+def test_deadlines_cancels_and_disconnects(version: Path, tmp_path: Path) -> None:
+    """A request that fails, or gets another text, because of one that shares its batch and whose client has gone."""
+    outcomes = storm(version, tmp_path, 10)
+    assert outcomes["answered"] >= 10
+    assert min(outcomes[kind] for kind in ("cancelled", "disconnected", "DEADLINE_EXCEEDED")) >= 3
+
+
+@pytest.mark.long
+def test_a_minute_of_deadlines_cancels_and_disconnects(version: Path, tmp_path: Path) -> None:
+    """The same with more time for what is seldom."""
+    assert storm(version, tmp_path, 60)["answered"] >= 50
