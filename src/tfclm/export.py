@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from tfclm.corpus.settings import SourceSettings
 from tfclm.errors import InputError
 from tfclm.savedmodel.settings import ServableSettings
 from tfclm.settings import command, say, setting
+from tfclm.terminal import print_result
 
 if TYPE_CHECKING:
     from tfclm.savedmodel.gate import Gate, Measured
@@ -68,7 +68,7 @@ def run(settings: ExportSettings, texts: Callable[[], Iterable[str]] | None = No
         from tfclm.savedmodel.publish import rollback
 
         gone, served = rollback(settings.serving_dir)
-        print(f"version {gone} removed, {served} is the newest")
+        print_result(f"version {gone} removed, {served} is the newest")
         return 0
     if settings.from_hub is not None:
         return bring(settings)
@@ -118,13 +118,13 @@ def published(settings: ExportSettings, version: int) -> int:
     from tfclm.savedmodel.publish import keep
 
     where = str(settings.serving_dir)
-    print(f"{where.rstrip('/')}/{version}")
+    print_result(f"{where.rstrip('/')}/{version}")
     if settings.keep_versions is not None:
         try:
             keep(where, settings.keep_versions, spare=version)
         except InputError as error:
             left = f"version {version} is published, and older ones are left"
-            print(f"tfclm.export: {left}: {error}", file=sys.stderr)
+            say(f"tfclm.export: {left}: {error}")
             return 1
     return 0
 
@@ -276,10 +276,10 @@ def show(serving_dir: str) -> int:
         tokens = "-" if entries.get("tokens") is None else str(entries["tokens"])
         rows.append((str(number), when, _figure(entries.get("perplexity")), tokens, _source(entries)))
     for line in _aligned(rows):
-        print(line)
+        print_result(line)
     refused = [verdict for verdict in verdicts(where) if verdict.get("passed") is False]
     if refused:
-        print("\nnot published:")
+        print_result("\nnot published:")
         lines = [("checked", "perplexity", "source", "reason")]
         for verdict in refused:
             # What both versions were measured on, if they were.
@@ -287,7 +287,7 @@ def show(serving_dir: str) -> int:
             figure = _figure((measured or {}).get("perplexity"))
             lines.append((_date(verdict.get("time")) or "-", figure, _source(verdict), str(verdict.get("reason", "-"))))
         for line in _aligned(lines):
-            print(line)
+            print_result(line)
     for number in incomplete(where):
         say(f"tfclm.export: {explain_incomplete(where, number)}")
     return code
