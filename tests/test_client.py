@@ -369,6 +369,27 @@ def test_503_is_asked_again_and_nothing_else():
         assert len(asked) == seen, status
 
 
+def test_what_is_cancelled_with_another_request_is_asked_again():
+    """An innocent request that fails with another one in its batch, or one that is sent for ever."""
+    for status, error in ((499, "Loop execution was cancelled."), (500, "Missing 0-th output from {{node x}}")):
+        asked = []
+
+        def answer(handler: Any, number: int, status: int = status, error: str = error, asked: list = asked) -> None:
+            if handler.path.endswith("/metadata"):
+                return reply(handler, 200, METADATA)
+            asked.append(number)
+            if len(asked) % 3:
+                return reply(handler, status, json.dumps({"error": error}))
+            return reply(handler, 200, '{"predictions": ["done"]}')
+
+        with http_server(answer) as url, Client(url, "m") as client:
+            assert client.predict("s", {"x": ["a"]}) == {"y": [b"done"]}
+        fails = pytest.raises(ServerError, match=error[:20])
+        with http_server(answer) as url, Client(url, "m", retries=1) as client, fails:
+            client.predict("s", {"x": ["a"]})
+        assert len(asked) == 5
+
+
 def test_overload_ends():
     """A client that asks for ever."""
     with (

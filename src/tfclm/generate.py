@@ -56,6 +56,8 @@ def run(settings: GenerateSettings) -> int:
     except FloatingPointError as error:
         say(f"tfclm.generate: {settings.model}: {error}")
         return 1
+    if text.strip() == prompt.strip():
+        say("tfclm.generate: the text ended at once: the end of text came first")
     print_result(json.dumps({"generated_text": text}, ensure_ascii=False) if settings.json else text)
     return 0
 

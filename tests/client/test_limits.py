@@ -261,6 +261,30 @@ def test_a_default_that_claims_a_huge_shape(scheme: str):
         assert time.monotonic() - began < BOUND
 
 
+@pytest.mark.parametrize(
+    ("code", "details"),
+    [("CANCELLED", "Loop execution was cancelled."), ("INTERNAL", "Missing 0-th output from {{node x}}")],
+)
+def test_a_call_that_is_cancelled_with_another_is_made_again(code: str, details: str):
+    """An innocent call fails since the deadline of one in its batch has passed, or the client asks for ever."""
+    asked: list[bytes] = []
+
+    def predict(request: bytes, context: Any) -> bytes:
+        asked.append(request)
+        if len(asked) % 3:
+            context.abort(grpc.StatusCode[code], details)
+        return grpc_predictions(GENERATED, 1)
+
+    handlers = {"GetModelMetadata": lambda request, context: grpc_metadata(), "Predict": predict}
+    with grpc_server(handlers) as port:
+        with Client(f"grpc://127.0.0.1:{port}") as client:
+            assert client.generate("a").generated_text == "The é"
+        again = pytest.raises(ServerError, match=f"answered {code}")
+        with Client(f"grpc://127.0.0.1:{port}", retries=1) as client, again:
+            client.generate("a")
+    assert len(asked) == 5
+
+
 def test_threads_have_a_deadline_each():
     """A thread's call that ends takes the deadline of another's with it, or gives it its own."""
 

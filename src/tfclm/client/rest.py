@@ -18,7 +18,17 @@ import urllib3
 from tfclm.client import tls
 from tfclm.client.replies import from_json, read_metadata, read_rows, read_status, understood
 from tfclm.client.sockets import Adapter, Broken, TooLarge, awaiting
-from tfclm.client.transport import Call, Limits, Model, ServerError, Signature, not_available, reason, too_large
+from tfclm.client.transport import (
+    Call,
+    Limits,
+    Model,
+    ServerError,
+    Signature,
+    is_cancelled_batch,
+    not_available,
+    reason,
+    too_large,
+)
 from tfclm.errors import InputError
 
 _CHUNK = 2**16
@@ -30,7 +40,8 @@ class RestTransport:
     """One model at `address`, such as http://localhost:8501; a path before /v1 is kept, as gateways have one.
 
     A reply of 503, which says that nothing was run, is asked again up to `retries` times, after a growing pause or what
-    the server's Retry-After says, as far as the call has time for it. Nothing else is.
+    the server's Retry-After says, as far as the call has time for it. So is, at once, a request that was cancelled with
+    another one's batch. Nothing else is.
     """
 
     def __init__(self, address: str, model: Model, limits: Limits, trust: tls.Tls) -> None:
@@ -84,8 +95,11 @@ class RestTransport:
         data = None if body is None else json.dumps(body).encode()
         for attempt in range(self._limits.retries + 1):
             status, headers, content = self._exchange(method, path, call, data)
-            if status != 503 or attempt == self._limits.retries:
+            cancelled = status in (499, 500) and is_cancelled_batch(content.decode(errors="replace"))
+            if (status != 503 and not cancelled) or attempt == self._limits.retries:
                 break
+            if cancelled:
+                continue
             pause = _retry_after(headers)
             if pause is None:
                 pause = 0.2 * 2**attempt

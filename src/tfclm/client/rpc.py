@@ -13,17 +13,29 @@ from tfclm.client import tls
 from tfclm.client.messages import message, to_tensor
 from tfclm.client.replies import read_signatures, read_tensors, understood
 from tfclm.client.sockets import CONNECT_SECONDS
-from tfclm.client.transport import Call, Limits, Model, ServerError, Signature, not_available, reason, too_large
+from tfclm.client.transport import (
+    Call,
+    Limits,
+    Model,
+    ServerError,
+    Signature,
+    is_cancelled_batch,
+    not_available,
+    reason,
+    too_large,
+)
 from tfclm.errors import InputError
 
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.OUT_OF_RANGE)
+_CANCELLED = (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL)
 _MOST_BYTES = 2**31 - 1
 
 
 class RpcTransport:
     """One model at `address`: grpc://HOST:PORT, grpcs://HOST:PORT for TLS, or unix:PATH.
 
-    UNAVAILABLE, gRPC's 503, is asked again up to `retries` times, after a growing pause, within the timeout.
+    UNAVAILABLE, gRPC's 503, is asked again up to `retries` times, after a growing pause, within the timeout. So is, at
+    once, a request that was cancelled with another one's batch.
     """
 
     def __init__(self, address: str, model: Model, limits: Limits, trust: tls.Tls) -> None:
@@ -132,13 +144,16 @@ class RpcTransport:
             return tls.unreachable(self.address, OSError())
         return tls.diagnose(self._server, self._tls, call)
 
-    def _ask(self, method: str, request: Any, call: Call) -> bytes:
+    def _ask(self, method: str, request: Any, call: Call, retries: int | None = None) -> bytes:
+        retries = self._limits.retries if retries is None else retries
         self._connect(call)
         send = self._channel.unary_unary(f"/tensorflow.serving.{method}", lambda request: request.SerializeToString())
         try:
             return bytes(send(request, timeout=call.left()))
         except grpc.RpcError as error:
             code, said = error.code(), reason(error.details() or "")
+            if code in _CANCELLED and retries and is_cancelled_batch(said):
+                return self._ask(method, request, call, retries - 1)
             if code == grpc.StatusCode.NOT_FOUND:
                 versions = {} if method.startswith("ModelService") else self._versions(call)
                 raise not_available(self._model, self.address, versions) from error

@@ -125,6 +125,15 @@ def not_available(model: Model, address: str, versions: Mapping[int, int]) -> Ex
     )
 
 
+# What TensorFlow says of a batch that was cancelled with the last request in it, to the other requests.
+_CANCELLED_BATCH = ("Loop execution was cancelled", "Missing 0-th output from", "cancelled before it was started")
+
+
+def is_cancelled_batch(message: str) -> bool:
+    """Whether a request failed because another one's deadline passed, so that it may be sent again."""
+    return any(words in message for words in _CANCELLED_BATCH)
+
+
 def too_large(address: str, most: int) -> ServerError:
     """The error for a reply of more than `most` bytes."""
     return ServerError(f"{address} sent a reply of more than {most} bytes: ask for less, or raise max_reply_bytes")
