@@ -32,7 +32,8 @@ from tfclm.server.status import Code, StatusError, from_tensorflow, invalid
 DEFAULT_SIGNATURE = "serving_default"
 CLASSIFY, REGRESS, PREDICT = (f"tensorflow/serving/{method}" for method in ("classify", "regress", "predict"))
 MAX_WARMUP_RECORDS = 1000
-_NO_OUTPUT = "Missing 0-th output from"  # of a batch that was cancelled before it began
+# What TensorFlow says of a batch that was cancelled, while it ran or before it began.
+_CANCELLED_BATCH = ("Loop execution was cancelled", "Missing 0-th output from", "cancelled before it was started")
 MAX_INTER_OP_THREADS = 4  # of a run, unless the option says otherwise
 
 
@@ -296,7 +297,7 @@ class Servable:
             try:
                 return self._runs.run(self.name, step, caller)
             except (tf.errors.CancelledError, tf.errors.InternalError) as error:
-                if isinstance(error, tf.errors.InternalError) and _NO_OUTPUT not in error.message:
+                if not any(words in error.message for words in _CANCELLED_BATCH):
                     raise
                 caller.remaining()  # raises if it was this caller's own deadline
 
