@@ -365,7 +365,8 @@ def test_generate_prints_the_text_alone(console: Console, fitted: Path):
     expected = model.generate(**ids, do_sample=False, max_new_tokens=9, pad_token_id=0)
     assert code == 0
     assert out == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
-    drawn = [console(generate, "--model", fitted, "--prompt", "The", "--seed", seed)[1] for seed in (1, 1, 2)]
+    flags = ("--model", fitted, "--prompt", "The", "--temperature", 1)
+    drawn = [console(generate, *flags, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     code, out, _ = console(generate, "--model", fitted, "--prompt", "The", "--json")
     assert json.loads(out)["generated_text"].startswith("The")

@@ -72,7 +72,7 @@ def ask(version: Path) -> Callable[[int, int], Any]:
 @pytest.mark.slow
 def test_time_outs(ask: Callable[[int, int], Any]) -> None:
     """A process that ends when a request times out while its rows are in several batches; wrong text after it."""
-    outcomes = ask(20, 15)
+    outcomes = ask(20, 8)
     assert outcomes["timed out"] >= 15
     assert outcomes["answered"] >= 40
 

@@ -52,7 +52,7 @@ def test_perplexities_of_both_are_known(tmp_path: Path):
     assert (compared.tokens, compared.texts) == (sum(len(text.encode()) - 1 for text in texts), 23)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_cannot_be_compared(tmp_path: Path):
     """Perplexities of different tokens compared, or a traceback for a version that scores nothing."""
     good = version(tmp_path / "1", -1.0)
@@ -117,7 +117,7 @@ def make_model(seed: int) -> Any:
     return create(config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_second_training_on_other_data_is_compared_on_one_text(
     tmp_path: Path, tokenizer: Any, documents: list[str], monkeypatch: pytest.MonkeyPatch
 ):

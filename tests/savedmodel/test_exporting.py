@@ -384,7 +384,7 @@ def test_nothing_is_published_that_the_canary_refuses(tokens: tuple[Path, list[c
     def swap(line: str) -> None:
         # Called between writing and asking: the weights become those of another seed.
         for folder in tmp_path.glob(".staging-*/variables"):
-            if line.startswith("asking"):
+            if line.startswith("verifying"):
                 shutil.copytree(tokens[0] / "variables", folder, dirs_exist_ok=True)
 
     with pytest.raises(CanaryFailed, match=r"canary prompt \d: new token \d is \d+, where the Python model gives \d+"):
