@@ -39,7 +39,7 @@ def setting(default: Any, help: str, *, recorded: bool = True, literal: bool = F
 
 def documented(settings: type[T]) -> type[T]:
     """A decorator of settings dataclasses: their docstring lists the fields as `--help` does."""
-    lines = [f"    {field.name}: {_help(field)}" for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    lines = [f"    {field.name}: {_help(field)}" for field, _ in _fields(settings)]
     settings.__doc__ = f"{settings.__doc__}\n\nAttributes:\n" + "\n".join(lines) + "\n"
     return settings
 

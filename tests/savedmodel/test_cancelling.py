@@ -52,7 +52,7 @@ def version(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def ask(version: Path) -> Callable[[int, int], Any]:
-    """Runs the choreography some times and a load for some seconds, in a process of its own; gives the outcomes."""
+    """Repeats the time-out beside a neighbour, then runs a mixed load, in a separate process; gives the outcomes."""
 
     def run(times: int, seconds: int) -> dict[str, int]:
         done = subprocess.run(
@@ -83,7 +83,7 @@ def test_a_minute_of_time_outs(ask: Callable[[int, int], Any]) -> None:
     assert ask(20, 60)["answered"] >= 100
 
 
-class Storm:
+class MixedLoad:
     """Clients of one server: some of them wait for their answers, others time out, cancel or disconnect."""
 
     def __init__(self, server: Any) -> None:
@@ -147,7 +147,7 @@ class Storm:
         connection.close()
         self.outcomes["disconnected"] += 1
 
-    def rage(self, seed: int, until: float) -> None:
+    def ask_until(self, seed: int, until: float) -> None:
         rng = random.Random(seed)
         kinds = [self.patient, self.with_deadline, self.that_cancels, self.that_disconnects]
         while time.monotonic() < until:
@@ -159,15 +159,15 @@ class Storm:
                 self.problems.append(f"{kind.__name__}: {error!r}")
 
 
-def storm(version: Path, folder: Path, seconds: float) -> Counter[str]:
-    """Lets it rage in a server of its own, and gives the outcomes if nobody who waited was disappointed."""
+def run_mixed_load(version: Path, folder: Path, seconds: float) -> Counter[str]:
+    """Runs the load on a server process; gives the outcomes, once every client that waited has its right answer."""
     (folder / "model").mkdir()
     (folder / "model" / "1").symlink_to(version)
     with launcher() as launch:
         server = launch(f"--model_base_path={folder / 'model'}", "--no_access_log").listens()
-        clients = Storm(server)
+        clients = MixedLoad(server)
         until = time.monotonic() + seconds
-        threads = [threading.Thread(target=clients.rage, args=(seed, until)) for seed in range(8)]
+        threads = [threading.Thread(target=clients.ask_until, args=(seed, until)) for seed in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -182,7 +182,7 @@ def storm(version: Path, folder: Path, seconds: float) -> Counter[str]:
 @pytest.mark.slow
 def test_deadlines_cancels_and_disconnects(version: Path, tmp_path: Path) -> None:
     """A request that fails, or gets another text, because of one that shares its batch and whose client has gone."""
-    outcomes = storm(version, tmp_path, 10)
+    outcomes = run_mixed_load(version, tmp_path, 10)
     assert outcomes["answered"] >= 10
     assert min(outcomes[kind] for kind in ("cancelled", "disconnected", "DEADLINE_EXCEEDED")) >= 3
 
@@ -190,4 +190,4 @@ def test_deadlines_cancels_and_disconnects(version: Path, tmp_path: Path) -> Non
 @pytest.mark.long
 def test_a_minute_of_deadlines_cancels_and_disconnects(version: Path, tmp_path: Path) -> None:
     """The same with more time for what is seldom."""
-    assert storm(version, tmp_path, 60)["answered"] >= 50
+    assert run_mixed_load(version, tmp_path, 60)["answered"] >= 50

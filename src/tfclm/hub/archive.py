@@ -168,9 +168,9 @@ def _shown(name: str) -> str:
     return ascii(name if len(name) <= 80 else f"{name[:77]}...")
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
-        count /= 1000  # type: ignore[assignment]
+        count /= 1000
     return f"{count:,.1f} GB"

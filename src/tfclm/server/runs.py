@@ -114,7 +114,8 @@ class Runs:
         try:
             if job.error is not None:
                 raise job.error
-            return job.result  # type: ignore[no-any-return]
+            result: T = job.result
+            return result
         finally:
             # The error's traceback holds this frame.
             del job
