@@ -18,8 +18,8 @@ from conftest import ARCHITECTURES, tiny_config
 
 from tfclm import evaluate, fit, generate
 from tfclm.checkpoint import create, load, save
-from tfclm.metrics import perplexity
-from tfclm.settings import parse
+from tfclm.cli.arguments import parse
+from tfclm.metrics.perplexity import perplexity
 
 TOKENIZER_FILES = {"merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
 OUTPUT = {

@@ -7,11 +7,11 @@ import io
 
 import pytest
 
+from tfclm.checkpoint.generation import sample
+from tfclm.cli.arguments import parse
+from tfclm.cli.prompts import read_prompt
 from tfclm.errors import InputError
 from tfclm.generate import GenerateSettings
-from tfclm.prompts import read_prompt
-from tfclm.sampling import sample
-from tfclm.settings import parse
 
 
 def stdin(content: bytes) -> io.TextIOWrapper:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.publish import address
-from tfclm.settings import say
+from tfclm.savedmodel.publishing.versions import address
+from tfclm.terminal import log
 
 if TYPE_CHECKING:
     from tfclm.export import ExportSettings
@@ -35,7 +35,7 @@ def check_export(settings: FitSettings, protocol: Mapping[str, Any] | None = Non
     if settings.export_to is None:
         return
     from tfclm.export import preflight
-    from tfclm.savedmodel.gate import can_be_measured, check_comparable, served_record
+    from tfclm.savedmodel.publishing.gate import can_be_measured, check_comparable, served_record
 
     with _named_export_to():
         # Before the text is read, a dataset may have a validation split of its own.
@@ -56,7 +56,7 @@ def export(settings: FitSettings) -> tuple[int, Path | None]:
         return 0, None
     from tfclm.export import recorded, run
     from tfclm.hub.archive import newest_version
-    from tfclm.savedmodel.gate import Gate, check_comparable, served_record
+    from tfclm.savedmodel.publishing.gate import Gate, check_comparable, served_record
 
     with _named_export_to():
         exported, texts = _export_settings(settings), None
@@ -87,7 +87,7 @@ def _validation_text(settings: FitSettings, protocol: Mapping[str, Any] | None) 
 @contextmanager
 def _named_export_to() -> Iterator[None]:
     """Errors name the flags that the user gave."""
-    from tfclm.savedmodel.gate import REMEDY
+    from tfclm.savedmodel.publishing.gate import REMEDY
 
     try:
         yield
@@ -126,7 +126,7 @@ def reach_hub(settings: FitSettings) -> tuple[Repository, bool] | None:
             raise InputError(f"{reason}; go online, or give --push-later to push when it can be reached") from reason
         if "/" not in settings.push_to_hub:
             raise InputError(f"{reason}, so its owner is not known: give --push-to-hub as owner/name") from reason
-        say(f"{reason}; the run goes on, and is to be pushed later")
+        log(f"{reason}; the run goes on, and is to be pushed later")
         return Repository(settings.push_to_hub, **where), False
 
 
@@ -168,6 +168,6 @@ def push(settings: FitSettings, target: tuple[Repository, bool] | None, version:
     repository, reached = target
     folder = Path(str(settings.output_dir))
     if not reached:
-        say(f"not pushed yet; when the Hub can be reached:\n  {finishing_command(folder, repository, version)}")
+        log(f"not pushed yet; when the Hub can be reached:\n  {finishing_command(folder, repository, version)}")
         return 0
-    return 0 if deliver(folder, repository, patience=settings.push_patience, servable=version, say=say) else 1
+    return 0 if deliver(folder, repository, patience=settings.push_patience, servable=version, log=log) else 1

@@ -7,11 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from tfclm.cli.command import command
 from tfclm.corpus.settings import SourceSettings
 from tfclm.errors import InputError
-from tfclm.finite import plain
-from tfclm.settings import command, say, setting
-from tfclm.terminal import print_result
+from tfclm.metrics.finite import plain
+from tfclm.settings import setting
+from tfclm.terminal import log, print_result
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def run(settings: EvaluateSettings) -> int:
         why = "its weights, or what it computes from them, hold NaN or infinity"
         if math.isfinite(result["loss"]):
             why = f"exp of the mean loss {result['loss']:.4f} is beyond the largest number"
-        say(f"tfclm.evaluate: the perplexity of {settings.model} is not finite: {why}")
+        log(f"tfclm.evaluate: the perplexity of {settings.model} is not finite: {why}")
     return 0 if finite else 1
 
 
@@ -58,7 +59,7 @@ def measure(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str,
     """Perplexity of a loaded model on the settings' source, and how it was measured: what `--json` prints."""
     from tfclm import corpus
     from tfclm.checkpoint import context_size
-    from tfclm.metrics import perplexity
+    from tfclm.metrics.perplexity import perplexity
 
     context = context_size(model)
     split = corpus.read_split(

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfclm.cli.command import command
 from tfclm.corpus.settings import SourceSettings
 from tfclm.errors import InputError
 from tfclm.savedmodel.settings import ServableSettings
-from tfclm.settings import command, say, setting
-from tfclm.terminal import print_result
+from tfclm.settings import setting
+from tfclm.terminal import log, print_result
 
 if TYPE_CHECKING:
-    from tfclm.savedmodel.gate import Gate, Measured
+    from tfclm.savedmodel.publishing.gate import Gate, PerplexityResult
 
 
 # What goes with a model that is exported already.
@@ -65,7 +66,7 @@ def run(settings: ExportSettings, texts: Callable[[], Iterable[str]] | None = No
     if settings.list:
         return show(settings.serving_dir)
     if settings.rollback:
-        from tfclm.savedmodel.publish import rollback
+        from tfclm.savedmodel.publishing.versions import rollback
 
         gone, served = rollback(settings.serving_dir)
         print_result(f"version {gone} removed, {served} is the newest")
@@ -81,8 +82,8 @@ def run(settings: ExportSettings, texts: Callable[[], Iterable[str]] | None = No
 
     from tfclm.checkpoint import load
     from tfclm.savedmodel import export_saved_model
-    from tfclm.savedmodel.canary import CanaryFailed
-    from tfclm.savedmodel.gate import GateFailed, decide, served_record
+    from tfclm.savedmodel.publishing.canary import CanaryFailed
+    from tfclm.savedmodel.publishing.gate import GateFailed, decide, served_record
 
     model, tokenizer = load(settings.model, revision=settings.revision)
     known = None
@@ -92,7 +93,7 @@ def run(settings: ExportSettings, texts: Callable[[], Iterable[str]] | None = No
             # What the gate cannot decide by the records is known now.
             decide(limits, known, served_record(settings.serving_dir, limits))
         if known is not None and known.finite is None:
-            say(f"{settings.model}/results.json: the run diverged, so that there is no perplexity to record")
+            log(f"{settings.model}/results.json: the run diverged, so that there is no perplexity to record")
     try:
         exported = export_saved_model(
             model,
@@ -105,17 +106,17 @@ def run(settings: ExportSettings, texts: Callable[[], Iterable[str]] | None = No
             limits=limits,
             texts=texts,
             source={"checkpoint": settings.model, "revision": settings.revision},
-            say=say,
+            log=log,
         )
     except (GateFailed, CanaryFailed) as error:
-        say(f"tfclm.export: {error}")
+        log(f"tfclm.export: {error}")
         return 1
     return published(settings, exported.version)
 
 
 def published(settings: ExportSettings, version: int) -> int:
     """Names the new version, and removes old ones if that is asked for; the exit code."""
-    from tfclm.savedmodel.publish import keep
+    from tfclm.savedmodel.publishing.versions import keep
 
     where = str(settings.serving_dir)
     print_result(f"{where.rstrip('/')}/{version}")
@@ -124,7 +125,7 @@ def published(settings: ExportSettings, version: int) -> int:
             keep(where, settings.keep_versions, spare=version)
         except InputError as error:
             left = f"version {version} is published, and older ones are left"
-            say(f"tfclm.export: {left}: {error}")
+            log(f"tfclm.export: {left}: {error}")
             return 1
     return 0
 
@@ -132,9 +133,9 @@ def published(settings: ExportSettings, version: int) -> int:
 def bring(settings: ExportSettings) -> int:
     """Publishes the exported model that a Hub repository holds, if gate and canary let it; the exit code."""
     from tfclm.hub import fetch_servable
-    from tfclm.savedmodel.canary import CanaryFailed
     from tfclm.savedmodel.exporting import publish_exported
-    from tfclm.savedmodel.gate import GateFailed
+    from tfclm.savedmodel.publishing.canary import CanaryFailed
+    from tfclm.savedmodel.publishing.gate import GateFailed
 
     # Of what decides how a model is made or measured, nothing can be heeded any more.
     for field in dataclasses.fields(ExportSettings):
@@ -146,10 +147,10 @@ def bring(settings: ExportSettings) -> int:
     source = {"hub": settings.from_hub, "hub_revision": settings.revision}
     try:
         exported = publish_exported(
-            version, str(settings.serving_dir), version=settings.version, limits=limits, source=source, say=say
+            version, str(settings.serving_dir), version=settings.version, limits=limits, source=source, log=log
         )
     except (GateFailed, CanaryFailed) as error:
-        say(f"tfclm.export: {error}")
+        log(f"tfclm.export: {error}")
         return 1
     return published(settings, exported.version)
 
@@ -181,8 +182,8 @@ def preflight(settings: ExportSettings, *, compares: bool = False) -> Gate:
         InputError: a setting out of its range, a version that is taken, a serving directory that cannot be written, or
             one whose newest version has nothing to compare with.
     """
-    from tfclm.savedmodel.gate import Gate, can_be_measured, check_comparable, served_record
-    from tfclm.savedmodel.publish import check_place
+    from tfclm.savedmodel.publishing.gate import Gate, can_be_measured, check_comparable, served_record
+    from tfclm.savedmodel.publishing.versions import check_place
 
     settings.check()
     if settings.dataset is None and not settings.file and settings.from_hub is None:
@@ -201,14 +202,14 @@ def preflight(settings: ExportSettings, *, compares: bool = False) -> Gate:
     return limits
 
 
-def measured(model: Any, tokenizer: Any, settings: ExportSettings) -> Measured | None:
+def measured(model: Any, tokenizer: Any, settings: ExportSettings) -> PerplexityResult | None:
     """The perplexity on the settings' text; without one, on Python's documentation, where smaller weights need one.
 
     What these cost has to be measured on some text, and none of the run's need be here.
     """
     from tfclm.checkpoint import context_size
     from tfclm.evaluate import EvaluateSettings, measure
-    from tfclm.savedmodel.gate import Measured
+    from tfclm.savedmodel.publishing.gate import PerplexityResult
 
     source = {field.name: getattr(settings, field.name) for field in dataclasses.fields(SourceSettings)}
     if settings.dataset is None and not settings.file:
@@ -229,13 +230,13 @@ def measured(model: Any, tokenizer: Any, settings: ExportSettings) -> Measured |
         )
     else:
         result = measure(model, tokenizer, EvaluateSettings(**source, split=settings.split, file=settings.file))
-    return Measured(result["perplexity"], result["tokens"], result["protocol"])
+    return PerplexityResult(result["perplexity"], result["tokens"], result["protocol"])
 
 
-def recorded(model: str, revision: str | None) -> Measured | None:
+def recorded(model: str, revision: str | None) -> PerplexityResult | None:
     """The perplexity that `fit` wrote beside a checkpoint, if it did; not finite if the run diverged."""
-    from tfclm.checkpoint.files import locate
-    from tfclm.savedmodel.gate import Measured
+    from tfclm.checkpoint.locating import locate
+    from tfclm.savedmodel.publishing.gate import PerplexityResult
 
     path = locate(model, revision) / "results.json"
     if not path.is_file():
@@ -243,7 +244,7 @@ def recorded(model: str, revision: str | None) -> Measured | None:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         perplexity = float("nan") if results["perplexity"] is None else float(results["perplexity"])
-        return Measured(perplexity, int(results["tokens"]), dict(results["protocol"]))
+        return PerplexityResult(perplexity, int(results["tokens"]), dict(results["protocol"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         if not Path(model).expanduser().is_dir():
             return None  # on the Hub, a file of that name may be anybody's
@@ -254,8 +255,8 @@ def show(serving_dir: str) -> int:
     """Prints a table of the versions, and of what was not published; the exit code."""
     import tensorflow as tf
 
-    from tfclm.savedmodel.gate import read_record, verdicts
-    from tfclm.savedmodel.publish import address, explain_incomplete, folders, incomplete
+    from tfclm.savedmodel.publishing.gate import read_record, verdicts
+    from tfclm.savedmodel.publishing.versions import address, explain_incomplete, folders, incomplete
 
     where = address(serving_dir)
     there = folders(where)
@@ -268,7 +269,7 @@ def show(serving_dir: str) -> int:
         try:
             entries = read_record(version)
         except InputError as error:
-            say(f"tfclm.export: {error}")
+            log(f"tfclm.export: {error}")
             rows.append((str(number), _written(version), "damaged record", "-", "unknown"))
             code = 2
             continue
@@ -289,7 +290,7 @@ def show(serving_dir: str) -> int:
         for line in _aligned(lines):
             print_result(line)
     for number in incomplete(where):
-        say(f"tfclm.export: {explain_incomplete(where, number)}")
+        log(f"tfclm.export: {explain_incomplete(where, number)}")
     return code
 
 

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tfclm.cli.arguments import flags, parse
+from tfclm.cli.command import command
 from tfclm.corpus.settings import BLOCK_SIZE, SourceSettings
 from tfclm.destinations import check_export, export, is_unpushed, push, push_callback, reach_hub
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
-from tfclm.savedmodel.publish import address, is_remote
-from tfclm.settings import command, flags, parse, record, say, setting, to_yaml
+from tfclm.savedmodel.publishing.versions import address, is_remote
+from tfclm.settings import record, setting, to_yaml
+from tfclm.terminal import log
 from tfclm.training.settings import TrainingSettings
 
 SCRATCH = "scratch"
@@ -156,7 +159,7 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
     if "push_to_hub" in given:
         settings = dataclasses.replace(settings, push_to_hub=given["push_to_hub"])
     elif target is not None and target not in (repo_id, repo_id.split("/")[-1]):
-        say(f"the run of {repo_id} was pushed to {target}, and is not from here; --push-to-hub says where to push")
+        log(f"the run of {repo_id} was pushed to {target}, and is not from here; --push-to-hub says where to push")
         settings = dataclasses.replace(settings, push_to_hub=None)
     if fetched:
         write(folder / "fit.yaml", to_yaml(record(settings)))
@@ -169,9 +172,9 @@ def run(settings: FitSettings) -> int:
     check_export(settings)
 
     from tfclm import checkpoint, corpus
+    from tfclm.runs.card import progress_card, read_base
+    from tfclm.runs.folder import RunFolder
     from tfclm.training import finetune
-    from tfclm.training.folder import RunFolder
-    from tfclm.training.report import progress_card, read_base
     from tfclm.training.resume import Interrupted
 
     folder = RunFolder(Path(str(settings.output_dir)), record(settings), settings.overwrite)
@@ -200,13 +203,13 @@ def run(settings: FitSettings) -> int:
             validation_fraction=settings.validation_fraction,
             seed=settings.seed,
         )
-        say(f"{len(texts.train)} documents to train on, {len(texts.validation)} to validate with")
+        log(f"{len(texts.train)} documents to train on, {len(texts.validation)} to validate with")
         if tokenizer is None:
             model, tokenizer = from_scratch(settings, texts.train, strategy)
         train = blocks_of("training", texts.train, tokenizer, settings)
         validation = blocks_of("validation", texts.validation, tokenizer, settings)
         corpus.check_vocabulary(max(train.largest_id, validation.largest_id), model.config.vocab_size)
-        say(
+        log(
             f"{len(train.blocks)} blocks of {settings.block_size} tokens to train on, "
             f"{len(validation.blocks)} to validate with"
         )
@@ -241,7 +244,7 @@ def run(settings: FitSettings) -> int:
             )
         except Interrupted as reason:
             same = "the same command without --overwrite" if settings.overwrite else "the same command"
-            say(f"{reason}; {same} goes on from there")
+            log(f"{reason}; {same} goes on from there")
             return 1
         for callback in pushing:
             callback.close()
@@ -285,13 +288,13 @@ def set_up(settings: FitSettings) -> Any:
 def from_scratch(settings: FitSettings, train: Any, strategy: Any) -> tuple[Any, Any]:
     """A new model and its tokenizer; the tokenizer sees the train split alone."""
     from tfclm import checkpoint
-    from tfclm.scratch import GENERATION, small_config, train_tokenizer
+    from tfclm.checkpoint.scratch import GENERATION, small_config, train_tokenizer
 
     tokenizer = train_tokenizer(train["text"], settings.vocab_size, settings.block_size)
     with strategy.scope():
         model = checkpoint.create(small_config(tokenizer, settings.block_size))
     model.generation_config.update(**GENERATION)
-    say(f"new GPT-2 of {model.num_parameters() / 1e6:.1f} M parameters, tokenizer of {len(tokenizer)} entries")
+    log(f"new GPT-2 of {model.num_parameters() / 1e6:.1f} M parameters, tokenizer of {len(tokenizer)} entries")
     return model, tokenizer
 
 
@@ -300,7 +303,7 @@ def closing_sample(settings: FitSettings, ids: Sequence[int]) -> str | None:
     import tf_keras
 
     from tfclm import checkpoint
-    from tfclm.sampling import sample
+    from tfclm.checkpoint.generation import sample
 
     # transformers' top_p does not run in half precision.
     tf_keras.mixed_precision.set_global_policy("float32")
@@ -309,7 +312,7 @@ def closing_sample(settings: FitSettings, ids: Sequence[int]) -> str | None:
         prompt = tokenizer.decode(ids[: min(8, settings.block_size // 2)], skip_special_tokens=True)
         return sample(model, tokenizer, prompt, seed=settings.seed)
     except Exception as error:  # a run that is complete does not fail for its decoration
-        say(f"no sample: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+        log(f"no sample: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
         return None
 
 
@@ -346,7 +349,7 @@ def show(results: dict[str, Any], settings: FitSettings, note: str | None = None
             f"training stopped: {results['train']['diverged']}; the last good weights are kept. "
             "Try a lower --learning-rate, more --warmup-steps or a smaller --max-grad-norm",
         )
-    say("\n".join(lines))
+    log("\n".join(lines))
     return 1 if results["train"]["diverged"] else 0
 
 

@@ -6,10 +6,11 @@ import json
 import sys
 from dataclasses import dataclass
 
+from tfclm.cli.command import command
+from tfclm.cli.prompts import read_prompt
 from tfclm.errors import InputError
-from tfclm.prompts import read_prompt
-from tfclm.settings import command, say, setting
-from tfclm.terminal import print_result
+from tfclm.settings import setting
+from tfclm.terminal import log, print_result
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class GenerateSettings:
 def run(settings: GenerateSettings) -> int:
     """Prints the prompt and its continuation; 1 if the model computes none."""
     from tfclm.checkpoint import load
-    from tfclm.sampling import sample
+    from tfclm.checkpoint.generation import sample
 
     if settings.model is None:
         raise InputError("--model is missing: give the folder or Hub id of a checkpoint")
@@ -38,7 +39,7 @@ def run(settings: GenerateSettings) -> int:
     model, tokenizer = load(settings.model, revision=settings.revision)
     idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p") if getattr(settings, name) is not None]
     if idle and settings.temperature is None and not model.generation_config.do_sample:
-        say(
+        log(
             f"tfclm.generate: {' and '.join(idle)} changes nothing at temperature 0, which this checkpoint's "
             "generation_config asks for: give --temperature"
         )
@@ -54,10 +55,10 @@ def run(settings: GenerateSettings) -> int:
             seed=settings.seed,
         )
     except FloatingPointError as error:
-        say(f"tfclm.generate: {settings.model}: {error}")
+        log(f"tfclm.generate: {settings.model}: {error}")
         return 1
     if text.strip() == prompt.strip():
-        say("tfclm.generate: the text ended at once: the end of text came first")
+        log("tfclm.generate: the text ended at once: the end of text came first")
     print_result(json.dumps({"generated_text": text}, ensure_ascii=False) if settings.json else text)
     return 0
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tfclm.cli.command import command
 from tfclm.disk import reason, write
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
-from tfclm.settings import command, say, setting
+from tfclm.settings import setting
+from tfclm.terminal import log
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ def run(settings: PushSettings) -> int:
     from tfclm.hub.archive import newest_version
     from tfclm.hub.delivery import deliver, marked
     from tfclm.hub.repository import Unreachable, preflight
-    from tfclm.training.folder import Lock
-    from tfclm.training.report import plain_card
+    from tfclm.runs.card import plain_card
+    from tfclm.runs.folder import Lock
 
     settings.check_hub()
     if settings.model is None:
@@ -52,9 +54,9 @@ def run(settings: PushSettings) -> int:
         except Unreachable as error:
             raise InputError(f"{error}; give the same command again when it can be reached") from error
         if not (folder / "README.md").is_file():
-            say(f"{folder} has no README.md: a card is written there")
+            log(f"{folder} has no README.md: a card is written there")
             write(folder / "README.md", plain_card(folder.resolve().name, [], {}))
-        pushed = deliver(folder, repository, patience=settings.push_patience, servable=servable, say=say)
+        pushed = deliver(folder, repository, patience=settings.push_patience, servable=servable, log=log)
     finally:
         lock.release()
     return 0 if pushed else 1
@@ -62,7 +64,7 @@ def run(settings: PushSettings) -> int:
 
 def check_complete(folder: Path) -> None:
     """Raises InputError for a folder that `load` could not open once it is pushed, or of a run that is not complete."""
-    from tfclm.checkpoint.files import choose_weights
+    from tfclm.checkpoint.locating import choose_weights
 
     if not folder.is_dir():
         raise InputError(f"--model {folder}: there is no such folder")

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tfclm.cli.command import command
+from tfclm.compat import import_tensorflow
 from tfclm.errors import InputError
 from tfclm.server.settings import ServeSettings, check
-from tfclm.settings import command, import_tensorflow
 
 STOP_SECONDS = 8.0  # beyond the grace, for what stopping takes by itself
 
@@ -37,17 +38,17 @@ def run(settings: ServeSettings) -> None:
         _disable_xla()
     from tfclm.server.server import Server
 
-    log = logging.getLogger("tfclm.server")
+    logger = logging.getLogger("tfclm.server")
     server = Server(settings)
     _stop_on_signals(server.interrupt, settings.shutdown_grace_seconds + STOP_SECONDS)
     try:
         if server.start():
-            log.info("listening on %s: gRPC %s, REST %s", settings.host, server.grpc_port, server.rest_port)
+            logger.info("listening on %s: gRPC %s, REST %s", settings.host, server.grpc_port, server.rest_port)
             server.wait()
-        log.info("stopping")
+        logger.info("stopping")
     finally:
         server.stop()
-    log.info("stopped")
+    logger.info("stopped")
 
 
 def _stop_on_signals(interrupt: Callable[[], None], seconds: float) -> None:
@@ -110,10 +111,10 @@ class _JsonLines(logging.Formatter):
 def _log_to_stderr(access: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
-    log = logging.getLogger("tfclm.server")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    logger = logging.getLogger("tfclm.server")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     logging.getLogger("tfclm.server.access").disabled = not access
 
 

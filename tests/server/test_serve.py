@@ -19,11 +19,11 @@ from contextlib import ExitStack
 import pytest
 from grpc._cython import cygrpc
 
+from tfclm.cli.arguments import parse
 from tfclm.errors import InputError
 from tfclm.serve import _as_switch, _disable_xla
 from tfclm.server.server import Server
 from tfclm.server.settings import ServeSettings, check
-from tfclm.settings import parse
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tfclm.checkpoint.files import read_object
 from tfclm.checkpoint.kinds import explain
+from tfclm.checkpoint.locating import read_object
 from tfclm.errors import InputError, first_line
 
 if TYPE_CHECKING:

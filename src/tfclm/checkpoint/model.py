@@ -25,7 +25,7 @@ def build(where: str, config: PretrainedConfig) -> TFPreTrainedModel:
     try:
         model = TFAutoModelForCausalLM.from_config(config)
         tie(model)
-        _mend_mask(model)
+        _fix_mistral_mask_dtype(model)
         _mend_activation(model)
         model.build_in_name_scope()
     except Exception as error:  # layers raise whatever sizes that do not fit provoke
@@ -67,7 +67,7 @@ def _mend_activation(model: TFPreTrainedModel) -> None:
             block.mlp.act = get_tf_activation(names[model.config.afn])
 
 
-def _mend_mask(model: TFPreTrainedModel) -> None:
+def _fix_mistral_mask_dtype(model: TFPreTrainedModel) -> None:
     """TensorFlow's Mistral mixes float32 and the compute type in its attention mask, which fails in half precision."""
     import tensorflow as tf
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfclm.checkpoint.files import read_object, why_unreadable
+from tfclm.checkpoint.locating import read_object, why_unreadable
 from tfclm.errors import InputError
 
 if TYPE_CHECKING:

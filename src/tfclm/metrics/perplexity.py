@@ -15,7 +15,7 @@ import tensorflow as tf
 import tf_keras
 
 from tfclm.corpus import check_ids
-from tfclm.finite import exp
+from tfclm.metrics.finite import exp
 
 IGNORED = -100  # the label that the collators of transformers give to a position that counts for nothing
 

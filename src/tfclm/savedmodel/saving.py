@@ -12,7 +12,7 @@ from tensorflow.core.framework import tensor_shape_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.saved_model.pywrap_saved_model import constants, fingerprinting
 
-from tfclm.savedmodel.servable import Servable
+from tfclm.savedmodel.graph.signatures import GenerationModule
 
 __all__ = ["RECORD", "read_record", "write", "write_record"]
 
@@ -22,7 +22,7 @@ RECORD = "assets.extra/tfclm.json"
 RANKS = {"input_ids": 2, "attention_mask": 2}
 
 
-def write(servable: Servable, folder: Path) -> None:
+def write(servable: GenerationModule, folder: Path) -> None:
     """Writes `saved_model.pb`, the fingerprint and the variables into a folder."""
     # Without what Python's own loading would need beyond the signatures: other paths of this machine among it.
     options = tf.saved_model.SaveOptions(save_debug_info=False)

@@ -24,10 +24,10 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from tfclm.server.messages import MAX_REPEATED_BYTES, classifications, read_tensors, regressions
-from tfclm.server.metrics import Metrics
-from tfclm.server.runs import POOLS, Caller, Runs, Step
+from tfclm.server.execution import POOLS, Caller, Runs, Step
+from tfclm.server.monitoring import Metrics
 from tfclm.server.status import Code, StatusError, from_tensorflow, invalid
+from tfclm.server.wire.messages import MAX_REPEATED_BYTES, classifications, read_tensors, regressions
 
 DEFAULT_SIGNATURE = "serving_default"
 CLASSIFY, REGRESS, PREDICT = (f"tensorflow/serving/{method}" for method in ("classify", "regress", "predict"))

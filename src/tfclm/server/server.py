@@ -10,18 +10,18 @@ import time
 
 from tfclm.errors import InputError
 from tfclm.server import configs
-from tfclm.server.jsontext import LARGE_BYTES
+from tfclm.server.execution import Runs
 from tfclm.server.listener import Limits, Listener
 from tfclm.server.manager import Manager
-from tfclm.server.metrics import Metrics
+from tfclm.server.monitoring import Metrics
 from tfclm.server.playground import Playground
 from tfclm.server.rest import RestApi
 from tfclm.server.rpc import RpcOptions, RpcServer
-from tfclm.server.runs import Runs
 from tfclm.server.servable import LoadOptions, Servable
 from tfclm.server.service import Service
 from tfclm.server.settings import ServeSettings, check
 from tfclm.server.status import Code, StatusError
+from tfclm.server.wire.jsontext import LARGE_BYTES
 
 _log = logging.getLogger(__name__)
 

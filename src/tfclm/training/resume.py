@@ -17,7 +17,7 @@ import tensorflow as tf
 import tf_keras
 
 from tfclm.errors import InputError
-from tfclm.metrics import TokenLoss
+from tfclm.metrics.perplexity import TokenLoss
 
 
 class Interrupted(Exception):
