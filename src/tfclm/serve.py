@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import faulthandler
 import json
@@ -13,11 +12,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from tfclm.cli.command import command
-from tfclm.compat import import_tensorflow
+from tfclm.compat import disable_xla, import_tensorflow
 from tfclm.errors import InputError
 from tfclm.server.settings import ServeSettings, check
 
@@ -35,7 +33,13 @@ def run(settings: ServeSettings) -> None:
     import_tensorflow()
     _log_to_stderr(settings.access_log)
     if not settings.xla_cpu_compilation_enabled:
-        _disable_xla()
+        problem = disable_xla()
+        if problem is not None:
+            logging.getLogger("tfclm.server").warning(
+                "XLA cannot be turned off in this build of TensorFlow (%s): an export that is compiled runs here, "
+                "but not on a server without --xla_cpu_compilation_enabled",
+                problem,
+            )
     from tfclm.server.server import Server
 
     logger = logging.getLogger("tfclm.server")
@@ -77,24 +81,6 @@ def _from_hub(settings: ServeSettings, repo_id: str) -> ServeSettings:
     return dataclasses.replace(settings, model_base_path=str(fetched))
 
 
-def _disable_xla() -> None:
-    """Makes ops that compile with XLA fail, as they do in a stock server. There is no way back in this process."""
-    import tensorflow as tf
-
-    folder = Path(tf.__file__).parent
-    library = next(folder.glob("libtensorflow_cc.*"), None)
-    try:
-        if library is None:
-            raise OSError(f"no libtensorflow_cc in {folder}")
-        ctypes.CDLL(str(library))._ZN10tensorflow21DisableXlaCompilationEv()
-    except (OSError, AttributeError) as error:
-        logging.getLogger("tfclm.server").warning(
-            "XLA cannot be turned off in this build of TensorFlow (%s): "
-            "an export that is compiled runs here, but not on a server without --xla_cpu_compilation_enabled",
-            error,
-        )
-
-
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -130,7 +116,7 @@ def main() -> None:
     """The command."""
     sys.argv[1:] = map(_as_switch, sys.argv[1:])
     try:
-        command(ServeSettings, run, verb="serve", description=__doc__ or "", tensorflow=False)
+        command(ServeSettings, run, verb="serve", description=__doc__ or "", tensorflow=False, flag="--{}".format)
     except SystemExit as end:
         # The interpreter would wait for threads that cannot be ended, and C++ would take away what they use.
         sys.stdout.flush()

@@ -217,7 +217,7 @@ def test_curl_does_the_same(page, asked):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("params", "said"),
     [
         ({"top_p": "2"}, r"top_p.*2"),
         ({"top_k": "many"}, r"^top_k: give a whole number, not many$"),

@@ -166,7 +166,7 @@ def _check_finite(input_ids: Any, scores: Any, cur_len: int) -> Any:
 
 def _obeyed(model: Any, prompt_length: int) -> tuple[Any, Any]:
     """The generation_config for TensorFlow's `generate`, and processors for what `generate` does not do rightly."""
-    from transformers.generation.tf_logits_process import TFLogitsProcessorList
+    from transformers import TFLogitsProcessorList
 
     config = copy.deepcopy(model.generation_config)
     for name, off in UNSUPPORTED.items():
@@ -217,7 +217,7 @@ def _obeyed(model: Any, prompt_length: int) -> tuple[Any, Any]:
 def _minimum_length() -> Any:
     """The class of a processor that keeps a text from ending; made on the first use to import no TensorFlow before."""
     import tensorflow as tf
-    from transformers.generation.tf_logits_process import TFLogitsProcessor
+    from transformers import TFLogitsProcessor
 
     class MinimumLength(TFLogitsProcessor):
         """No EOS before the text, with its prompt, has so many tokens."""

@@ -47,6 +47,11 @@ def parse(
     return settings(**{**preset(values), **values})
 
 
+def flag(name: str) -> str:
+    """The flag of a settings field: `block_size` is --block-size."""
+    return f"--{name.replace('_', '-')}"
+
+
 def flags(settings: Any, names: Iterable[str]) -> list[str]:
     """The arguments that give these settings again: of those that are not the defaults."""
     arguments = []
@@ -54,11 +59,13 @@ def flags(settings: Any, names: Iterable[str]) -> list[str]:
         value = getattr(settings, field.name)
         if field.name not in names or value == field.default:
             continue
-        flag = f"--{field.name.replace('_', '-')}"
         if isinstance(value, bool):
-            arguments.append(flag if value else flag.replace("--", "--no-", 1))
+            arguments.append(flag(field.name) if value else flag(f"no_{field.name}"))
         else:
-            arguments += [flag, *map(str, value if isinstance(value, tuple) else ["none" if value is None else value])]
+            arguments += [
+                flag(field.name),
+                *map(str, value if isinstance(value, tuple) else ["none" if value is None else value]),
+            ]
     return arguments
 
 
@@ -68,7 +75,7 @@ def table(settings: type) -> str:
     for field, kind in fields_of(settings):
         default = "" if field.default in (None, (), "") else f"`{field.default}`"
         choices = f" ({', '.join(map(str, typing.get_args(kind)))})" if typing.get_origin(kind) is Literal else ""
-        rows.append(f"| `--{field.name.replace('_', '-')}` | {default} | {field.metadata['help']}{choices} |")
+        rows.append(f"| `{flag(field.name)}` | {default} | {field.metadata['help']}{choices} |")
     return "\n".join(rows) + "\n"
 
 
@@ -97,9 +104,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = next((each for each in unknown if each.startswith("-")), "")
+            first = next((each for each in unknown if each.startswith("-")), "")
             names = dict.fromkeys(action.dest for action in self._actions)
-            meant = _meant(flag.lstrip("-").partition("=")[0], names, "--{}".format)
+            meant = _meant(first.lstrip("-").partition("=")[0], names, "--{}".format)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return found
 
@@ -113,7 +120,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:
-    flags = [f"--{field.name.replace('_', '-')}"]
+    flags = [flag(field.name)]
     if "_" in field.name:
         flags.append(f"--{field.name}")
     # A flag that is not given stays out of the result, so that the file's value can be told from a default.
@@ -127,7 +134,7 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: A
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     metavar = field.name.split("_")[-1].upper()
     if kind is bool:
-        twins = dict.fromkeys((f"--no-{field.name.replace('_', '-')}", f"--no_{field.name}"))
+        twins = dict.fromkeys((flag(f"no_{field.name}"), f"--no_{field.name}"))
         parser.add_argument(*flags, *twins, action=_Switch, nargs=0, **common)
     elif typing.get_origin(kind) is Literal:
         parser.add_argument(*flags, choices=typing.get_args(kind), **common)
@@ -184,19 +191,18 @@ def _from_yaml(settings: type, path: str) -> list[str]:
             meant = _meant(name, known, lambda field: field.replace("-", "_"))
             raise InputError(f"--config {path}: {key} is no setting{meant}; there are {', '.join(known)}")
         field, kind = known[name]
-        flag = f"--{name.replace('_', '-')}"
         if kind is bool:
             switch = Loader.bool_values.get(str(value).lower())
             if switch is None:
                 raise InputError(f"--config {path}: {key} is true or false, not {value!r}")
-            arguments.append(flag if switch else flag.replace("--", "--no-", 1))
+            arguments.append(flag(name) if switch else flag(f"no_{name}"))
         elif typing.get_origin(kind) is tuple:
             items = value if isinstance(value, list) else [] if value is None else [value]
-            arguments += [f"{flag}={item}" for item in items] or [flag]
+            arguments += [f"{flag(name)}={item}" for item in items] or [flag(name)]
         elif isinstance(value, list | dict):
             raise InputError(f"--config {path}: {key} takes one value, not {value!r}")
         elif value is not None or not field.metadata["literal"]:
-            arguments.append(f"{flag}={'none' if value is None else value}")
+            arguments.append(f"{flag(name)}={'none' if value is None else value}")
     return arguments
 
 

@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
-from tfclm.cli.arguments import parse
+from tfclm.cli.arguments import flag, parse
 from tfclm.compat import import_tensorflow
-from tfclm.errors import InputError
+from tfclm.errors import InputError, replace_names
+from tfclm.settings import fields_of
 from tfclm.terminal import abandon_stdout, log, mend_streams
 
 T = TypeVar("T")
@@ -27,8 +28,19 @@ def command(
     description: str,
     preset: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
     tensorflow: bool = True,
+    flag: Callable[[str], str] = flag,
 ) -> NoReturn:
-    """Runs a command as `python -m tfclm.VERB` does and exits: 0 done, 2 for what the user gave, 1 for the rest."""
+    """Runs a command as `python -m tfclm.VERB` does and exits: 0 done, 2 for bad input, 1 for any other failure.
+
+    Args:
+        settings: the dataclass whose fields are the command's flags.
+        run: the command; it returns an exit code, or None for 0.
+        verb: the command's name.
+        description: the first lines of its help.
+        preset: values for fields that are not given; see `parse`.
+        tensorflow: import TensorFlow before `run`.
+        flag: a field's flag, for messages.
+    """
     prog = f"python -m tfclm.{verb}"
     mend_streams()
     try:
@@ -43,7 +55,7 @@ def command(
         sys.stdout.flush()
         sys.exit(code)
     except InputError as error:
-        log(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"))
+        log(_scrubbed(f"tfclm.{verb}: {name_flags(' '.join(str(error).split()), settings, flag)}"))
         sys.exit(2)
     except KeyboardInterrupt:
         log(f"tfclm.{verb}: interrupted")
@@ -59,6 +71,16 @@ def command(
             sys.exit(1)
         log(_scrubbed(traceback.format_exc().rstrip()))
         sys.exit(1)
+
+
+def name_flags(message: str, settings: type, flag: Callable[[str], str] = flag) -> str:
+    """A message of the library with a command's fields, which stand in backquotes there, as flags.
+
+    Example:
+        >>> name_flags("`block_size` 1: give 2 or more", FitSettings)
+        '--block-size 1: give 2 or more'
+    """
+    return replace_names(message, (field.name for field, _ in fields_of(settings)), flag)
 
 
 def _scrubbed(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tfclm.compat import fingerprint
 from tfclm.corpus.cache import stored
 from tfclm.errors import InputError
 
@@ -49,7 +50,7 @@ def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = (
     def write(append: Callable[[pa.RecordBatch], None]) -> dict[str, Any]:
         return _write_blocks(tokens, block_size, list(separator), append, schema)
 
-    key = [tokens._fingerprint, block_size, list(separator)]
+    key = [fingerprint(tokens), block_size, list(separator)]
     blocks, facts = stored("blocks", key, schema, write)
     return Packed(blocks, facts["dropped_tokens"], facts["tokens"], facts["largest_id"])
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfclm.compat import fingerprint, set_fingerprint
 from tfclm.corpus.cache import made_by
 from tfclm.corpus.columns import is_blank, locate, texts_of
 from tfclm.corpus.files import Split, digest, read_files, resolve
@@ -227,7 +228,7 @@ def _identified(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     """The splits under fingerprints that are made from their content, which name all that is cached of them."""
     for rows in splits.values():
         content = digest(Path(file["filename"]) for file in rows.cache_files)
-        rows._fingerprint = hashlib.sha256(f"{rows._fingerprint} {content}".encode()).hexdigest()[:32]
+        set_fingerprint(rows, hashlib.sha256(f"{fingerprint(rows)} {content}".encode()).hexdigest()[:32])
     return splits
 
 

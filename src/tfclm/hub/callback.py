@@ -13,7 +13,7 @@ from typing import Any
 
 import tf_keras
 import transformers
-from transformers.trainer_utils import IntervalStrategy
+from transformers import IntervalStrategy
 
 from tfclm.errors import InputError
 from tfclm.hub.delivery import STAGING, deliver, mark, request_title

@@ -549,12 +549,13 @@ def assert_like_perplexity(exported: Export, tokenizer: Any, texts: list[str]) -
 # What a stock server takes
 
 ELSEWHERE = """
-import ctypes, json, sys
-from pathlib import Path
+import json, sys
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry
 
-ctypes.CDLL(str(Path(tf.__file__).parent / "libtensorflow_cc.so.2"))._ZN10tensorflow21DisableXlaCompilationEv()
+from tfclm.compat import disable_xla
+
+assert disable_xla() is None
 request = json.load(sys.stdin)
 answers = {"unknown": [op for op in request["ops"] if op_def_registry.get(op) is None], "texts": []}
 loaded = {folder: tf.saved_model.load(folder) for folder in {folder for folder, _ in request["requests"]}}

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
 
+from tfclm.compat import xla_optimization_barrier
 from tfclm.savedmodel.graph.network import Network, Weights
 from tfclm.savedmodel.graph.sampling import SamplingParams, sample_next_token
 from tfclm.savedmodel.graph.stopping import Stop, StopFinder

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
 from transformers import TFAutoModelForCausalLM
-from transformers.activations_tf import get_tf_activation
-from transformers.modeling_tf_utils import TFConv1D
 
 from tfclm import checkpoint
+from tfclm.compat import TFConv1D, get_tf_activation, xla_optimization_barrier
 from tfclm.errors import InputError
 from tfclm.savedmodel.graph import key_value_cache
 from tfclm.savedmodel.graph.products import Kernel, product

@@ -10,7 +10,8 @@ XLA's, for one row, with a matrix that is turned, [out, in], on the left.
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
+
+from tfclm.compat import xla_optimization_barrier
 
 __all__ = ["Kernel", "product"]
 

@@ -19,7 +19,7 @@ from tfclm.savedmodel.settings import INT32, Defaults, ServableSettings, default
 from tfclm.savedmodel.tokenizer import GraphTokenizer
 from tfclm.savedmodel.tokenizer.detokenizer import GraphDetokenizer
 
-__all__ = ["Servable"]
+__all__ = ["GenerationModule"]
 
 Tensor = Any
 

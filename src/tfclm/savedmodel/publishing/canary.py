@@ -6,7 +6,6 @@ the ids of the fast tokenizer.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from tfclm.compat import import_tensorflow
+from tfclm.compat import disable_xla, import_tensorflow
+from tfclm.terminal import log
 
 __all__ = ["CanaryFailed", "Prompt", "Text", "make_prompts", "make_texts", "peak_memory_mib", "validate"]
 
@@ -190,9 +190,10 @@ def _serve() -> None:
     from tfclm.savedmodel.warmup import PATH
 
     if not request["xla"]:
-        # What a server does that was not started with --xla_cpu_compilation_enabled.
-        library = Path(tf.__file__).parent / "libtensorflow_cc.so.2"
-        ctypes.CDLL(str(library))._ZN10tensorflow21DisableXlaCompilationEv()
+        # As a server does that was not started with --xla_cpu_compilation_enabled.
+        problem = disable_xla()
+        if problem is not None:
+            log(f"XLA cannot be turned off in this build of TensorFlow ({problem}): ops that need it are not found")
     began = time.monotonic()
     loaded = tf.saved_model.load(request["version"])
     times = {"load_seconds": time.monotonic() - began}
@@ -201,9 +202,9 @@ def _serve() -> None:
     path = f"{request['version']}/{PATH}"
     # Somebody else's version may have none.
     for record in tf.data.TFRecordDataset(path) if Path(path).exists() else ():
-        log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
-        inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in log.inputs.items()}
-        loaded.signatures[log.model_spec.signature_name](**inputs)
+        warm_up = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
+        inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in warm_up.inputs.items()}
+        loaded.signatures[warm_up.model_spec.signature_name](**inputs)
         records += 1
     times["warmup_seconds"] = time.monotonic() - began
     tokens = []

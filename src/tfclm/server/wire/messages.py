@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import classification_pb2, regression_pb2
 
+from tfclm.compat import types_pb2
 from tfclm.server.status import invalid
 from tfclm.server.wire.jsontensor import MAX_RANK
 
