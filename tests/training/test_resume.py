@@ -375,7 +375,7 @@ def test_broken_state_is_named(tmp_path: Path, tokenizer_dir: Path, interrupted:
     (path,) = (tmp_path / "resume").glob(file)
     whole = path.read_bytes()
     path.unlink() if damage == "gone" else path.write_bytes(whole[: len(whole) // 2] if damage == "half" else b"")
-    with pytest.raises(InputError, match="--overwrite starts afresh") as raised:
+    with pytest.raises(InputError, match="use `overwrite` to start over") as raised:
         finetune_tiny(tmp_path, tokenizer_dir)
     assert STATE[file] in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
