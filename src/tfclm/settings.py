@@ -13,20 +13,24 @@ T = TypeVar("T")
 def setting(default: Any, help: str, *, recorded: bool = True, literal: bool = False) -> Any:
     """A dataclass field with its help text.
 
-    What is not `recorded` is left out of the settings file. A `literal` flag is any text, "none" too: None by default.
+    Args:
+        default: the default.
+        help: what `--help` says; it names other fields in backquotes.
+        recorded: whether the settings file has the value.
+        literal: the value is any text, "none" included; the field is None only if the flag is not given.
     """
     return dataclasses.field(default=default, metadata={"help": help, "recorded": recorded, "literal": literal})
 
 
 def documented(settings: type[T]) -> type[T]:
-    """A decorator of settings dataclasses: their docstring lists the fields as `--help` does."""
+    """Class decorator: lists the fields of a settings dataclass in its docstring, as `--help` does."""
     lines = [f"    {field.name}: {help_text(field)}" for field, _ in fields_of(settings)]
     settings.__doc__ = f"{settings.__doc__}\n\nAttributes:\n" + "\n".join(lines) + "\n"
     return settings
 
 
 def record(settings: Any) -> dict[str, Any]:
-    """The settings as plain values, in the order of the fields: what `fit.yaml` holds."""
+    """The recorded settings as plain values, in the order of the fields: the content of `fit.yaml`."""
     values = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(settings)
@@ -36,7 +40,7 @@ def record(settings: Any) -> dict[str, Any]:
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Plain settings as YAML, in their own order."""
+    """Plain settings as YAML, in the same order."""
     import yaml
 
     return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120))
@@ -49,6 +53,6 @@ def fields_of(settings: type) -> list[tuple[dataclasses.Field[Any], Any]]:
 
 
 def help_text(field: dataclasses.Field[Any]) -> str:
-    """What `--help` says about a field: its help text and its default."""
+    """The line of `--help` for a field: its help text and its default."""
     shown = "" if field.default in (None, (), False, "") else f" (default: {field.default})"
     return f"{field.metadata['help']}{shown}"

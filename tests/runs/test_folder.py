@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tfclm.errors import InputError
-from tfclm.runs.card import curve, model_card
+from tfclm.runs.card import model_card
+from tfclm.runs.curve import make_figure
 from tfclm.runs.folder import RunFolder
 from tfclm.training.finetuning import TrainingRecord
 
@@ -70,7 +71,7 @@ def test_a_run_is_one_from_its_begin_on(tmp_path: Path):
     """A run that was killed before its first step, and whose folder is refused afterwards."""
     interrupted(tmp_path)
     interrupted(tmp_path)
-    with pytest.raises(InputError, match="epochs 3 there, 4 now"):
+    with pytest.raises(InputError, match="`epochs` 3 there, 4 now"):
         RunFolder(tmp_path, SETTINGS | {"epochs": 4}, overwrite=False)
 
 
@@ -79,7 +80,7 @@ def test_broken_settings_of_a_run(tmp_path: Path, text: bytes):
     """A traceback from a fit.yaml that a full disk has cut short."""
     interrupted(tmp_path)
     (tmp_path / "fit.yaml").write_bytes(text)
-    with pytest.raises(InputError, match=r"fit\.yaml .*--overwrite starts afresh"):
+    with pytest.raises(InputError, match=r"fit\.yaml .*use `overwrite` to start over"):
         RunFolder(tmp_path, SETTINGS, overwrite=False)
     assert complete(tmp_path, overwrite=True)["loss"] == 2.0
 
@@ -89,7 +90,7 @@ def test_broken_results(tmp_path: Path, text: str, capfd: pytest.CaptureFixture[
     """A traceback from a results.json that is no run's; and --overwrite must not need it."""
     complete(tmp_path, "config.json")
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(InputError, match=r"results\.json .*--overwrite starts afresh"):
+    with pytest.raises(InputError, match=r"results\.json .*use `overwrite` to start over"):
         RunFolder(tmp_path, SETTINGS, overwrite=False)
     complete(tmp_path, "config.json", overwrite=True)
     assert "files of its checkpoint may be left" in capfd.readouterr().err
@@ -133,7 +134,7 @@ def test_a_filesystem_without_locks(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr("tfclm.disk._noted", set())  # it is said once a process
+    monkeypatch.setattr("tfclm.disk.warned", set())  # warnings are printed once per process
     complete(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["perplexity"] == pytest.approx(math.exp(2.0))
     (said,) = capfd.readouterr().err.splitlines()
@@ -188,7 +189,7 @@ def test_the_curve_of_the_perplexity_can_be_read():
     """A fall from 5000 to 5 on a linear axis, along which everything after the first epoch is flat."""
     losses = [math.log(value) for value in (500, 50, 20, 5)]
     epochs = [{"epoch": i + 1, "step": 8 * (i + 1), "loss": loss, "val_loss": loss} for i, loss in enumerate(losses)]
-    figure = curve(done(initial_loss=math.log(5000), epochs=epochs))
+    figure = make_figure(done(initial_loss=math.log(5000), epochs=epochs))
     axes = {each.get_title(): each for each in figure.axes}
     below = axes["Validation perplexity"]
     assert below.get_yscale() == "log"
@@ -222,14 +223,15 @@ def test_card_of_local_files_is_fit_to_be_seen():
         "Fine-tuned from the local model first on the file tickets.jsonl.",
         "* Source: the file tickets.jsonl, column text.",
         "* Validation: 2 files: a.jsonl, b.jsonl; 1 document.",
-        "The card of the local model first names no licence",
+        "The card of the local model first names no license",
         "name: the file tickets.jsonl",
         "model: first\n",
         "train_file:\n- tickets.jsonl\n",
         "output_dir: second\n",
         'pipeline("text-generation", model="second"',
-        "`python -m tfclm.export --model second --serving-dir serving_models/second` makes a version that a stock "
-        "server hosts, or `python -m tfclm.serve --model_name=second --model_base_path=serving_models/second`.",
+        "`python -m tfclm.export --model second --serving-dir serving_models/second` makes a version that an "
+        "unmodified server hosts, or `python -m tfclm.serve --model_name=second "
+        "--model_base_path=serving_models/second`.",
     ):
         assert words in text, words
     for words in ("/home", "None", "['", "--hub", "saved_model.zip"):
@@ -246,7 +248,7 @@ def test_card_names_some_of_many_files_and_a_dataset_as_it_is():
         {"dataset": "some/texts", "model": "base/tiny"}, protocol, {"base_model": "base/tiny", "license": "mit"}
     )
     assert "Fine-tuned from base/tiny on some/texts, split train[:9]." in text
-    assert "The licence is that of base/tiny: mit." in text
+    assert "The license is that of base/tiny: mit." in text
     assert "model: base/tiny\n" in text
     assert "* Validation: split test (the dataset's own); 1 document." in text
     assert "Python's own documentation (python-docs), split" in card({"model": "scratch"}, {"source": "python-docs"})
@@ -256,10 +258,10 @@ def test_card_names_some_of_many_files_and_a_dataset_as_it_is():
     ("changes", "text"),
     [
         ({}, "The weights are those after epoch 1 (step 8)."),
-        ({"best_step": 0, "best_epoch": 0}, "The weights are those that training began with."),
+        ({"best_step": 0, "best_epoch": 0}, "The weights are the initial ones."),
         (
             {"best_step": 10, "best_epoch": None, "diverged": "the loss is not finite at step 12"},
-            "The weights are those after step 10, inside an epoch; training ended early: the loss is not finite at "
+            "The weights are those after step 10, within an epoch; training ended early: the loss is not finite at "
             "step 12.",
         ),
     ],

@@ -200,7 +200,7 @@ def remove(serving_dir: str | os.PathLike[str], version: int) -> None:
         return
     with (
         _usable(f"--serving-dir {where}", "give a folder that can be written"),
-        disk.FolderLock(Path(where), disk.LOCK_PATIENCE),
+        disk.FolderLock(Path(where), disk.LOCK_TIMEOUT),
     ):
         hidden = tempfile.mkdtemp(prefix=STAGING, dir=where)
         for name in names:
