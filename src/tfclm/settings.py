@@ -10,20 +10,28 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def setting(default: Any, help: str, *, recorded: bool = True, literal: bool = False) -> Any:
+def setting(
+    default: Any, help: str, *, recorded: bool = True, literal: bool = False, metavar: str | None = None
+) -> Any:
     """A dataclass field with its help text.
 
     Args:
-        default: the default.
-        help: what `--help` says; it names other fields in backquotes.
-        recorded: whether the settings file has the value.
-        literal: the value is any text, "none" included; the field is None only if the flag is not given.
+        default: the field's default.
+        help: what `--help` says; other fields are named in backquotes.
+        recorded: whether the settings file of a run holds it.
+        metavar: what `--help` calls the value; the last word of the field's name if not given.
+        literal: the flag takes any text, "none" too, which otherwise means None.
+
+    Example:
+        >>> stride: int | None = setting(None, "tokens by which the window moves")
     """
-    return dataclasses.field(default=default, metadata={"help": help, "recorded": recorded, "literal": literal})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "recorded": recorded, "literal": literal, "metavar": metavar}
+    )
 
 
 def documented(settings: type[T]) -> type[T]:
-    """Class decorator: lists the fields of a settings dataclass in its docstring, as `--help` does."""
+    """A decorator that adds a settings dataclass's fields to its docstring, with their help texts."""
     lines = [f"    {field.name}: {help_text(field)}" for field, _ in fields_of(settings)]
     settings.__doc__ = f"{settings.__doc__}\n\nAttributes:\n" + "\n".join(lines) + "\n"
     return settings
@@ -40,7 +48,7 @@ def record(settings: Any) -> dict[str, Any]:
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Plain settings as YAML, in the same order."""
+    """Plain settings as YAML, in their order."""
     import yaml
 
     return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120))
@@ -53,6 +61,6 @@ def fields_of(settings: type) -> list[tuple[dataclasses.Field[Any], Any]]:
 
 
 def help_text(field: dataclasses.Field[Any]) -> str:
-    """The line of `--help` for a field: its help text and its default."""
+    """What `--help` says about a field: its help text and its default."""
     shown = "" if field.default in (None, (), False, "") else f" (default: {field.default})"
     return f"{field.metadata['help']}{shown}"
