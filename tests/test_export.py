@@ -398,7 +398,7 @@ REFUSED = [
     ("--list", "--serving-dir is missing"),
     ("--serving-dir NEW", "--model is missing"),
     ("--serving-dir NEW --model NEW", "NEW"),
-    ("--serving-dir NEW --model EMPTY", "EMPTY is an empty folder: give a checkpoint's folder"),
+    ("--serving-dir NEW --model EMPTY", "EMPTY is an empty directory: give a checkpoint directory"),
     ("--serving-dir NEW --model BARE", "BARE: no tokenizer can be read from its files"),
     ("--serving-dir FILE --model NEW", "--serving-dir FILE: FILE is no folder; give a folder"),
     ("--serving-dir FILE/x --model NEW", "--serving-dir FILE/x: FILE is no folder; give a folder"),

@@ -748,7 +748,7 @@ def test_a_spoilt_folder_is_refused_in_one_line(spoil: Callable[[Path], Any], wo
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no/such/folder", "there is no folder no/such/folder, and a Hub id looks like owner/name"),
+        ("no/such/folder", "there is no directory no/such/folder, and a Hub id looks like owner/name"),
         ("someone/something", "the Hub cannot be reached"),
     ],
 )
@@ -764,7 +764,7 @@ def test_a_file_or_a_revision_of_a_folder_is_refused(saved) -> None:
     folder = saved()
     with pytest.raises(InputError, match="Hub ids only"):
         checkpoint.load(folder, revision="v1")
-    assert "give the folder" in refused(folder / "config.json")
+    assert "give the directory" in refused(folder / "config.json")
 
 
 # Quiet, and the Hub
@@ -881,7 +881,7 @@ def test_a_sharded_hub_model_loads_quietly_then_from_the_cache(saved, hub, tmp_p
     )
     assert run.stdout.splitlines() == [
         "TFGPT2LMHeadModel 512 someone/tiny",
-        "there is no folder someone/else and no such model on the Hub, or it is private",
+        "there is no directory someone/else and no such model on the Hub, or it is private",
         "True",
     ], run.stderr
     assert run.stderr.split("--- from here on\n")[1] == ""

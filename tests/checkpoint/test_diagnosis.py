@@ -45,7 +45,7 @@ def refused(given: Path | str) -> str:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ([], "is an empty folder"),
+        ([], "is an empty directory"),
         (
             ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
             "a LoRA adapter, which is not",
@@ -110,8 +110,8 @@ def test_a_folder_that_is_no_checkpoint_says_what_it_is(files: list[str], words:
         ("model.onnx", "a file that holds an ONNX model"),
         ("model.tar.gz", "a file that holds an archive, model.tar.gz: unpack it"),
         ("pytorch_model.bin", "a file that holds PyTorch's pickled weights"),
-        ("model.safetensors", "is a file: give the folder that holds it"),
-        ("config.json", "is a file: give the folder that holds it"),
+        ("model.safetensors", "is a file: give the directory that holds it"),
+        ("config.json", "is a file: give the directory that holds it"),
     ],
 )
 def test_a_file_says_what_it_is(name: str, words: str, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_file_says_what_it_is(name: str, words: str, tmp_path: Path) -> None:
         ("", "the model's name is empty"),
         ("https://huggingface.co/openai-community/gpt2/tree/main", "give the Hub id, openai-community/gpt2"),
         ("hf://openai-community/gpt2", "give the Hub id, openai-community/gpt2"),
-        ("gs://bucket/model", "copy the checkpoint to a local folder"),
+        ("gs://bucket/model", "copy the checkpoint to a local directory"),
         ("x" * 5000, "cannot be read"),
         ("~nobody-of-this-name/model", "cannot be read"),
     ],
@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_read_says_why(name: str, folder: Path) -> None:
     path = folder / name
     content = path.read_bytes()
     states = {
-        "it is a folder": lambda: path.mkdir(),
+        "it is a directory": lambda: path.mkdir(),
         f"it is a broken link to {name}": lambda: path.symlink_to(name),
         "it is empty": lambda: path.touch(),
         "git lfs pull": lambda: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),

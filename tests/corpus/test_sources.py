@@ -295,7 +295,7 @@ def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         os.rename(tmp_path / name, tmp_path / f"{name}.done")
 
     (tmp_path / "part.jsonl").mkdir()
-    both("part.jsonl", "part.jsonl is a folder", "part.jsonl/*.txt")
+    both("part.jsonl", "part.jsonl is a directory", "part.jsonl/*.txt")
     os.mkfifo(tmp_path / "pipe.jsonl")
     both("pipe.jsonl", "pipe.jsonl is a pipe", "save its content to a file")
     with socket.socket(socket.AF_UNIX) as listening:
@@ -303,7 +303,7 @@ def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         listening.bind("socket.jsonl")  # its name may not be long
         both("socket.jsonl", "socket.jsonl is a pipe, socket or device")
     (tmp_path / "dead.jsonl").symlink_to("gone.jsonl")
-    both("dead.jsonl", "dead.jsonl links to gone.jsonl, which is not there")
+    both("dead.jsonl", "dead.jsonl links to gone.jsonl, which does not exist")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     both("loop.jsonl", "loop.jsonl")
     (tmp_path / "folder").mkdir()
@@ -397,7 +397,7 @@ def test_a_cache_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "folder").mkdir()
     path = write_rows(tmp_path / "folder" / "train.jsonl", ["one"])
     assert texts_of(path) == ["one"]
-    what = ("has no file locks", "HF_DATASETS_CACHE name a folder on a local disk")
+    what = ("has no file locks", "set HF_DATASETS_CACHE to a directory on a local disk")
     refused(*what, one=True, dataset=str(path.parent), split="train")
 
 
@@ -414,7 +414,7 @@ def test_no_room_for_the_cache(tmp_path: Path) -> None:
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment)
     assert "the cache " in done.stdout, done.stderr
-    assert "HF_DATASETS_CACHE name a folder that can" in done.stdout
+    assert "HF_DATASETS_CACHE to a writable directory" in done.stdout
     assert [file.name for file in (tmp_path / "cache" / "tfclm").iterdir()] == []
 
 
@@ -763,7 +763,7 @@ def test_file_that_does_not_exist(tmp_path: Path) -> None:
     """Catches a glob that matches nothing and a mistyped path taken for an empty corpus."""
     refused("no such file", "gone.txt", files=[str(tmp_path / "gone.txt")])
     refused("no file matches", "*.txt", files=[str(tmp_path / "*.txt")])
-    refused("is a folder", "*.txt", files=[str(tmp_path)])
+    refused("is a directory", "*.txt", files=[str(tmp_path)])
 
 
 @pytest.mark.parametrize("home", ["file/cache", "/proc/nowhere/cache"])

@@ -62,7 +62,7 @@ def interrupted(path: Path) -> None:
 def test_a_folder_without_a_run_is_left_alone(tmp_path: Path, name: str, overwrite: bool):
     """A user's own settings file that makes a folder of other things count as a run, and be written into."""
     (tmp_path / name).write_text("epochs: 3\n")
-    with pytest.raises(InputError, match="holds no run: give another folder, or empty this one"):
+    with pytest.raises(InputError, match="holds no run: give another directory, or empty this one"):
         RunFolder(tmp_path, SETTINGS, overwrite)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 

@@ -131,7 +131,7 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
         staging.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write to the folder {folder}: {disk.reason(error)}") from error
+        raise InputError(f"cannot write to the directory {folder}: {disk.reason(error)}") from error
     try:
         _write_files(model, tokenizer, staging)
         names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())

@@ -85,7 +85,7 @@ def read_config(where: str, folder: Path) -> PretrainedConfig:
 
     Args:
         where: the checkpoint's name, for messages.
-        folder: its folder.
+        folder: its directory.
 
     Raises:
         InputError: config.json is missing or not a config, the model type is not a causal language model in

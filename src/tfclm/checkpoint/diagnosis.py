@@ -1,4 +1,4 @@
-"""Says what a folder or file that is not a checkpoint is, and what to give instead."""
+"""Says what a directory or file that is not a checkpoint is, and what to give instead."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ CONVERT = (
     "then save_pretrained, which writes model.safetensors)"
 )
 
-# A pattern of file names (with at most one folder), what they are, and what to do; the first match counts. These also
-# apply to folders with weights.
+# A pattern of file names (with at most one directory), what they are, and what to do; the first match counts. These
+# also apply to directories with weights.
 WITH_WEIGHTS: tuple[tuple[str, str, str], ...] = (
     (
         r"adapter_(config\.json|model\..*)",
@@ -55,12 +55,12 @@ WITHOUT_WEIGHTS: tuple[tuple[str, str, str], ...] = (
     (
         r"(snapshots|blobs|refs)/.*",
         "the cache of a Hub model",
-        "give its Hub id, owner/name, or the folder of a commit below snapshots",
+        "give its Hub id, owner/name, or the directory of a commit below snapshots",
     ),
     (
         r"resume/.*",
         "an incomplete run of tfclm.fit",
-        "resume it with the same command, then give the folder",
+        "resume it with the same command, then give the directory",
     ),
     (r"checkpoint-\d+/.*", "the checkpoints of a training run", "give one of them, such as {name}"),
     (
@@ -94,10 +94,10 @@ WITHOUT_WEIGHTS: tuple[tuple[str, str, str], ...] = (
     (
         r".*\.(zip|tar|tgz|gz|bz2|xz|zst)",
         "an archive, {name}",
-        "unpack it and give the folder with config.json",
+        "unpack it and give the directory with config.json",
     ),
 )
-# The same for folders that have no config.json either.
+# The same for directories that have no config.json either.
 WITHOUT_CONFIG: tuple[tuple[str, str, str], ...] = (
     (
         r"tokenizer(_config)?\.json|vocab\.(json|txt)|merges\.txt|spiece\.model|tokenizer\.model",
@@ -113,17 +113,16 @@ WITHOUT_CONFIG: tuple[tuple[str, str, str], ...] = (
 
 
 def explain(where: str, given: Path | Iterable[str]) -> str | None:
-    """One line that says what a folder is instead of a checkpoint; None if that is not known.
+    """One line that says what a directory is instead of a checkpoint; None if that is not known.
 
     Args:
         where: its name, for the message.
-        given: the folder, or the names of all files of a Hub repository.
+        given: the directory, or the names of all files of a Hub repository.
     """
     names = _list_names(given) if isinstance(given, Path) else sorted(given)
     if not names:
-        return (
-            f"{where} is an empty folder: give a checkpoint directory or a Hub id" if isinstance(given, Path) else None
-        )
+        is_local = isinstance(given, Path)
+        return f"{where} is an empty directory: give a checkpoint directory or a Hub id" if is_local else None
     patterns = WITH_WEIGHTS
     if not any(re.match(r"(tf_)?model\.(safetensors|h5)", name) for name in names):
         patterns += WITHOUT_WEIGHTS if "config.json" in names else WITHOUT_WEIGHTS + WITHOUT_CONFIG
@@ -133,7 +132,7 @@ def explain(where: str, given: Path | Iterable[str]) -> str | None:
                 return f"{where} holds {contents.format(name=name)}: {remedy.format(name=name.split('/')[0])}"
     for name in names:
         if re.fullmatch(r"[^/]+/config\.json", name):
-            return f"{where} has no config.json, but its subfolder {name.split('/')[0]} has one: give that"
+            return f"{where} has no config.json, but its subdirectory {name.split('/')[0]} has one: give that"
     return None
 
 
@@ -142,11 +141,11 @@ def explain_file(where: str, file: Path) -> str:
     for pattern, contents, remedy in WITH_WEIGHTS + WITHOUT_WEIGHTS:
         if re.fullmatch(pattern, file.name) and file.suffix not in (".json", ".txt", ".model"):
             return f"{where} is a file that holds {contents.format(name=file.name)}: {remedy}"
-    return f"{where} is a file: give the folder that holds it"
+    return f"{where} is a file: give the directory that holds it"
 
 
 def _list_names(folder: Path) -> list[str]:
-    """The names of the entries of a folder and of its subfolders, as far as they can be read."""
+    """The names of the entries of a directory and of its subdirectories, as far as they can be read."""
     names = []
     try:
         for path in sorted(folder.iterdir()):

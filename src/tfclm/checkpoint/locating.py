@@ -17,14 +17,14 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "tf_model.h5", "
 
 
 def locate(where: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint; of a Hub model, the needed files are downloaded into the Hub's cache.
+    """The local directory of a checkpoint; of a Hub model, the needed files are downloaded into the Hub's cache.
 
     Args:
-        where: a folder or a Hub id.
+        where: a directory or a Hub id.
         revision: branch, tag or commit of a Hub model.
 
     Raises:
-        InputError: it is neither, it cannot be read or downloaded, or a folder is given with a revision.
+        InputError: it is neither, it cannot be read or downloaded, or a directory is given with a revision.
     """
     if not where.strip():
         raise InputError("the model's name is empty: give a checkpoint directory or a Hub id")
@@ -32,20 +32,20 @@ def locate(where: str, revision: str | None) -> Path:
         folder = Path(where).expanduser()
         if folder.is_dir():
             if revision is not None:
-                raise InputError(f"{where} is a folder, and `revision` ({revision}) applies to Hub ids only")
+                raise InputError(f"{where} is a directory, and `revision` ({revision}) applies to Hub ids only")
             next(folder.iterdir(), None)  # raises an OSError if it cannot be listed
             return folder
         if folder.exists():
             raise InputError(explain_file(where, folder))
         if folder.is_symlink():
-            raise InputError(f"{where} is a broken link to {folder.readlink()}: give the folder itself")
+            raise InputError(f"{where} is a broken link to {folder.readlink()}: give the directory itself")
     except (OSError, RuntimeError) as error:  # a name that is too long, missing permissions, an unknown ~user
         raise InputError(f"{where} cannot be read: {first_line(error)}") from error
     address = re.fullmatch(r"(https?://|hf://)(huggingface\.co/|hf\.co/)?(models/)?([^/]+/[^/]+?)(/.*)?", where)
     if address and (address[2] or address[1] == "hf://"):
         raise InputError(f"{where} is a URL: give the Hub id, {address[4]}")
     if "://" in where:
-        raise InputError(f"{where} is a URL: copy the checkpoint to a local folder and give that, or give a Hub id")
+        raise InputError(f"{where} is a URL: copy the checkpoint to a local directory and give that, or give a Hub id")
     return _download(where, revision)
 
 
@@ -70,18 +70,18 @@ def _download(name: str, revision: str | None) -> Path:
         wanted += [f"{stem}-*.{suffix}"] if shards != weights else [weights]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except HFValidationError as error:
-        raise InputError(f"there is no folder {name}, and a Hub id looks like owner/name") from error
+        raise InputError(f"there is no directory {name}, and a Hub id looks like owner/name") from error
     except GatedRepoError as error:
         raise InputError(f"{name}: accept its terms on the Hub, then log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"there is no folder {name} and no such model on the Hub, or it is private") from error
+        raise InputError(f"there is no directory {name} and no such model on the Hub, or it is private") from error
     except RevisionNotFoundError as error:
         raise InputError(f"{name} has no revision {revision} on the Hub") from error
     except OSError as error:  # offline, or the Hub does not answer
         with contextlib.suppress(OSError):
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         raise InputError(
-            f"there is no folder {name}, the Hub cannot be reached, and its cache has no such model: "
+            f"there is no directory {name}, the Hub cannot be reached, and its cache has no such model: "
             f"{first_line(error)}"
         ) from error
 
@@ -120,7 +120,7 @@ def why_unreadable(path: Path, error: BaseException) -> str:
     """Why a file cannot be read: from the file itself where the error does not say it."""
     try:
         if path.is_dir():
-            return "it is a folder"
+            return "it is a directory"
         if not path.exists():
             return f"it is a broken link to {path.readlink()}" if path.is_symlink() else "there is no such file"
         with path.open("rb") as stream:

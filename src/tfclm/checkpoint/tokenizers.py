@@ -26,11 +26,11 @@ VERSION_5_KEYS = {
 
 
 def read_tokenizer(where: str, folder: Path) -> PreTrainedTokenizerFast:
-    """Reads the fast tokenizer in a checkpoint's folder.
+    """Reads the fast tokenizer in a checkpoint's directory.
 
     Args:
         where: the checkpoint's name, for messages.
-        folder: its folder.
+        folder: its directory.
 
     Raises:
         InputError: the files are missing or broken, or the tokenizer has no fast version.

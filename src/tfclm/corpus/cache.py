@@ -29,7 +29,7 @@ def code_versions() -> list[object]:
 
 @functools.cache
 def _temporary_root() -> tempfile.TemporaryDirectory[str]:
-    """One folder per process, used when caching is off and removed at exit."""
+    """One directory per process, used when caching is off and removed at exit."""
     return tempfile.TemporaryDirectory(prefix="tfclm-")
 
 
@@ -50,7 +50,7 @@ def _cache_folder() -> Path:
 def _not_writable(folder: Path, error: OSError) -> InputError:
     return InputError(
         f"the cache {folder} cannot be written ({error.strerror or error}): set HF_HOME or HF_DATASETS_CACHE to a "
-        "writable folder"
+        "writable directory"
     )
 
 

@@ -1,4 +1,4 @@
-"""Splits of a dataset: from the Hugging Face Hub, a folder of data files, or a folder that `save_to_disk` wrote."""
+"""Splits of a dataset: from the Hub, a directory of data files, or a directory that `save_to_disk` wrote."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
+    """Whether `save_to_disk` wrote the directory."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
@@ -31,7 +31,7 @@ def load_splits(name: str, config: str | None, revision: str | None) -> datasets
     """Loads all splits of a dataset, memory-mapped. (`load_dataset(split=…)` prepares all of them as well.)
 
     Args:
-        name: Hub id, folder, or "python-docs".
+        name: Hub id, directory, or "python-docs".
         config: configuration of a Hub dataset.
         revision: branch, tag or commit of a Hub dataset.
 
@@ -88,7 +88,7 @@ def _explain_load_error(name: str, config: str | None, revision: str | None, err
     ):
         return (
             f"`dataset` {name} cannot be prepared, because the cache's file system has no file locks ({message}): "
-            "set HF_DATASETS_CACHE to a folder on a local disk"
+            "set HF_DATASETS_CACHE to a directory on a local disk"
         )
     if isinstance(error, IndexError | StopIteration) or any(
         part in message for part in ("corresponds to no data", "at least one example", "No columns to parse")
@@ -96,7 +96,7 @@ def _explain_load_error(name: str, config: str | None, revision: str | None, err
         return f"`dataset` {name} has no text: its files hold no rows"
     if isinstance(error, FileNotFoundError):
         return (
-            f"`dataset` {name} is neither a dataset on the Hub that you can access nor a folder with data files: "
+            f"`dataset` {name} is neither a dataset on the Hub that you can access nor a directory with data files: "
             f"{message}"
         )
     return f"`dataset` {name} cannot be read: {message}"

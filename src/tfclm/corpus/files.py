@@ -74,18 +74,18 @@ def resolve_paths(patterns: Sequence[str], field: str) -> list[Path]:
 
 
 def _matches(path: Path, given: str) -> list[Path]:
-    """The regular files that a path or glob matches; other matches are errors, except that globs skip folders."""
+    """The regular files that a path or glob matches; other matches are errors, except that globs skip directories."""
     if path.is_dir():
-        raise InputError(f"{given} is a folder: give its files, for example '{path}/*.txt'")
+        raise InputError(f"{given} is a directory: give its files, for example '{path}/*.txt'")
     found = [path] if _exists(path) else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-    # A glob also matches subfolders, which are skipped; a folder named like a data file is an error below.
+    # A glob also matches subdirectories, which are skipped; a directory named like a data file is an error below.
     found = [name for name in found if not name.is_dir() or _extension(name) in _READERS]
     if not found:
         problem = "no file matches" if glob.has_magic(str(path)) else "no such file:"
         raise InputError(f"{problem} {given}: give an existing file or a quoted glob")
     for name in found:
         if name.is_dir():
-            raise InputError(f"{name} is a folder: give its files, for example '{name}/*.txt'")
+            raise InputError(f"{name} is a directory: give its files, for example '{name}/*.txt'")
         if not name.exists():
             raise InputError(f"{name} links to {os.readlink(name)}, which does not exist: give an existing file")
         if not name.is_file():

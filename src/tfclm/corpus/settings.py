@@ -20,7 +20,7 @@ class SourceSettings:
     """Settings of every command that reads text."""
 
     dataset: str | None = setting(
-        None, "Hub dataset id, or a folder that `save_to_disk` wrote; python-docs is Python's own documentation"
+        None, "Hub dataset id, or a directory that `save_to_disk` wrote; python-docs is Python's own documentation"
     )
     dataset_config: str | None = setting(None, "configuration of the Hub dataset, such as wikitext-2-raw-v1")
     dataset_revision: str | None = setting(None, "branch, tag or commit of the Hub dataset")

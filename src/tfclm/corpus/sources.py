@@ -63,7 +63,7 @@ def read(
     than 65,536 characters is cut, at the end of a line if it has lines: memory stays bounded for any file.
 
     Args:
-        dataset: Hub id, a folder of data files, a folder that `save_to_disk` wrote, or "python-docs".
+        dataset: Hub id, a directory of data files, a directory that `save_to_disk` wrote, or "python-docs".
         dataset_config: configuration of a Hub dataset.
         revision: branch, tag or commit of a Hub dataset; messages call it `dataset_revision`.
         split: split of the dataset, also an expression such as `train_asks[:5000]`; messages call it `train_split`.

@@ -31,7 +31,7 @@ def read_base(model: str, revision: str | None) -> dict[str, Any]:
     """Reads the metadata that a run's card takes from the card of its base model.
 
     Args:
-        model: Hub id or folder of the base model, or "scratch".
+        model: Hub id or directory of the base model, or "scratch".
         revision: branch, tag or commit of a Hub model.
 
     Returns:
@@ -49,7 +49,7 @@ def read_base(model: str, revision: str | None) -> dict[str, Any]:
         data: Any = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     except Exception as error:  # no card, no network or no YAML: training does not depend on it
         return base | {"unread": first_line(error)}
-    # A fine-tuned model in a folder has a base model itself.
+    # A fine-tuned model in a directory has a base model itself.
     names = (*INHERITED, "base_model") if folder.is_dir() else INHERITED
     return base | {name: data.get(name) for name in names if data.get(name) is not None}
 

@@ -1,4 +1,4 @@
-"""The output folder of a run: claims and locks it, and writes the results."""
+"""The output directory of a run: claims and locks it, and writes the results."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ RUN_FILES = ("README.md", "logs", "loss.png", "results.json", "unpushed.json")
 
 
 class RunFolder:
-    """Claims a folder for a run, and keeps it locked until the context ends.
+    """Claims a directory for a run, and keeps it locked until the context ends.
 
     Args:
-        path: the folder, which is created if needed.
+        path: the directory, which is created if needed.
         settings: the run's settings as plain values.
         overwrite: remove the files of an earlier run.
 
     Raises:
-        InputError: the folder holds other files, a run with other settings, or a run in progress.
+        InputError: the directory holds other files, a run with other settings, or a run in progress.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool) -> None:
@@ -55,7 +55,9 @@ class RunFolder:
         holds_run = (path / "fit.yaml").is_file() and (self._resume.is_dir() or self._results.is_file())
         try:
             if not holds_run and path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise InputError(f"`output_dir` {path} exists and holds no run: give another folder, or empty this one")
+                raise InputError(
+                    f"`output_dir` {path} exists and holds no run: give another directory, or empty this one"
+                )
             if holds_run and not overwrite:
                 self._check_same(path / "fit.yaml")
                 if self._results.is_file():
@@ -65,7 +67,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(path)
         except OSError as error:
-            raise InputError(f"`output_dir` {path}: {error.strerror or error}; give a writable folder") from error
+            raise InputError(f"`output_dir` {path}: {error.strerror or error}; give a writable directory") from error
 
     def _check_same(self, file: Path) -> None:
         try:
@@ -86,7 +88,7 @@ class RunFolder:
             )
 
     def begin(self) -> None:
-        """Starts the run in the folder; called once all input is checked, so that bad input removes nothing."""
+        """Starts the run in the directory; called once all input is checked, so that bad input removes nothing."""
         self._resume.mkdir(exist_ok=True)
         if self._overwrite:
             if self._results.is_file():
@@ -122,7 +124,7 @@ class RunFolder:
             files: names of the checkpoint's files; other files of an overwritten run are removed.
             corpus_tokens: number of tokens in the training blocks.
             base: metadata of the base model, for the card.
-            repo_id: full name of the Hub repository that the folder is pushed to.
+            repo_id: full name of the Hub repository that the directory is pushed to.
 
         Returns:
             The content of `results.json`, where numbers that are not finite are None.
@@ -171,12 +173,12 @@ class RunFolder:
             log(f"the former results.json cannot be read: files of its checkpoint may be left in {self.path}")
             return
         left = {name.split("/")[0] for name in names} - {name.split("/")[0] for name in files}
-        # Only entries of the folder: a name from the file could lead out of it.
+        # Only entries of the directory: a name from the file could lead out of it.
         remove(entry for entry in self.path.iterdir() if entry.name in left)
 
 
 class Lock(FolderLock):
-    """Allows one run per folder; the lock ends with the process."""
+    """Allows one run per directory; the lock ends with the process."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -197,6 +199,6 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def remove(entries: Iterable[Path]) -> None:
-    """Removes files and folders."""
+    """Removes files and directories."""
     for entry in list(entries):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -66,7 +66,7 @@ def seed_dropout(model: TFPreTrainedModel, seed: int) -> list[tf.random.Generato
 
 
 class Snapshots:
-    """Saves and restores the whole state of a run in one folder; the newest complete snapshot counts."""
+    """Saves and restores the whole state of a run in one directory; the newest complete snapshot counts."""
 
     def __init__(
         self,
