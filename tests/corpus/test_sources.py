@@ -382,7 +382,7 @@ def test_a_dataset_that_holds_no_text_is_named(tmp_path: Path, name: str) -> Non
 def test_compressed_text_under_another_name(tmp_path: Path) -> None:
     """Catches advice to convert the encoding of a file that is compressed."""
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"text": "one"}'))
-    refused("a.jsonl is compressed by gzip", "ends in .gz", files=[str(tmp_path / "a.jsonl")])
+    refused("a.jsonl is compressed with gzip", "ends in .gz", files=[str(tmp_path / "a.jsonl")])
 
 
 # For ENOSYS, some versions of filelock have locks of another kind to fall back on.
