@@ -17,7 +17,7 @@ import pytest
 
 import tfclm
 from tfclm.errors import InputError
-from tfclm.settings import flags, parse, record, setting, table, to_yaml
+from tfclm.settings import flags, parse, record, setting, to_yaml
 
 COMMANDS = ["evaluate", "export", "fit", "generate", "push", "query"]
 
@@ -346,12 +346,3 @@ def test_help_shows_the_public_names():
     assert "<function" not in package
     assert len(function.splitlines()) < 60
     assert "learning_rate: peak learning rate (default: 2e-05)" in settings
-
-
-def test_every_setting_is_in_the_readme():
-    """The README's table is generated; a new setting must not be missing there."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    for verb in COMMANDS:
-        module = importlib.import_module(f"tfclm.{verb}")
-        settings = getattr(module, f"{verb.capitalize()}Settings")
-        assert table(settings) in readme, f"paste the output of: python -m tfclm.settings {verb}"
