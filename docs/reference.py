@@ -51,8 +51,7 @@ def commands() -> str:
         "# Commands",
         "`tfclm fit` and `python -m tfclm.fit` are the same command, and so are the others. Every flag is also a key "
         "of the YAML file that `--config` names; flags override the file. A flag may be written with hyphens or with "
-        "underscores. A flag without a value has a `--no-` form. Where no default is shown, the flag is optional and "
-        "the column on the right says what happens without it.",
+        "underscores. A flag whose default is `True` or `False` takes no value and has a `--no-` form.",
     ]
     for verb, about in COMMANDS.items():
         settings = getattr(importlib.import_module(f"tfclm.{verb}"), f"{verb.capitalize()}Settings")
