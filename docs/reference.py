@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 import tfclm
 from tfclm.__main__ import COMMANDS
-from tfclm.settings import table
+from tfclm.cli.arguments import table
 
 ROOT = Path(__file__).parent.parent
 # A page of the site -> a file of the repository that is read on its own, too.

@@ -19,7 +19,7 @@ from conftest import tiny_config
 
 import tfclm
 from tfclm.__main__ import COMMANDS
-from tfclm.settings import parse
+from tfclm.cli.arguments import parse
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
