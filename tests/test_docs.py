@@ -19,6 +19,7 @@ from conftest import tiny_config
 
 import tfclm
 from tfclm.__main__ import COMMANDS
+from tfclm.checkpoint.configs import DECODERS, ENCODERS
 from tfclm.cli.arguments import parse
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +147,12 @@ def test_architecture_names_every_folder():
     folders = [source, *(source / "savedmodel", source / "server")]
     for folder in (path for parent in folders for path in parent.iterdir() if (path / "__init__.py").exists()):
         assert f"`{folder.relative_to(source)}/`" in page, folder
+
+
+def test_model_types_are_documented():
+    """A type of model that loads, and that the reference does not name."""
+    page = (ROOT / "docs" / "reference" / "compatibility.md").read_text(encoding="utf-8")
+    assert [name for name in DECODERS + ENCODERS if f"`{name}`" not in page] == []
 
 
 # With the quickstart's folder, and a server
