@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import tensorflow as tf
 
 from tfclm.errors import InputError
 from tfclm.savedmodel.checks import broadcast, ranked, require, require_at_most
-from tfclm.savedmodel.graph.decoding import decode
+from tfclm.savedmodel.graph.decoding import Decoded, decode
 from tfclm.savedmodel.graph.network import Network
 from tfclm.savedmodel.graph.sampling import SamplingParams, uniform_samples
 from tfclm.savedmodel.graph.scoring import token_logprobs
@@ -87,10 +87,7 @@ class GenerationModule(tf.Module):
         except InputError as error:
             self.tokenizer_problem = str(error)
         self.buckets = self._buckets() if self._xla else []
-        decode_rows: Any = self._decode_rows
-        if self._xla:
-            decode_rows = tf.function(decode_rows, autograph=self.network.autograph, jit_compile=True)
-        self._decode = self._batched(decode_rows)
+        self._decode = self._batched()
 
     def signatures(self) -> dict[str, Any]:
         """The exported functions, by name."""
@@ -146,45 +143,68 @@ class GenerationModule(tf.Module):
 
     # From checked rows to tokens.
 
-    def _batched(self, decode_rows: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        """`decode_rows` with the rows of concurrent requests, of all signatures, decoded together.
+    def _decode_batch(self, ids: Tensor, lengths: Tensor, stop: Tensor, *params: Tensor) -> Decoded:
+        """Decodes a batch of rows [B, context - 1], as wide as its longest prompt, or with XLA as that one's bucket."""
+        width = tf.reduce_max(lengths)
+        if self._xla:
+            buckets = tf.constant(self.buckets)
+            width = tf.reduce_min(tf.boolean_mask(buckets, buckets >= width))
+        search = self._finder.begin(stop) if self._finder is not None else None
+        given = SamplingParams(*params)
+        uniform = uniform_samples(given.seed, self.limit)
+        decode_rows: Any = self._decode_rows
+        if self._xla:
+            # Compiled without the strings and the random ops, which XLA does not support.
+            decode_rows = tf.function(decode_rows, autograph=self.network.autograph, jit_compile=True)
+        return cast("Decoded", decode_rows(ids[:, :width], lengths, given, uniform, search))
+
+    def _decode_rows(
+        self, ids: Tensor, lengths: Tensor, params: SamplingParams, uniform: Tensor, search: Stop | None
+    ) -> Decoded:
+        return decode(
+            self.network,
+            ids,
+            lengths,
+            params,
+            uniform,
+            eos_ids=self.eos_ids,
+            pad_id=self._pad_id,
+            limit=self.limit,
+            finder=self._finder,
+            stop=search,
+            xla=self._xla,
+        )
+
+    def _batched(self) -> Callable[..., tuple[Tensor, ...]]:
+        """`_decode_batch` for rows [B, L], decoded together with those of concurrent requests, of all signatures.
 
         A call with more rows than a batch holds makes several batches in turn. `enable_large_batch_splitting`, with
         which the op would do that itself, crashes the process if a request is cancelled while its rows are in several
         batches.
         """
-
-        def batch(ids: Tensor, lengths: Tensor, stop: Tensor, seed: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-            width = tf.reduce_max(lengths)
-            if self._xla:
-                buckets = tf.constant(self.buckets)
-                width = tf.reduce_min(tf.boolean_mask(buckets, buckets >= width))
-            search = self._finder.begin(stop) if self._finder is not None else ()
-            return decode_rows(ids[:, :width], lengths, uniform_samples(seed, self.limit), seed, *params, *search)
-
-        types = (tf.string, tf.int64, *PARAM_TYPES[:5])
         width = self.network.context - 1
-        others = [tf.TensorSpec([None], kind) for kind in (tf.int32, *types)]
-        specs = [tf.TensorSpec([None, width], tf.int32), *others]
-        traced = tf.function(batch, autograph=self.network.autograph).get_concrete_function(*specs)
+        others = [tf.TensorSpec([None], kind) for kind in (tf.int32, tf.string, *PARAM_TYPES)]
+        batch = tf.function(self._decode_batch, autograph=self.network.autograph).get_concrete_function(
+            tf.TensorSpec([None, width], tf.int32), *others
+        )
         # A unique name: ops with the same name in one process share the queue and its function.
         name = f"tfclm-{uuid.uuid4().hex}"
         largest = self.settings.max_batch_size
 
         def call(ids: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
-            # Rows that are decoded together must have the same width.
-            ids = tf.ensure_shape(tf.pad(ids, [[0, 0], [0, width - tf.shape(ids)[1]]]), [None, width])
+            # Rows that are decoded together must have the same width; no prompt is longer than this one.
+            ids = tf.ensure_shape(tf.pad(ids, [[0, 0], [0, width]])[:, :width], [None, width])
             results = tf.raw_ops.BatchFunction(
                 in_tensors=[ids, *arguments],
-                captured_tensors=traced.captured_inputs,
-                f=traced,
+                captured_tensors=batch.captured_inputs,
+                f=batch,
                 num_batch_threads=1,  # each batch uses all cores
                 max_batch_size=largest,
                 allowed_batch_sizes=self.batch_sizes() if self._xla else list(range(1, largest + 1)),
                 batch_timeout_micros=int(self.settings.batch_timeout * 1000),
                 max_enqueued_batches=MAX_ENQUEUED_BATCHES,
                 enable_large_batch_splitting=False,
-                Tout=[output.dtype for output in traced.outputs],
+                Tout=[output.dtype for output in batch.outputs],
                 shared_name=name,
                 batching_queue=name,
             )
@@ -196,28 +216,6 @@ class GenerationModule(tf.Module):
             tf.TensorSpec([None, None], tf.int32), *others
         )
         return lambda *arguments: _in_slices(queued, arguments, largest)
-
-    def _decode_rows(
-        self, ids: Tensor, lengths: Tensor, uniform: Tensor, seed: Tensor, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        """`decode` with its arguments as tensors; `rest` are the other parameters and the state of the search."""
-        max_new_tokens, temperature, top_k, top_p, repetition_penalty, *search = rest
-        params = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-        return tuple(
-            decode(
-                self.network,
-                ids,
-                lengths,
-                params,
-                uniform,
-                eos_ids=self.eos_ids,
-                pad_id=self._pad_id,
-                limit=self.limit,
-                finder=self._finder,
-                stop=Stop(*search) if self._finder is not None else None,
-                xla=self._xla,
-            )
-        )
 
     def _generate_rows(
         self, ids: Tensor, lengths: Tensor, name: str, stop: Tensor, params: SamplingParams
@@ -237,8 +235,7 @@ class GenerationModule(tf.Module):
                 ["has ", _first(lengths, fits), f" tokens, and the context holds {context}, the answer included"]
             )
             ids = require(fits, ids, name, problem)
-        results = self._decode(ids[:, : context - 1], lengths, stop, params.seed, *params[:5])
-        return (*results, lengths)
+        return (*self._decode(ids, lengths, stop, *params), lengths)
 
     # Checks of requests.
 
