@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 # What is said where two records cannot be compared.
-REMEDY = "give --dataset or --file, on which both are measured then, or leave it out once"
+REMEDY = "give `dataset` or `file`, on which both are measured then, or leave it out once"
 VERDICTS = ".verdicts"  # hidden from servers, which take folders with a number for a name
 
 
