@@ -428,7 +428,7 @@ REFUSED = [
         "--split applies to the text of --dataset or --file",
     ),
     ("--serving-dir NEW --model NEW --text-column body", "--text-column applies to the text of --dataset or --file"),
-    ("--serving-dir NEW --model NEW --buckets 16", "--buckets goes with --compile xla"),
+    ("--serving-dir NEW --model NEW --buckets 16", "--buckets requires --compile xla"),
     ("--serving-dir NEW --model NEW --max-perplexity 0", "--max-perplexity 0.0: give 1 or more"),
     ("--serving-dir NEW --model UNKNOWN --max-perplexity 9", "the checkpoint has no results.json"),
     ("--serving-dir NEW --model CHECKPOINT --max-new-tokens-limit 16", "--max-new-tokens-limit 16"),

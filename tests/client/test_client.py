@@ -546,7 +546,7 @@ def test_a_batch(served):
         ),
         (["--prompt=a", "--temperature=hot"], 2, "argument --temperature: invalid float value: 'hot'"),
         (["--prompt=a", "--temprature=1"], 2, "unrecognized arguments: --temprature=1"),
-        (["--prompt=a", "--temperature=-1"], 2, "temperature[0] is -1.000000: give 0, which is greedy, or more"),
+        (["--prompt=a", "--temperature=-1"], 2, "temperature[0] is -1.000000: give 0 (greedy) or more"),
         (["--prompt=a", "--prompt-file=b"], 2, "--prompt and --prompt-file exclude each other"),
         (["--prompt-file=/no/such/file"], 2, "--prompt-file /no/such/file: No such file or directory"),
         (["--prompt=a", "--url=localhost:8501"], 2, "URL localhost:8501: give http://HOST:PORT"),
