@@ -87,13 +87,11 @@ def _validation_text(settings: FitSettings, protocol: Mapping[str, Any] | None) 
 @contextmanager
 def _named_export_to() -> Iterator[None]:
     """Errors name the flags that the user gave."""
-    from tfclm.savedmodel.publishing.gate import REMEDY
-
     try:
         yield
     except InputError as error:
-        remedy = REMEDY.replace("--dataset or --file", "--validation-file or --validation-split")
-        raise InputError(str(error).replace("--serving-dir", "--export-to").replace(REMEDY, remedy)) from error
+        names = {"serving_dir": "export_to", "dataset": "validation_split", "file": "validation_file"}
+        raise error.renamed(**names) from error
 
 
 def _export_settings(settings: FitSettings) -> ExportSettings:
@@ -121,6 +119,8 @@ def reach_hub(settings: FitSettings) -> tuple[Repository, bool] | None:
     where: dict[str, Any] = {name: getattr(settings, name) for name in ("private", "branch", "create_pr")}
     try:
         return preflight(settings.push_to_hub, timeout=settings.push_timeout, **where), True
+    except InputError as error:
+        raise error.renamed(repo_id="push_to_hub") from error
     except Unreachable as reason:
         if not settings.push_later:
             raise InputError(f"{reason}; go online, or give --push-later to push when it can be reached") from reason

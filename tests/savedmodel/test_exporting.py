@@ -24,7 +24,7 @@ from tfclm.savedmodel.graph.signatures import GenerationModule
 from tfclm.savedmodel.publishing import canary
 from tfclm.savedmodel.publishing.canary import CanaryFailed
 from tfclm.savedmodel.publishing.gate import Gate, GateFailed
-from tfclm.savedmodel.publishing.versions import versions
+from tfclm.savedmodel.publishing.versions import ServingDirectory
 from tfclm.savedmodel.settings import ServableSettings, defaults
 
 TEXT, INT, LONG, FLOAT = "string", "int32", "int64", "float32"
@@ -328,6 +328,17 @@ def test_canary_says_what_a_warmup_record_met(tokens: tuple[Path, list[canary.Pr
         canary.validate(folder, tokens[1], xla=False)
 
 
+@pytest.mark.slow
+def test_canary_says_that_xla_cannot_be_turned_off(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
+    """Another build of TensorFlow: an export that cannot be checked, or that is checked less without a word."""
+    lines: list[str] = []
+    result = canary.validate(*tokens, xla=False, library=tmp_path, log=lines.append)
+    assert result["records"] == 1
+    (line,) = lines
+    assert line.startswith(f"XLA cannot be turned off in this build of TensorFlow ({tmp_path} has no libtensorflow_cc")
+    assert "warning" not in result
+
+
 def test_canary_does_not_wait_for_ever(tokens: tuple[Path, list[canary.Prompt]]):
     """A version that hangs, and with it the export, until somebody looks."""
     with pytest.raises(CanaryFailed, match=r"cannot be served: no answer within 0\.5 seconds"):
@@ -367,7 +378,7 @@ def test_version_from_elsewhere(tokens: tuple[Path, list[canary.Prompt]], tmp_pa
         publish_exported(broken, serving, source={"hub": "me/eli5"})
     with pytest.raises(GateFailed, match=r"not published: perplexity 20\.0000 is above 19"):
         publish_exported(version, serving, limits=Gate(max_perplexity=19.0))
-    assert versions(serving) == []
+    assert ServingDirectory.at(serving).versions() == []
     assert publish_exported(version, serving, version=3, limits=Gate(max_perplexity=21.0)).path == f"{serving}/3"
     assert {path.name: path.is_dir() or path.read_bytes() for path in (serving / "3").rglob("*")} == {
         path.name: path.is_dir() or path.read_bytes() for path in version.rglob("*")
@@ -392,7 +403,7 @@ def test_nothing_is_published_that_the_canary_refuses(tokens: tuple[Path, list[c
 
     with pytest.raises(CanaryFailed, match=r"canary prompt \d: new token \d is \d+, where the Python model gives \d+"):
         export_saved_model(make_model(seed=1), make_wordpiece(), tmp_path, source={"checkpoint": "a"}, log=swap)
-    assert versions(tmp_path) == []
+    assert ServingDirectory.at(tmp_path).versions() == []
     assert list(tmp_path.glob(".staging-*")) == []
     # Written down, as the gate's refusals are.
     (verdict,) = (json.loads(path.read_text()) for path in (tmp_path / ".verdicts").iterdir())
