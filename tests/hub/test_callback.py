@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import WRITER, Faults, hub
-from test_hub import environment, held
+from hub_server import WRITER, Faults, environment, held, hub
 
 SCRIPT = """
 import json, sys
