@@ -40,7 +40,7 @@ def test_prompt_that_is_not_utf8():
     """A traceback for a file in another encoding, or for such bytes in the shell's arguments."""
     with pytest.raises(InputError, match="standard input is not UTF-8"):
         read_prompt(None, stdin(b"caf\xe9"))
-    with pytest.raises(InputError, match="--prompt is not UTF-8"):
+    with pytest.raises(InputError, match="`prompt` is not UTF-8"):
         read_prompt("caf\udce9", stdin(b""))
 
 

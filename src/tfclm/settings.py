@@ -10,23 +10,35 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def setting(default: Any, help: str, *, recorded: bool = True, literal: bool = False) -> Any:
+def setting(
+    default: Any, help: str, *, recorded: bool = True, literal: bool = False, metavar: str | None = None
+) -> Any:
     """A dataclass field with its help text.
 
-    What is not `recorded` is left out of the settings file. A `literal` flag is any text, "none" too: None by default.
+    Args:
+        default: the field's default.
+        help: what `--help` says; other fields are named in backquotes.
+        recorded: whether the settings file of a run holds it.
+        metavar: what `--help` calls the value; the last word of the field's name if not given.
+        literal: the flag takes any text, "none" too, which otherwise means None.
+
+    Example:
+        >>> stride: int | None = setting(None, "tokens by which the window moves")
     """
-    return dataclasses.field(default=default, metadata={"help": help, "recorded": recorded, "literal": literal})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "recorded": recorded, "literal": literal, "metavar": metavar}
+    )
 
 
 def documented(settings: type[T]) -> type[T]:
-    """A decorator of settings dataclasses: their docstring lists the fields as `--help` does."""
+    """A decorator that adds a settings dataclass's fields to its docstring, with their help texts."""
     lines = [f"    {field.name}: {help_text(field)}" for field, _ in fields_of(settings)]
     settings.__doc__ = f"{settings.__doc__}\n\nAttributes:\n" + "\n".join(lines) + "\n"
     return settings
 
 
 def record(settings: Any) -> dict[str, Any]:
-    """The settings as plain values, in the order of the fields: what `fit.yaml` holds."""
+    """The recorded settings as plain values, in the order of the fields: the content of `fit.yaml`."""
     values = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(settings)
@@ -36,7 +48,7 @@ def record(settings: Any) -> dict[str, Any]:
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Plain settings as YAML, in their own order."""
+    """Plain settings as YAML, in their order."""
     import yaml
 
     return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120))

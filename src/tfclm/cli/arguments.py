@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
-from tfclm.errors import InputError
+from tfclm.errors import InputError, replace_names
 from tfclm.settings import fields_of, help_text
 
 T = TypeVar("T")
@@ -30,17 +30,27 @@ def parse(
     """Reads a settings dataclass from command-line arguments, over the values of the file named by `--config`.
 
     Every field is a flag, `--learning-rate` and `--learning_rate` alike; a bool has a `--no-` twin; a tuple takes
-    several values, also of a flag given again; None is written `none`. `preset` gets the values that are given, and
-    may give others.
+    several values, and may be given several times; None is written `none`.
+
+    Args:
+        settings: the dataclass.
+        arguments: the command line without the program's name.
+        prog: the program's name in messages.
+        description: the first lines of the help.
+        preset: gets the values that are given, and returns values for other fields.
 
     Raises:
-        InputError: an unknown flag or key, or a value that its field does not take.
+        InputError: an unknown flag or key, or a value that its field does not accept.
+
+    Example:
+        >>> parse(EvaluateSettings, ["--model", "runs/eli5"], prog="evaluate", description="").model
+        'runs/eli5'
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)
-    override = "a YAML file of settings; flags override it"
+    override = "YAML file with settings; flags override it"
     parser.add_argument("--config", metavar="FILE", help=override, default=argparse.SUPPRESS)
     for field, kind in fields_of(settings):
-        _add(parser, field, kind)
+        _add(parser, field, kind, settings)
     given = vars(parser.parse_args(arguments))
     path = given.pop("config", None)
     values = {**(vars(parser.parse_args(_from_yaml(settings, path))) if path else {}), **given}
@@ -52,8 +62,18 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _with_flags(text: str, settings: type) -> str:
+    """A help text, which names fields in backquotes, with their flags."""
+    return replace_names(text, (field.name for field, _ in fields_of(settings)), flag)
+
+
 def flags(settings: Any, names: Iterable[str]) -> list[str]:
-    """The arguments that give these settings again: of those that are not the defaults."""
+    """The arguments that give these settings again; defaults are left out.
+
+    Args:
+        settings: a settings dataclass.
+        names: the fields to include.
+    """
     arguments = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -75,12 +95,12 @@ def table(settings: type) -> str:
     for field, kind in fields_of(settings):
         default = "" if field.default in (None, (), "") else f"`{field.default}`"
         choices = f" ({', '.join(map(str, typing.get_args(kind)))})" if typing.get_origin(kind) is Literal else ""
-        rows.append(f"| `{flag(field.name)}` | {default} | {field.metadata['help']}{choices} |")
+        rows.append(f"| `{flag(field.name)}` | {default} | {_with_flags(field.metadata['help'], settings)}{choices} |")
     return "\n".join(rows) + "\n"
 
 
 def _meant(name: str, fields: Iterable[str], write: Callable[[str], str]) -> str:
-    """A question that names the fields that are probably meant by a name that is none; empty if none is like it."""
+    """Suggests the fields that an unknown name probably means, as a question; empty if none is similar."""
     names = [field.replace("_", "-") for field in fields]
     name = name.replace("_", "-").lower()
     words = set(name.split("-"))
@@ -91,7 +111,7 @@ def _meant(name: str, fields: Iterable[str], write: Callable[[str], str]) -> str
             return 1.0
         if words > set(parts):
             return 0.9
-        # Of names with several words, one word that both have says much, the more of them the more.
+        # One word that two names share says much, and more words say more.
         shared = len(words & set(parts)) / max(len(words), len(parts))
         return max(difflib.SequenceMatcher(None, name, other).ratio(), 0.5 + shared / 2 if shared else 0.0)
 
@@ -119,20 +139,20 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=36, width=min(120, int(os.environ.get("COLUMNS", 120))))
 
 
-def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:
+def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any, settings: type) -> None:
     flags = [flag(field.name)]
     if "_" in field.name:
         flags.append(f"--{field.name}")
-    # A flag that is not given stays out of the result, so that the file's value can be told from a default.
+    # A flag that is not given is left out, so that a default does not override the file's value.
     common: dict[str, Any] = {
         "dest": field.name,
-        "help": help_text(field).replace("%", "%%"),
+        "help": _with_flags(help_text(field), settings).replace("%", "%%"),
         "default": argparse.SUPPRESS,
     }
     optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
     if optional:
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-    metavar = field.name.split("_")[-1].upper()
+    metavar = field.metadata["metavar"] or field.name.split("_")[-1].upper()
     if kind is bool:
         twins = dict.fromkeys((flag(f"no_{field.name}"), f"--no_{field.name}"))
         parser.add_argument(*flags, *twins, action=_Switch, nargs=0, **common)
@@ -164,11 +184,11 @@ def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _from_yaml(settings: type, path: str) -> list[str]:
-    """A settings file as the flags that say the same, so that both are checked by the same code."""
+    """A settings file as the equivalent flags, so that the same code checks both."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Reads a value as it is written, as a flag's is: `no` is a choice of some, 0123456 a commit; null is None."""
+        """Keeps values as they are written, as for flags: `no` may be a choice and 0123456 a commit; null is None."""
 
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
@@ -180,27 +200,27 @@ def _from_yaml(settings: type, path: str) -> list[str]:
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: no valid YAML: {error}") from error
+        raise InputError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"--config {path}: give one `setting: value` a line")
+        raise InputError(f"--config {path}: give one `setting: value` per line")
     known = {field.name: (field, kind) for field, kind in fields_of(settings)}
     arguments: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
             meant = _meant(name, known, lambda field: field.replace("-", "_"))
-            raise InputError(f"--config {path}: {key} is no setting{meant}; there are {', '.join(known)}")
+            raise InputError(f"--config {path}: {key} is not a setting{meant}; the settings are {', '.join(known)}")
         field, kind = known[name]
         if kind is bool:
             switch = Loader.bool_values.get(str(value).lower())
             if switch is None:
-                raise InputError(f"--config {path}: {key} is true or false, not {value!r}")
+                raise InputError(f"--config {path}: {key} must be true or false, not {value!r}")
             arguments.append(flag(name) if switch else flag(f"no_{name}"))
         elif typing.get_origin(kind) is tuple:
             items = value if isinstance(value, list) else [] if value is None else [value]
             arguments += [f"{flag(name)}={item}" for item in items] or [flag(name)]
         elif isinstance(value, list | dict):
-            raise InputError(f"--config {path}: {key} takes one value, not {value!r}")
+            raise InputError(f"--config {path}: {key} must be one value, not {value!r}")
         elif value is not None or not field.metadata["literal"]:
             arguments.append(f"{flag(name)}={'none' if value is None else value}")
     return arguments

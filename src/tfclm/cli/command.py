@@ -16,7 +16,7 @@ from tfclm.terminal import abandon_stdout, log, mend_streams
 
 T = TypeVar("T")
 
-# What a disk says that is full or broken: nothing that a traceback would explain.
+# A full or failing disk, which a traceback would not explain.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -51,7 +51,7 @@ def command(
             code: Any = run(values) or 0
         except SystemExit as end:  # --help
             code = end.code
-        # Here, where it can still be told that what was printed has not arrived.
+        # Flush here, where a failure to print can still be reported.
         sys.stdout.flush()
         sys.exit(code)
     except InputError as error:
@@ -61,7 +61,7 @@ def command(
         log(f"tfclm.{verb}: interrupted")
         sys.exit(1)
     except BrokenPipeError:
-        abandon_stdout()  # its reader has gone (`| head`)
+        abandon_stdout()  # the reader has exited (`| head`)
         sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
@@ -84,9 +84,9 @@ def name_flags(message: str, settings: type, flag: Callable[[str], str] = flag) 
 
 
 def _scrubbed(text: str) -> str:
-    """Without the Hub's token, which a message may quote: a proxy's, or about a flag that it was given to.
+    """A message without the Hub's token, which a proxy's reply or a misused flag may put into it.
 
-    Never fails: it is the last step between an error and its line.
+    Never fails: it is the last step before an error is printed.
     """
     from tfclm.hub.repository import scrubbed
 

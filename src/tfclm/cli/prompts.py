@@ -9,21 +9,25 @@ from tfclm.errors import InputError
 
 
 def read_prompt(prompt: str | None, stdin: TextIO | None, file: str | None = None) -> str:
-    """The prompt that is given, else the file's or standard input's without the newline that editors put at the end.
+    """The given prompt, or the text of the file or of standard input without the newline that editors add at the end.
 
     Raises:
-        InputError: it is not UTF-8, the file or standard input cannot be read or is closed (None), or both are given.
+        InputError: it is not UTF-8, the file or standard input cannot be read or is closed, or two are given.
+
+    Example:
+        >>> read_prompt("The import statement", sys.stdin)
+        'The import statement'
     """
     if prompt is not None and file is not None:
-        raise InputError("--prompt and --prompt-file exclude each other: give one of them")
-    given = "--prompt" if prompt is not None else "standard input" if file is None else f"--prompt-file {file}"
+        raise InputError("`prompt` and `prompt_file` exclude each other: give one of them")
+    given = "`prompt`" if prompt is not None else "standard input" if file is None else f"`prompt_file` {file}"
     try:
         if prompt is not None:
-            prompt.encode()  # fails where the shell's bytes were no text, which Python hands on as surrogates
+            prompt.encode()  # fails if the shell passed bytes that are not text: Python turns them into surrogates
             return prompt
         if file is None:
             if stdin is None:
-                raise InputError("standard input is closed: give --prompt")
+                raise InputError("standard input is closed: give `prompt`")
             content = stdin.buffer.read()
         else:
             with open(file, "rb") as opened:

@@ -28,9 +28,15 @@ class Packed:
     """
 
     blocks: datasets.Dataset
+    block_size: int
     dropped_tokens: int
     tokens: int
     largest_id: int
+
+    @property
+    def predicted_tokens(self) -> int:
+        """The tokens that a model predicts: all but the first of each block."""
+        return len(self.blocks) * (self.block_size - 1)
 
 
 def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = ()) -> Packed:
@@ -52,7 +58,7 @@ def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = (
 
     key = [fingerprint(tokens), block_size, list(separator)]
     blocks, facts = stored("blocks", key, schema, write)
-    return Packed(blocks, facts["dropped_tokens"], facts["tokens"], facts["largest_id"])
+    return Packed(blocks, block_size, facts["dropped_tokens"], facts["tokens"], facts["largest_id"])
 
 
 def _write_blocks(

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from tfclm.destinations import _validation_text, check_export
 from tfclm.errors import InputError
-from tfclm.fit import FitSettings
+from tfclm.fit import FitSettings, open_release
 
 OTHER = {"source": "another", "validation": "files old.txt", "block_size": 32}
 
@@ -65,14 +64,15 @@ def test_second_training_on_other_data_is_not_refused(
 ):
     """The gate's most natural use refused before it trains; or hours of training before the line that refuses it."""
     served(tmp_path, **record)
-    run = settings(tmp_path, **more)
+    release = open_release(settings(tmp_path, **more))
+    assert release is not None
     measured = {"source": "tickets", "validation": protocol, "block_size": 32}
     if said is None:
-        check_export(run)
-        check_export(run, measured, 1000)
+        release.check()
+        release.check(measured, 1000)
     else:
         with pytest.raises(InputError) as refused:
-            check_export(run, measured, 1000)
+            release.check(measured, 1000)
         assert said in str(refused.value)
 
 
@@ -82,13 +82,16 @@ def test_both_are_scored_on_the_runs_validation_text(tmp_path: Path, monkeypatch
 
     monkeypatch.chdir(tmp_path)
     Path("val.txt").write_text("one text\n\nanother text\n")
-    texts = _validation_text(settings(tmp_path, validation_file=("val.txt",)), None)
+    release = open_release(settings(tmp_path, validation_file=("val.txt",)))
+    assert release is not None
+    texts = release.validation_texts(None)
     assert texts is not None
     assert [text.strip() for text in texts()] == ["one text", "another text"]
     splits = {name: datasets.Dataset.from_dict({"text": [f"of {name}"]}) for name in ("train", "test")}
     datasets.DatasetDict(splits).save_to_disk("stored")
-    run = settings(tmp_path, train_file=(), dataset="stored")
-    texts = _validation_text(run, {"validation": "split test (the dataset's own)"})
+    release = open_release(settings(tmp_path, train_file=(), dataset="stored"))
+    assert release is not None
+    texts = release.validation_texts({"validation": "split test (the dataset's own)"})
     assert texts is not None
     assert list(texts()) == ["of test"]
-    assert _validation_text(run, {"validation": "0.1 of the documents, drawn with seed 0"}) is None
+    assert release.validation_texts({"validation": "0.1 of the documents, drawn with seed 0"}) is None
