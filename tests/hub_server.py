@@ -228,7 +228,7 @@ class Refused(Exception):
 
 
 def is_large(content: bytes) -> bool:
-    """Whether the Hub keeps a file beside git: here, what is no text."""
+    """Whether the Hub stores a file outside git: here, what is not text."""
     return b"\0" in content[:512] or len(content) > 10 * 2**20
 
 

@@ -98,7 +98,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "longer than the file system takes": (lambda: packed({**GRAPH, f"3/{'x' * 300}": b"x"}), "File name too long"),
     "two versions": (lambda: packed({**GRAPH, "4/saved_model.pb": b"x"}), "does not hold one version"),
     "odd digit": (lambda: packed({"²/saved_model.pb": b"x"}), "does not hold one version"),
-    "a file beside": (lambda: packed({**GRAPH, "3": b"x"}), "does not hold one version"),
+    "a file at the top": (lambda: packed({**GRAPH, "3": b"x"}), "does not hold one version"),
     "nothing": (lambda: packed({}), "does not hold one version"),
     "no graph": (lambda: packed({"3/readme.txt": b"x"}), "has no saved_model.pb"),
     "encrypted": (lambda: encrypted(packed(dict(GRAPH))), "is encrypted"),

@@ -84,7 +84,7 @@ answer(results)
 
 
 def test_repository_is_made_equal_to_the_folder(hub: Hub, tmp_path: Path):
-    """Stale weights that stay beside new ones, a file that .gitignore keeps back, or a commit that changes nothing."""
+    """Stale weights that stay next to new ones, a file that .gitignore keeps back, or a commit that changes nothing."""
     folder = filled(tmp_path / "run")
     stale = {"pytorch_model.bin": b"\0old", "config.json": b"old", "same.txt": b"same", ".gitignore": b"config.json"}
     hub.make("models/me/tiny", stale)
@@ -293,7 +293,7 @@ def test_gives_up_when_its_time_is_over_or_there_is_no_use(hub: Hub, tmp_path: P
 
 
 def test_a_run_that_goes_on_does_not_push_what_is_there(hub: Hub, tmp_path: Path):
-    """After a kill: the commits of the first process once more, and the Hub back at an older state meanwhile."""
+    """After a kill: the commits of the first process once more, and the Hub back at an older state."""
     folder = filled(tmp_path / "run")
     for run, steps in (("abc", 100), ("abc", 200), ("abc", 100), ("abc", 200), ("abc", 300), ("xyz", 100)):
         put = f"put('{run} {steps}', run='{run}', steps={steps}, description='run {run}, step {steps}')"

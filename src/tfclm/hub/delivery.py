@@ -82,6 +82,10 @@ def deliver(
         servable: version of an exported model to push as well, zipped; see `newest_version`.
         state: push `resume/`, too.
         log: gets a line about the result.
+
+    Example:
+        >>> deliver(Path("runs/eli5"), preflight("me/eli5"), patience=300.0)
+        True
     """
     from tfclm.hub.archive import SERVABLE, zip_servable
 
