@@ -170,8 +170,8 @@ def test_what_another_user_has_left_stops_nothing(public: Path):
     (left / "saved_model.pb").write_text("half")
     left.chmod(0)
     # Root may remove everything: then the export is somebody else's, once its modules are imported.
-    code = PUBLISH.replace("where = ", "if os.getuid() == 0: os.setuid(65534)\nwhere = ")
-    script = f"import os, sys\n{code.replace('staged(where)', 'staged(where, print)')}"
+    code = PUBLISH.replace("directory = ", "if os.getuid() == 0: os.setuid(65534)\ndirectory = ")
+    script = f"import os, sys\n{code.replace('staged()', 'staged(print)')}"
     try:
         command = [sys.executable, "-c", script, str(public)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
