@@ -6,7 +6,7 @@ INSTALLED = $(VENV)/.installed
 # A file's tests share what is slow to make, so they stay in one process.
 PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: fit test check long lowest benchmarks readme clean
+.PHONY: help fit test check long lowest docs benchmarks clean
 
 fit: $(INSTALLED)  ## fine-tune a small model on Python's own documentation
 	$(BIN)/python -m tfclm.fit
@@ -28,10 +28,13 @@ lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## the journey from text t
 	.venv-lowest/bin/python $(PYTEST) tests/server/test_hostile_requests.py
 	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k stock_servers
 
-readme: $(INSTALLED)-dev  ## print the tables of settings for the README
-	@for verb in fit generate evaluate export push query; do $(BIN)/python -m tfclm.settings $$verb; done
+docs: $(INSTALLED)-dev  ## build the documentation into site/
+	$(BIN)/python -m mkdocs build --strict
 
-benchmarks: $(INSTALLED)-dev  ## the figures of the README
+help:  ## list what make can do
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+benchmarks: $(INSTALLED)-dev  ## the figures of the documentation
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
@@ -39,7 +42,7 @@ benchmarks: $(INSTALLED)-dev  ## the figures of the README
 	$(BIN)/python -m benchmarks.serving
 
 clean:  ## remove what make has made
-	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache build site src/*.egg-info
 
 CONSTRAINTS ?= constraints.txt
 

@@ -23,6 +23,7 @@ import pytest
 from conftest import LONG, tiny_config
 
 from tfclm import export, fit
+from tfclm.cli.release import recorded_perplexity
 from tfclm.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -326,7 +327,7 @@ def test_list_and_rollback(console: Console, tmp_path: Path):
     assert console(export, *at, "--rollback")[:2] == (0, "version 2 removed, 1 is the newest\n")
     refuse(console(export, *at, "--rollback"), "has one version, and nothing to go back to")
     assert names(tmp_path / "m") == {"1"}
-    for flag, text in (("--list", "there is no such folder"), ("--rollback", "nothing to go back to")):
+    for flag, text in (("--list", "there is no such directory"), ("--rollback", "nothing to go back to")):
         refuse(console(export, "--serving-dir", tmp_path / "nowhere", flag), text)
 
 
@@ -422,8 +423,11 @@ REFUSED = [
     ("--serving-dir NEW --from-hub me/x --compile xla", "leave out --compile"),
     ("--serving-dir NEW --model NEW --max-new-tokens 0", "--max-new-tokens 0: give 1 or more"),
     ("--serving-dir NEW --model NEW --max-batch-size 5000", "--max-batch-size 5000: give 4096 at most"),
-    ("--serving-dir NEW --model NEW --split dev --max-perplexity 9", "--split goes with --dataset or --file"),
-    ("--serving-dir NEW --model NEW --text-column body", "--text-column goes with --dataset or --file"),
+    (
+        "--serving-dir NEW --model NEW --split dev --max-perplexity 9",
+        "--split applies to the text of --dataset or --file",
+    ),
+    ("--serving-dir NEW --model NEW --text-column body", "--text-column applies to the text of --dataset or --file"),
     ("--serving-dir NEW --model NEW --buckets 16", "--buckets goes with --compile xla"),
     ("--serving-dir NEW --model NEW --max-perplexity 0", "--max-perplexity 0.0: give 1 or more"),
     ("--serving-dir NEW --model UNKNOWN --max-perplexity 9", "the checkpoint has no results.json"),
@@ -466,13 +470,13 @@ def test_record_of_a_run_is_found_and_read(plain: Path, tmp_path: Path, monkeypa
     """A gate that says there is none, because the folder was given as a shell leaves it behind an equals sign."""
     checkpoint = shutil.copytree(plain, tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
-    record = export.recorded("~/model", None)
+    record = recorded_perplexity("~/model", None)
     assert record is not None
     assert (record.perplexity, record.tokens) == (20.0, 1000)
     for damaged in ('{"perplexity": 1e999, "tokens": 1e999, "protocol": {}}', '{"perplexity": "low"}', "{", "[]"):
         (checkpoint / "results.json").write_text(damaged)
-        with pytest.raises(InputError, match=r"model/results\.json is no record of tfclm\.fit"):
-            export.recorded("~/model", None)
+        with pytest.raises(InputError, match=r"model/results\.json is not a record of tfclm\.fit"):
+            recorded_perplexity("~/model", None)
 
 
 def test_beams_are_refused(console: Console, plain: Path, tmp_path: Path):

@@ -40,7 +40,7 @@ def called(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *
     ("words", "gone", "added", "said"),
     [
         ([], (), {}, ["--model"]),
-        (["--model", "nowhere"], (), {}, ["--model nowhere", "no such folder"]),
+        (["--model", "nowhere"], (), {}, ["--model nowhere", "no such directory"]),
         (["--model", "run"], (), {}, ["--repo-id", "me/eli5"]),
         (["--model", "run", "--repo-id", "me/x"], ("config.json",), {}, ["config.json"]),
         (["--model", "run", "--repo-id", "me/x"], ("model.safetensors",), {}, ["no weights"]),
@@ -117,7 +117,7 @@ def test_a_token_that_cannot_be_read(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     assert called(monkeypatch, capfd, "--model", "nowhere") == (
         2,
-        "tfclm.push: --model nowhere: there is no such folder",
+        "tfclm.push: --model nowhere: there is no such directory",
     )
 
     def run(settings: push.PushSettings) -> int:
