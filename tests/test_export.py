@@ -401,8 +401,8 @@ REFUSED = [
     ("--serving-dir NEW --model NEW", "NEW"),
     ("--serving-dir NEW --model EMPTY", "EMPTY is an empty directory: give a checkpoint directory"),
     ("--serving-dir NEW --model BARE", "BARE: no tokenizer can be read from its files"),
-    ("--serving-dir FILE --model NEW", "--serving-dir FILE: FILE is no folder; give a folder"),
-    ("--serving-dir FILE/x --model NEW", "--serving-dir FILE/x: FILE is no folder; give a folder"),
+    ("--serving-dir FILE --model NEW", "--serving-dir FILE: FILE is not a directory; give a directory"),
+    ("--serving-dir FILE/x --model NEW", "--serving-dir FILE/x: FILE is not a directory; give a directory"),
     ("--serving-dir TAKEN --model NEW --version 1", "--version 1 is in TAKEN already: give another"),
     ("--serving-dir TAKEN --model NEW --version 7", "--version 7 is in TAKEN already: give another"),
     ("--serving-dir TAKEN --model NEW --version 8", "--version 8 is in TAKEN already: give another"),
@@ -492,7 +492,7 @@ def test_beams_are_refused(console: Console, plain: Path, tmp_path: Path):
     [
         (("--max-perplexity", 19.9), 1, "not published: perplexity 20.0000 is above 19.9"),
         (("--max-regression", 0.02), 1, "not published: perplexity 20.0000 is above 16.3200"),
-        (("--max-regression", 0.02), 2, "measured otherwise (block_size differ)"),
+        (("--max-regression", 0.02), 2, "measured differently (block_size differ)"),
     ],
 )
 def test_gate_keeps_a_model_out(
@@ -540,7 +540,7 @@ def test_run_that_diverged_is_exported_where_nothing_is_asked(diverged: Path, tm
         ("--export-to m --max-perplexity 0.5", "--max-perplexity 0.5: give 1 or more"),
         ("--export-to m --max-regression -2", "--max-regression -2.0: give a part"),
         ("--export-to bare --max-regression 0.1", "served now has no perplexity in its record"),
-        ("--export-to m --max-regression 0.1", "measured otherwise (block_size, "),
+        ("--export-to m --max-regression 0.1", "measured differently (block_size, "),
     ],
 )
 def test_fit_refuses_before_it_trains(

@@ -1,4 +1,4 @@
-"""The private and undocumented API of TensorFlow, Keras, transformers and datasets that tfclm uses, all of it.
+"""All private and undocumented API of TensorFlow, Keras, transformers, datasets and huggingface_hub that tfclm uses.
 
 Each name is imported on first use, so that this module imports none of them. `tests/test_compat.py` fails by name when
 a version within the range of pyproject.toml lacks one.
@@ -53,7 +53,13 @@ _TRANSFORMERS = {  # transformers>=4.54.1,<4.55
     ),
     "pytorch_weight_name": "transformers.modeling_tf_pytorch_utils:convert_tf_weight_name_to_pt_weight_name",
 }
-PRIVATE_API = _TENSORFLOW | _KERAS | _TRANSFORMERS
+_HUGGINGFACE_HUB = {  # huggingface_hub>=0.34,<1.0
+    "UploadInfo": "huggingface_hub.lfs:UploadInfo",
+    "post_lfs_batch_info": "huggingface_hub.lfs:post_lfs_batch_info",
+    "hub_api_logger": "huggingface_hub.hf_api:logger",
+    "hub_http_logger": "huggingface_hub.utils._http:logger",
+}
+PRIVATE_API = _TENSORFLOW | _KERAS | _TRANSFORMERS | _HUGGINGFACE_HUB
 
 
 def __getattr__(name: str) -> Any:
