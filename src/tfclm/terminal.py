@@ -16,8 +16,8 @@ _ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x20), *range(0x7F, 0xA0)
 _closed: set[int] = set()  # descriptors of the streams that this process was started without
 
 
-def mend_streams() -> None:
-    """Gives the process the streams that all code expects, where it was started with others."""
+def prepare_streams() -> None:
+    """Opens closed standard streams and sets encodings, so that all code can read and print."""
     for number in range(3):
         try:
             os.fstat(number)
