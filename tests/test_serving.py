@@ -23,10 +23,10 @@ import yaml
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
+from tfclm.cli.arguments import parse
 from tfclm.errors import InputError
 from tfclm.serve import _as_switch
 from tfclm.server.settings import ServeSettings
-from tfclm.settings import parse
 
 pytestmark = pytest.mark.slow
 
@@ -68,14 +68,14 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Pat
 
     from tfclm.checkpoint import create
     from tfclm.savedmodel import saving
-    from tfclm.savedmodel.servable import Servable
+    from tfclm.savedmodel.graph.signatures import GenerationModule
     from tfclm.savedmodel.settings import ServableSettings
 
     folder = tmp_path_factory.mktemp("serving_models")
     tf_keras.utils.set_random_seed(0)
     model = create(tiny_config("gpt2", context=128))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    saving.write(Servable(model, tokenizer, ServableSettings(max_new_tokens=8)), folder / "quickstart" / "1")
+    saving.write(GenerationModule(model, tokenizer, ServableSettings(max_new_tokens=8)), folder / "quickstart" / "1")
     # A second version: the same files under another number.
     shutil.copytree(folder / "quickstart" / "1", folder / "quickstart" / "2")
     liar = make_liar()
@@ -91,8 +91,8 @@ def make_liar() -> Any:
     def spec(name: str, kind: Any = tf.string) -> Any:
         return tf.TensorSpec([None], kind, name=name)
 
-    knobs = {"max_new_tokens": tf.int32, "temperature": tf.float32, "top_k": tf.int32, "top_p": tf.float32}
-    knobs |= {"repetition_penalty": tf.float32, "seed": tf.int64, "stop": tf.string}
+    params = {"max_new_tokens": tf.int32, "temperature": tf.float32, "top_k": tf.int32, "top_p": tf.float32}
+    params |= {"repetition_penalty": tf.float32, "seed": tf.int64, "stop": tf.string}
 
     module = tf.Module()
     module.serving_default = tf.function(
@@ -106,7 +106,7 @@ def make_liar() -> Any:
             "completion": prompt,
         }
 
-    specs = [spec("prompt"), *(spec(name, kind) for name, kind in knobs.items())]
+    specs = [spec("prompt"), *(spec(name, kind) for name, kind in params.items())]
     module.generate = tf.function(generate, input_signature=specs)
     module.score = tf.function(
         lambda text: {"perplexity": tf.fill(tf.shape(text), float("nan")), "loss": tf.zeros(tf.shape(text))},
@@ -454,8 +454,8 @@ def test_smoke_usage(arguments: list[str]):
 @pytest.fixture(scope="module")
 def text(url: str) -> str:
     """What every client should get for the prompt."""
-    knobs = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.0}
-    row = {"prompt": PROMPT, **knobs, "seed": 7, "stop": ""}
+    params = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.0}
+    row = {"prompt": PROMPT, **params, "seed": 7, "stop": ""}
     status, reply = ask(url, "quickstart:predict", {"signature_name": "generate", "instances": [row]})
     assert status == 200, reply
     (answer,) = reply["predictions"]

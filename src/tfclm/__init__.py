@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tfclm.client import Client, Completion, Score, ServerError
     from tfclm.corpus import pack
     from tfclm.errors import InputError
-    from tfclm.metrics import Perplexity, perplexity
+    from tfclm.metrics.perplexity import Perplexity, perplexity
     from tfclm.savedmodel import export_saved_model
     from tfclm.training import TrainingRecord, TrainingSettings, finetune
 
@@ -19,7 +19,7 @@ _HOMES = {
     "Client": "client",
     "Completion": "client",
     "InputError": "errors",
-    "Perplexity": "metrics",
+    "Perplexity": "metrics.perplexity",
     "Score": "client",
     "ServerError": "client",
     "TrainingRecord": "training",
@@ -28,7 +28,7 @@ _HOMES = {
     "finetune": "training",
     "load": "checkpoint",
     "pack": "corpus",
-    "perplexity": "metrics",
+    "perplexity": "metrics.perplexity",
     "save": "checkpoint",
 }
 

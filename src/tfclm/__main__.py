@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from tfclm import __version__
-from tfclm.terminal import mend_streams, say
+from tfclm.terminal import log, mend_streams
 
 COMMANDS = {
     "fit": "fine-tune a causal language model on text",
@@ -36,7 +36,7 @@ def main() -> None:
     else:
         like = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         meant = f" (did you mean {like[0]}?)" if like else ""
-        say(f"tfclm: there is no command {name}{meant}: give {', '.join(COMMANDS)}")
+        log(f"tfclm: there is no command {name}{meant}: give {', '.join(COMMANDS)}")
         sys.exit(2)
 
 

@@ -157,7 +157,7 @@ class FolderLock:
 
 
 @contextmanager
-def staging(place: Path, prefix: str, say: Callable[[str], None] | None = None) -> Iterator[Path]:
+def staging(place: Path, prefix: str, log: Callable[[str], None] | None = None) -> Iterator[Path]:
     """An empty folder in `place` to write into; removed at the end unless it was renamed.
 
     What killed processes have left there is removed first.
@@ -165,7 +165,7 @@ def staging(place: Path, prefix: str, say: Callable[[str], None] | None = None) 
     Args:
         place: a folder that is there.
         prefix: how the names of such folders begin, and no others.
-        say: gets a line on what was left there and cannot be removed; stderr if not given.
+        log: gets a line on what was left there and cannot be removed; stderr if not given.
 
     Raises:
         OSError: nothing can be written there, or another process holds the place for too long.
@@ -174,7 +174,7 @@ def staging(place: Path, prefix: str, say: Callable[[str], None] | None = None) 
         # Between the making of a folder and its lock it looks like one that was left behind.
         with FolderLock(place, LOCK_PATIENCE):
             for entry in place.glob(f"{prefix}*"):
-                _remove_leftover(entry, say or _print)
+                _remove_leftover(entry, log or _print)
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
             held.callback(shutil.rmtree, folder, ignore_errors=True)
             held.enter_context(FolderLock(folder))
@@ -182,7 +182,7 @@ def staging(place: Path, prefix: str, say: Callable[[str], None] | None = None) 
         yield folder
 
 
-def _remove_leftover(entry: Path, say: Callable[[str], None]) -> None:
+def _remove_leftover(entry: Path, log: Callable[[str], None]) -> None:
     problem = "the file system has no locks, so it may be in use"
     try:
         with FolderLock(entry) as lock:
@@ -193,7 +193,7 @@ def _remove_leftover(entry: Path, say: Callable[[str], None]) -> None:
         return  # in use, or just renamed
     except OSError as error:
         problem = reason(error)
-    say(f"{entry} was left behind and is not removed: {problem}; remove it yourself")
+    log(f"{entry} was left behind and is not removed: {problem}; remove it yourself")
 
 
 def _flush(handle: int, path: Path) -> None:

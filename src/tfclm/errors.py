@@ -1,8 +1,34 @@
-"""The one error for what a user gave: a command prints it as one line and exits with code 2."""
+"""The error for bad input: a command prints it as one line and exits with code 2."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+_NAME = re.compile(r"`([a-z][a-z0-9_]*)`")
 
 
 class InputError(ValueError):
-    """Input that cannot be used; the message names what is wrong (file, line, column, flag) and what would be right."""
+    """Input that cannot be used; the message says what is wrong (file, line, column, field) and what would be right.
+
+    The message names fields of settings and parameters of functions in backquotes: `block_size`. The command line
+    shows them as its flags: --block-size.
+    """
+
+    def renamed(self, **names: str) -> InputError:
+        """The same error for a caller whose fields have other names: `renamed(serving_dir="export_to")`."""
+        return InputError(replace_names(str(self), names, lambda name: f"`{names[name]}`"))
+
+
+def replace_names(message: str, names: Iterable[str], write: Callable[[str], str]) -> str:
+    """A message with those of its names in backquotes that are among `names` written another way.
+
+    Example:
+        >>> replace_names("`block_size` 1: give 2 or more", ["block_size"], str.upper)
+        'BLOCK_SIZE 1: give 2 or more'
+    """
+    known = set(names)
+    return _NAME.sub(lambda match: write(match[1]) if match[1] in known else match[0], message)
 
 
 def first_line(error: BaseException) -> str:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from tfclm.cli.arguments import parse
+from tfclm.cli.command import command, name_flags
+from tfclm.cli.hub_target import Card, HubTarget
+from tfclm.cli.release import Release
+from tfclm.cli.run_release import RunRelease
+from tfclm.cli.summary import summarize
 from tfclm.corpus.settings import BLOCK_SIZE, SourceSettings
-from tfclm.destinations import check_export, export, is_unpushed, push, push_callback, reach_hub
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
-from tfclm.savedmodel.publish import address, is_remote
-from tfclm.settings import command, flags, parse, record, say, setting, to_yaml
+from tfclm.savedmodel.publishing.versions import address, is_remote
+from tfclm.savedmodel.settings import ServableSettings
+from tfclm.settings import record, setting, to_yaml
+from tfclm.terminal import log, print_result
 from tfclm.training.settings import TrainingSettings
 
+if TYPE_CHECKING:
+    import datasets
+    import tensorflow as tf
+    from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
+
+    from tfclm.corpus import Packed, Texts
+    from tfclm.runs.folder import RunFolder
+
 SCRATCH = "scratch"
-# Settings by which a text is read, and by which it is split into training and validation.
-READING = ("text_column", "block_size", "separator")
-SPLITTING = (
-    *("dataset", "dataset_config", "dataset_revision", "train_split", "validation_split", "train_file"),
-    *("validation_file", "validation_fraction", "seed"),
-)
 
 
 @dataclass(frozen=True)
@@ -34,44 +41,50 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
     block_size: int = setting(BLOCK_SIZE, "tokens per block")
     train_split: str = setting("train", "split to train on, also an expression such as train_asks[:5000]")
     validation_split: str | None = setting(None, "split to validate on; the dataset's own if it has one")
-    train_file: tuple[str, ...] = setting(
-        (), "local files (.txt .jsonl .json .csv .parquet, also .gz) or globs of them"
-    )
-    validation_file: tuple[str, ...] = setting((), "the same to validate on")
-    validation_fraction: float = setting(0.1, "part of the documents to validate on, where nothing else is given")
+    train_file: tuple[str, ...] = setting((), "local files (.txt .jsonl .json .csv .parquet, also .gz) or globs")
+    validation_file: tuple[str, ...] = setting((), "local files or globs to validate on")
+    validation_fraction: float = setting(0.1, "fraction of the documents to validate on, if nothing else is")
     model: str = setting(
-        SCRATCH, "Hub id or folder; scratch trains a tokenizer on the train split and makes a small GPT-2"
+        SCRATCH, "Hub id or directory; scratch trains a tokenizer on the train split and creates a small GPT-2"
     )
     revision: str | None = setting(None, "branch, tag or commit of the Hub model")
-    vocab_size: int = setting(4096, "entries of the tokenizer that scratch trains")
+    vocab_size: int = setting(4096, "vocabulary size of the tokenizer that scratch trains")
     learning_rate: float | None = setting(  # type: ignore[assignment]
         None, "peak learning rate; if not given, 2e-5 for a checkpoint and 1e-3 for scratch"
     )
-    output_dir: str | None = setting(None, "folder of the result; runs/quickstart for the quickstart")
-    overwrite: bool = setting(False, "start afresh where a run has been before", recorded=False)
+    output_dir: str | None = setting(None, "directory of the result; runs/quickstart for the quickstart")
+    overwrite: bool = setting(False, "start again in a directory that holds a run", recorded=False)
     export_to: str | None = setting(
-        None, "servable's folder that the finished model is exported to, serving_models/eli5", recorded=False
+        None,
+        "model directory that the finished model is exported to, such as serving_models/eli5",
+        recorded=False,
+        metavar="DIR",
     )
     max_perplexity: float | None = setting(
-        None, "with --export-to, publish only if the perplexity is at most this", recorded=False
+        None, "with `export_to`, publish only if the perplexity is at most this", recorded=False
     )
     max_regression: float | None = setting(
         None,
-        "with --export-to, publish only if the perplexity is at most this part above the served version's",
+        "with `export_to`, publish only if the perplexity is at most this fraction above the served version's",
         recorded=False,
     )
-    push_to_hub: str | None = setting(None, "Hub repository that the model is pushed to, me/eli5")
-    push_strategy: Literal["epoch", "steps", "no"] = setting(
-        "epoch", "push after every epoch, every --push-steps steps, or at the end alone"
+    push_to_hub: str | None = setting(
+        None, "Hub repository that the model is pushed to, such as me/eli5", metavar="REPO"
     )
-    push_steps: int = setting(500, "optimizer steps between two pushes of --push-strategy steps")
-    push_checkpoint: bool = setting(False, "push, after every epoch, the state that --resume-from goes on from")
-    push_saved_model: bool = setting(False, "push what --export-to has made as well, zipped", recorded=False)
+    push_strategy: Literal["epoch", "steps", "no"] = setting(
+        "epoch", "push after every epoch, every `push_steps` steps, or only at the end"
+    )
+    push_steps: int = setting(500, "optimizer steps between two pushes, with `push_strategy` steps")
+    push_checkpoint: bool = setting(False, "after every epoch, also push the state that `resume_from` needs")
+    push_saved_model: bool = setting(False, "also push the model that `export_to` exported, zipped", recorded=False)
     push_later: bool = setting(
-        False, "train without the Hub if it cannot be reached; python -m tfclm.push delivers later", recorded=False
+        False, "train even if the Hub cannot be reached; push later with python -m tfclm.push", recorded=False
     )
     resume_from: str | None = setting(
-        None, "Hub repository with a state that --push-checkpoint has left; goes on in --output-dir", recorded=False
+        None,
+        "Hub repository with a state from `push_checkpoint`; the run resumes in `output_dir`",
+        recorded=False,
+        metavar="REPO",
     )
 
     def resolved(self) -> FitSettings:
@@ -81,33 +94,33 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
             InputError: settings that contradict each other, or one out of range.
         """
         if self.dataset is None and not self.train_file:
-            raise InputError("nothing to train on: give --dataset or --train-file")
+            raise InputError("nothing to train on: give `dataset` or `train_file`")
         rate = 1e-3 if self.model == SCRATCH else 2e-5
         settings = self if self.learning_rate is not None else dataclasses.replace(self, learning_rate=rate)
         if settings.output_dir is None:
-            raise InputError("--output-dir is missing: give the folder that the result goes to, such as runs/eli5")
+            raise InputError("`output_dir` is missing: give the directory for the result, such as runs/eli5")
         if not 0 < self.validation_fraction < 1:
-            raise InputError(f"--validation-fraction {self.validation_fraction}: give a number between 0 and 1")
+            raise InputError(f"`validation_fraction` {self.validation_fraction}: give a number between 0 and 1")
         if self.vocab_size < 257:
-            raise InputError(f"--vocab-size {self.vocab_size}: give 257 or more, one entry a byte and the EOS")
+            raise InputError(f"`vocab_size` {self.vocab_size}: give 257 or more, one per byte and one for the EOS")
         if settings.export_to is None and (settings.max_perplexity, settings.max_regression) != (None, None):
-            raise InputError("--max-perplexity and --max-regression decide what is exported: give --export-to as well")
+            raise InputError("`max_perplexity` and `max_regression` decide what is exported: give `export_to` as well")
         if settings.push_saved_model and (settings.push_to_hub is None or settings.export_to is None):
-            raise InputError("--push-saved-model pushes what --export-to makes: give --export-to and --push-to-hub")
+            raise InputError("`push_saved_model` pushes what `export_to` exports: give `export_to` and `push_to_hub`")
         if settings.push_saved_model and is_remote(address(str(settings.export_to))):
             raise InputError(
-                f"--push-saved-model packs a folder, which --export-to {settings.export_to} is not: give one"
+                f"`push_saved_model` needs a local directory, which `export_to` {settings.export_to} is not: give one"
             )
         if settings.push_checkpoint and settings.push_strategy != "epoch":
-            raise InputError("--push-checkpoint pushes a state after every epoch: give --push-strategy epoch")
+            raise InputError("`push_checkpoint` pushes a state after every epoch: give `push_strategy` epoch")
         if settings.push_steps < 1:
-            raise InputError(f"--push-steps {settings.push_steps}: give 1 or more")
+            raise InputError(f"`push_steps` {settings.push_steps}: give 1 or more")
         settings.check_hub()
         settings.check()
         return settings
 
 
-# What `fit` does without a model or text: from Python's own documentation to a model, minutes on two cores.
+# What `fit` does without a model or text: trains on Python's own documentation, for minutes on two cores.
 QUICKSTART: dict[str, Any] = {
     "dataset": "python-docs",
     "output_dir": "runs/quickstart",
@@ -121,9 +134,9 @@ QUICKSTART: dict[str, Any] = {
 
 
 def preset(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that stand in for flags which are not given: the quickstart's, if neither model nor text is.
+    """Values for the flags that are not given: the quickstart's, if neither a model nor a text is given.
 
-    A run that goes on from a state of the Hub has the settings that lie beside it.
+    A run that resumes from the Hub takes the settings that were pushed with it.
     """
     if given.get("resume_from") is not None:
         return resumed(given)
@@ -131,32 +144,32 @@ def preset(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Brings a run's state from the Hub, unless the folder goes on with it already; the run's settings.
+    """Fetches a run's state from the Hub, unless the directory holds it already; returns the run's settings.
 
-    They may be somebody else's. So of their values only those count that a run records, which do not say what is
-    overwritten, exported or fetched; and it is pushed to no other repository than the one that it comes from.
+    The settings may be somebody else's. So only those count that a run records, which do not decide what is
+    overwritten, exported or fetched; and the run is pushed only to the repository that it comes from.
 
     Raises:
-        InputError: no folder is given, or one that holds something else, or the Hub has no state there.
+        InputError: no directory is given, or one that holds something else, or the Hub has no state there.
     """
     from tfclm.disk import write
     from tfclm.hub import fetch_run
 
     repo_id, output_dir = str(given["resume_from"]), given.get("output_dir")
     if output_dir is None:
-        raise InputError("--resume-from needs --output-dir, the folder that the run goes on in")
+        raise InputError("`resume_from` needs `output_dir`, the directory in which the run resumes")
     folder = Path(output_dir)
     fetched = not (folder / "fit.yaml").is_file()
     if fetched:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"--output-dir {folder} is there already and holds no run: give another folder")
+            raise InputError(f"`output_dir` {folder} exists and holds no run: give another directory")
         fetch_run(repo_id, folder, revision=given.get("branch"))
     settings = parse(FitSettings, ["--config", str(folder / "fit.yaml")], prog="fit", description="")
     target = settings.push_to_hub
     if "push_to_hub" in given:
         settings = dataclasses.replace(settings, push_to_hub=given["push_to_hub"])
     elif target is not None and target not in (repo_id, repo_id.split("/")[-1]):
-        say(f"the run of {repo_id} was pushed to {target}, and is not from here; --push-to-hub says where to push")
+        log(f"the run of {repo_id} was pushed to {target}; this one is not, unless --push-to-hub says where")
         settings = dataclasses.replace(settings, push_to_hub=None)
     if fetched:
         write(folder / "fit.yaml", to_yaml(record(settings)))
@@ -164,116 +177,148 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(settings: FitSettings) -> int:
-    """Text to blocks to the fine-tuned model's folder."""
+    """Text to token blocks to the directory of the fine-tuned model; the exit code."""
     settings = settings.resolved()
-    check_export(settings)
+    release = open_release(settings)
+    if release is not None:
+        release.check()
 
-    from tfclm import checkpoint, corpus
-    from tfclm.training import finetune
-    from tfclm.training.folder import RunFolder
-    from tfclm.training.report import progress_card, read_base
-    from tfclm.training.resume import Interrupted
+    from tfclm.runs.folder import RunFolder
 
     folder = RunFolder(Path(str(settings.output_dir)), record(settings), settings.overwrite)
     if folder.results is not None:
-        note = f"{folder.path} is complete; --overwrite starts afresh"
-        code, version = export(settings) if not show(folder.results, settings, note) else (1, None)
-        return push(settings, reach_hub(settings), version) or code if is_unpushed(settings) else code
+        log(f"{folder.path} is complete; --overwrite starts again")
+        hub = open_hub(settings) if is_unpushed(settings) else None
+        return deliver(folder.results, settings, release, hub)
     with folder:
-        target = reach_hub(settings)
-        strategy = set_up(settings)
-        model: Any = None
-        tokenizer: Any = None
-        if settings.model != SCRATCH:
-            with strategy.scope():
-                model, tokenizer = checkpoint.load(settings.model, revision=settings.revision)
-            corpus.check_block_size(settings.block_size, checkpoint.context_size(model))
-        texts = corpus.read(
-            dataset=settings.dataset,
-            dataset_config=settings.dataset_config,
-            revision=settings.dataset_revision,
-            split=settings.train_split,
-            validation_split=settings.validation_split,
-            files=settings.train_file,
-            validation_files=settings.validation_file,
-            text_column=settings.text_column,
-            validation_fraction=settings.validation_fraction,
-            seed=settings.seed,
-        )
-        say(f"{len(texts.train)} documents to train on, {len(texts.validation)} to validate with")
-        if tokenizer is None:
-            model, tokenizer = from_scratch(settings, texts.train, strategy)
-        train = blocks_of("training", texts.train, tokenizer, settings)
-        validation = blocks_of("validation", texts.validation, tokenizer, settings)
-        corpus.check_vocabulary(max(train.largest_id, validation.largest_id), model.config.vocab_size)
-        say(
-            f"{len(train.blocks)} blocks of {settings.block_size} tokens to train on, "
-            f"{len(validation.blocks)} to validate with"
-        )
-        protocol = {
-            **texts.description,
-            "block_size": settings.block_size,
-            "separator": settings.separator,
-            "dropped_tokens": validation.dropped_tokens,
-            "train_dropped_tokens": train.dropped_tokens,
-        }
-        check_export(settings, protocol, len(validation.blocks) * (settings.block_size - 1))
-        corpus_tokens = len(train.blocks) * settings.block_size
-        base = read_base(settings.model, settings.revision)
-        repo_id = target[0].repo_id if target else None
-
-        def card(epochs: Sequence[Mapping[str, Any]]) -> str:
-            named = {**folder.settings, "push_to_hub": repo_id}
-            return progress_card(epochs, protocol, {"corpus_tokens": corpus_tokens}, named, base)
-
-        folder.begin()
-        pushing = push_callback(settings, target, tokenizer, card)
-        try:
-            done = finetune(
-                model,
-                tokenizer,
-                train.blocks,
-                validation.blocks,
-                settings,
-                output_dir=folder.path,
-                callbacks=pushing,
-                strategy=strategy,
-            )
-        except Interrupted as reason:
-            same = "the same command without --overwrite" if settings.overwrite else "the same command"
-            say(f"{reason}; {same} goes on from there")
-            return 1
-        for callback in pushing:
-            callback.close()
-        files = checkpoint.save(model, tokenizer, folder.path)
-        if target is not None:
-            from tfclm.hub.delivery import mark
-
-            mark(folder.path, target[0])  # before the run is complete, so that a kill in between leaves it unpushed
-        tokens = len(validation.blocks) * (settings.block_size - 1)
-        results = folder.finish(done, protocol, tokens, files, corpus_tokens, base, repo_id)
-        # The run is complete, whatever becomes of its sample.
-        results = folder.record({**results, "sample": closing_sample(settings, validation.blocks[0]["input_ids"])})
-        code = show(results, settings)
-        version = None
-        if not code:
-            code, version = export(settings)
-        return push(settings, target, version) or code
+        hub = open_hub(settings)
+        results = fine_tune(settings, folder, release, hub)
+        return 1 if results is None else deliver(results, settings, release, hub)
 
 
-def blocks_of(name: str, texts: Any, tokenizer: Any, settings: FitSettings) -> Any:
-    """The blocks of one split."""
-    from tfclm import corpus
+def fine_tune(
+    settings: FitSettings, folder: RunFolder, release: RunRelease | None, hub: HubTarget | None
+) -> dict[str, Any] | None:
+    """Trains, and completes the run's directory; None if the training was interrupted."""
+    from tfclm import checkpoint
+    from tfclm.runs.card import progress_card, read_base
+    from tfclm.training import finetune
+    from tfclm.training.resume import Interrupted
 
-    tokens = corpus.tokenize(texts, tokenizer, settings.num_proc)
+    strategy = set_up(settings)
+    model, tokenizer, texts = load_model_and_texts(settings, strategy)
+    train, validation = pack_splits(texts, model, tokenizer, settings)
+    protocol = {
+        **texts.description,
+        "block_size": settings.block_size,
+        "separator": settings.separator,
+        "dropped_tokens": validation.dropped_tokens,
+        "train_dropped_tokens": train.dropped_tokens,
+    }
+    if release is not None:
+        release.check(protocol, validation.predicted_tokens)
+    corpus_tokens = len(train.blocks) * train.block_size
+    base = read_base(settings.model, settings.revision)
+    repo_id = hub.repository.repo_id if hub else None
+
+    def card(epochs: Sequence[Mapping[str, Any]]) -> str:
+        named = {**folder.settings, "push_to_hub": repo_id}
+        return progress_card(epochs, protocol, {"corpus_tokens": corpus_tokens}, named, base)
+
+    folder.begin()
+    callbacks = push_callbacks(settings, hub, tokenizer, card)
     try:
-        return corpus.pack(tokens, settings.block_size, settings.separator_ids(tokenizer))
-    except InputError as error:
-        raise InputError(f"{name} split: {error}") from error
+        done = finetune(
+            model,
+            tokenizer,
+            train.blocks,
+            validation.blocks,
+            settings,
+            output_dir=folder.path,
+            callbacks=callbacks,
+            strategy=strategy,
+        )
+    except Interrupted as error:
+        same = "the same command without --overwrite" if settings.overwrite else "the same command"
+        log(f"{error}; {same} resumes the run")
+        return None
+    for callback in callbacks:
+        callback.close()
+    files = checkpoint.save(model, tokenizer, folder.path)
+    if hub is not None:
+        hub.mark(folder.path)  # before the run is complete, so that one killed in between is still pushed later
+    results = folder.finish(done, protocol, validation.predicted_tokens, files, corpus_tokens, base, repo_id)
+    # The run is complete, even if it cannot give a sample.
+    return folder.record({**results, "sample": closing_sample(settings, validation.blocks[0]["input_ids"])})
 
 
-def set_up(settings: FitSettings) -> Any:
-    """Precision and seed for what is made next, and the strategy to make it under."""
+def deliver(
+    results: Mapping[str, Any], settings: FitSettings, release: RunRelease | None, hub: HubTarget | None
+) -> int:
+    """Prints what a complete run came to, exports its model and pushes it, as far as asked; the exit code."""
+    from tfclm.savedmodel.publishing.canary import CanaryFailed
+    from tfclm.savedmodel.publishing.gate import GateFailed
+
+    output_dir = str(settings.output_dir)
+    log(summarize(results, settings, output_dir, exports=release is not None))
+    code, version = 1 if results["train"]["diverged"] else 0, None
+    if release is not None and not code:
+        try:
+            version = release.publish(output_dir).version
+            print_result(f"{str(settings.export_to).rstrip('/')}/{version}")
+        except (GateFailed, CanaryFailed) as error:
+            log(f"tfclm.fit: {name_flags(str(error), FitSettings)}")
+            code = 1
+    if hub is not None:
+        pushes = version is not None and settings.push_saved_model
+        zipped = Path(address(str(settings.export_to))) / str(version) if pushes else None
+        code = code if hub.push(Path(output_dir), zipped.resolve() if zipped else None) else 1
+    return code
+
+
+def open_release(settings: FitSettings) -> RunRelease | None:
+    """Where the finished model is exported to; None if it is not."""
+    if settings.export_to is None:
+        return None
+    from tfclm.savedmodel.publishing.gate import Gate
+
+    limits = Gate(settings.max_perplexity, settings.max_regression)
+    release = Release(settings.export_to, ServableSettings(), limits)
+    return RunRelease(release, settings, settings.validation_split, settings.validation_file)
+
+
+def open_hub(settings: FitSettings) -> HubTarget | None:
+    """The Hub repository that the run is pushed to; None if it is not."""
+    if settings.push_to_hub is None:
+        return None
+    return HubTarget.open(settings.push_to_hub, settings, push_later=settings.push_later)
+
+
+def is_unpushed(settings: FitSettings) -> bool:
+    """Whether a complete run still has to be pushed."""
+    from tfclm.hub.delivery import marked
+
+    return settings.push_to_hub is not None and marked(Path(str(settings.output_dir))) is not None
+
+
+def push_callbacks(
+    settings: FitSettings, hub: HubTarget | None, tokenizer: PreTrainedTokenizerBase, card: Card
+) -> list[Any]:
+    """The callback that pushes during the training, if the run is pushed and the Hub can be reached."""
+    if hub is None:
+        return []
+    return hub.callbacks(
+        Path(str(settings.output_dir)),
+        tokenizer,
+        card,
+        strategy=settings.push_strategy,
+        steps=settings.push_steps,
+        checkpoint=settings.push_checkpoint,
+    )
+
+
+def set_up(settings: FitSettings) -> tf.distribute.Strategy:
+    """Sets precision and seed for what is created next, and returns the strategy to create it under."""
     import tensorflow as tf
     import tf_keras
 
@@ -282,25 +327,84 @@ def set_up(settings: FitSettings) -> Any:
     return tf.distribute.MirroredStrategy() if settings.strategy == "mirrored" else tf.distribute.get_strategy()
 
 
-def from_scratch(settings: FitSettings, train: Any, strategy: Any) -> tuple[Any, Any]:
-    """A new model and its tokenizer; the tokenizer sees the train split alone."""
+def load_model_and_texts(
+    settings: FitSettings, strategy: tf.distribute.Strategy
+) -> tuple[TFPreTrainedModel, PreTrainedTokenizerBase, Texts]:
+    """The checkpoint, or a new model whose tokenizer is trained on the train split alone, and the texts."""
+    from tfclm import checkpoint, corpus
+
+    if settings.model == SCRATCH:
+        texts = read_texts(settings)
+        return (*create_from_scratch(settings, texts.train, strategy), texts)
+    with strategy.scope():
+        model, tokenizer = checkpoint.load(settings.model, revision=settings.revision)
+    corpus.check_block_size(settings.block_size, checkpoint.context_size(model))
+    return model, tokenizer, read_texts(settings)
+
+
+def read_texts(settings: FitSettings) -> Texts:
+    """The documents of the train and validation splits."""
+    from tfclm import corpus
+
+    texts = corpus.read(
+        dataset=settings.dataset,
+        dataset_config=settings.dataset_config,
+        revision=settings.dataset_revision,
+        split=settings.train_split,
+        validation_split=settings.validation_split,
+        files=settings.train_file,
+        validation_files=settings.validation_file,
+        text_column=settings.text_column,
+        validation_fraction=settings.validation_fraction,
+        seed=settings.seed,
+    )
+    log(f"{len(texts.train)} documents to train on, {len(texts.validation)} to validate on")
+    return texts
+
+
+def create_from_scratch(
+    settings: FitSettings, train: datasets.Dataset, strategy: tf.distribute.Strategy
+) -> tuple[TFPreTrainedModel, PreTrainedTokenizerBase]:
+    """A new model and its tokenizer."""
     from tfclm import checkpoint
-    from tfclm.scratch import GENERATION, small_config, train_tokenizer
+    from tfclm.checkpoint.scratch import GENERATION, small_config, train_tokenizer
 
     tokenizer = train_tokenizer(train["text"], settings.vocab_size, settings.block_size)
     with strategy.scope():
         model = checkpoint.create(small_config(tokenizer, settings.block_size))
     model.generation_config.update(**GENERATION)
-    say(f"new GPT-2 of {model.num_parameters() / 1e6:.1f} M parameters, tokenizer of {len(tokenizer)} entries")
+    log(f"new GPT-2 with {model.num_parameters() / 1e6:.1f} M parameters and a vocabulary of {len(tokenizer)}")
     return model, tokenizer
 
 
+def pack_splits(
+    texts: Texts, model: TFPreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: FitSettings
+) -> tuple[Packed, Packed]:
+    """The token blocks of the train and validation splits."""
+    from tfclm import corpus
+
+    packed = []
+    for name, split in (("training", texts.train), ("validation", texts.validation)):
+        tokens = corpus.tokenize(split, tokenizer, settings.num_proc)
+        try:
+            packed.append(corpus.pack(tokens, settings.block_size, settings.separator_ids(tokenizer)))
+        except InputError as error:
+            raise InputError(f"{name} split: {error}") from error
+    train, validation = packed
+    corpus.check_vocabulary(max(train.largest_id, validation.largest_id), model.config.vocab_size)
+    log(
+        f"{len(train.blocks)} blocks of {settings.block_size} tokens to train on, "
+        f"{len(validation.blocks)} to validate on"
+    )
+    return train, validation
+
+
 def closing_sample(settings: FitSettings, ids: Sequence[int]) -> str | None:
-    """A continuation of validation text by the model in the output folder; a failure is said and gives None."""
+    """A continuation of validation text by the model in the output directory; None if it fails, which is logged."""
     import tf_keras
 
     from tfclm import checkpoint
-    from tfclm.sampling import sample
+    from tfclm.checkpoint.generation import sample
 
     # transformers' top_p does not run in half precision.
     tf_keras.mixed_precision.set_global_policy("float32")
@@ -308,67 +412,9 @@ def closing_sample(settings: FitSettings, ids: Sequence[int]) -> str | None:
         model, tokenizer = checkpoint.load(str(settings.output_dir))
         prompt = tokenizer.decode(ids[: min(8, settings.block_size // 2)], skip_special_tokens=True)
         return sample(model, tokenizer, prompt, seed=settings.seed)
-    except Exception as error:  # a run that is complete does not fail for its decoration
-        say(f"no sample: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+    except Exception as error:  # a complete run does not fail because of its sample
+        log(f"no sample: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
         return None
-
-
-def show(results: dict[str, Any], settings: FitSettings, note: str | None = None) -> int:
-    """Says what a complete run came to; the exit code."""
-    folder = shlex.quote(str(settings.output_dir))
-    # What `make` has installed is no other shell's `python`.
-    own = Path(sys.executable)
-    python = shlex.quote(str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else "python")
-    before, after = results["initial_perplexity"], results["perplexity"]
-    shown = [f"{perplexity:.2f}" if perplexity else "not finite" for perplexity in (before, after)]
-    gain = f" ({before / after:.1f} times lower)" if before and after else ""
-    # The text is read, and in a training that follows split, as the run did it.
-    reading = flags(settings, READING)
-    evaluating = shlex.join(["--file", "FILE", *reading])
-    further = shlex.join([*flags(settings, SPLITTING), *reading, "--output-dir", f"{settings.output_dir}-2"])
-    lines = [
-        *([note] if note else []),
-        f"validation perplexity {shown[0]} before, {shown[1]} after{gain}, in {settings.output_dir}",
-        *([f"sample: {results['sample']!r}"] if results["sample"] is not None else []),
-        *still_falling(results["train"]["epochs"], settings),
-        "go on with:",
-        f'  {python} -m tfclm.generate --model {folder} --prompt "…"',
-        f"  {python} -m tfclm.evaluate --model {folder} {evaluating}",
-    ]
-    # With --export-to the run itself exports the model, if the gate lets it; one without a perplexity is none to serve.
-    if settings.export_to is None and after:
-        where = f"serving_models/{shlex.quote(own_name(settings))}"
-        lines.append(f"  {python} -m tfclm.export --model {folder} --serving-dir {where}")
-    lines += ["train it further with:", f"  {python} -m tfclm.fit --model {folder} {further}"]
-    if results["train"]["diverged"]:
-        lines.insert(
-            0,
-            f"training stopped: {results['train']['diverged']}; the last good weights are kept. "
-            "Try a lower --learning-rate, more --warmup-steps or a smaller --max-grad-norm",
-        )
-    say("\n".join(lines))
-    return 1 if results["train"]["diverged"] else 0
-
-
-def still_falling(epochs: Sequence[Mapping[str, Any]], settings: FitSettings) -> list[str]:
-    """A line if the validation loss fell in the last epoch by so much that the training has probably ended too early.
-
-    Two hundredths are two percent of the perplexity; of an epoch at the end of most schedules, that is much.
-    """
-    losses = [epoch["val_loss"] for epoch in epochs]
-    if len(losses) < 2 or None in losses or not losses[-2] - losses[-1] >= 0.02:
-        return []
-    length = f"--max-steps ({settings.max_steps} here)" if settings.max_steps else f"--epochs ({settings.epochs} here)"
-    return [
-        f"the validation loss was still falling at the end ({losses[-2]:.3f} to {losses[-1]:.3f} in the last epoch): "
-        f"more {length} or a higher --learning-rate ({settings.learning_rate:g} here) will probably lower the "
-        "perplexity"
-    ]
-
-
-def own_name(settings: FitSettings) -> str:
-    """The last part of the output folder's name."""
-    return Path(str(settings.output_dir)).resolve().name
 
 
 def main() -> None:

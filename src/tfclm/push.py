@@ -6,34 +6,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tfclm.cli.command import command
 from tfclm.disk import reason, write
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
-from tfclm.settings import command, say, setting
+from tfclm.settings import setting
+from tfclm.terminal import log
 
 
 @dataclass(frozen=True)
 class PushSettings(HubSettings):
     """Settings of `push`."""
 
-    model: str | None = setting(None, "folder that fit has left, or of another checkpoint")
-    repo_id: str | None = setting(None, "Hub repository, me/eli5; what a run that could not push was given")
+    model: str | None = setting(None, "directory of a run, or of another checkpoint")
+    repo_id: str | None = setting(
+        None, "Hub repository, such as me/eli5; by default the one that the run was given", metavar="REPO"
+    )
     push_saved_model: str | None = setting(
-        None, "exported model that is pushed too, zipped: a version's folder, or the servable's for its newest"
+        None, "exported model to push as well, zipped: a version, or a model directory for its newest version"
     )
 
 
 def run(settings: PushSettings) -> int:
-    """Makes the repository equal to the folder."""
+    """Uploads the directory so that the repository equals it; the exit code."""
     from tfclm.hub.archive import newest_version
     from tfclm.hub.delivery import deliver, marked
     from tfclm.hub.repository import Unreachable, preflight
-    from tfclm.training.folder import Lock
-    from tfclm.training.report import plain_card
+    from tfclm.runs.card import plain_card
+    from tfclm.runs.folder import Lock
 
     settings.check_hub()
     if settings.model is None:
-        raise InputError("--model is missing: give the folder of a checkpoint, such as runs/eli5")
+        raise InputError("`model` is missing: give the directory of a checkpoint, such as runs/eli5")
     folder = Path(settings.model).expanduser()
     check_complete(folder)
     servable = newest_version(Path(settings.push_saved_model)) if settings.push_saved_model else None
@@ -41,9 +45,9 @@ def run(settings: PushSettings) -> int:
     repo_id, left = settings.repo_id, marked(folder)
     if repo_id is None:
         if left is None:
-            raise InputError("--repo-id is missing: give the Hub repository, such as me/eli5")
+            raise InputError("`repo_id` is missing: give the Hub repository, such as me/eli5")
         repo_id = left.pop("repo_id")
-        # A flag goes before what the run was given.
+        # Flags override what the run was given.
         where = left | {name: value for name, value in where.items() if value}
     lock = Lock(folder)
     try:
@@ -52,31 +56,31 @@ def run(settings: PushSettings) -> int:
         except Unreachable as error:
             raise InputError(f"{error}; give the same command again when it can be reached") from error
         if not (folder / "README.md").is_file():
-            say(f"{folder} has no README.md: a card is written there")
+            log(f"{folder} has no README.md: writing a model card")
             write(folder / "README.md", plain_card(folder.resolve().name, [], {}))
-        pushed = deliver(folder, repository, patience=settings.push_patience, servable=servable, say=say)
+        pushed = deliver(folder, repository, patience=settings.push_patience, servable=servable, log=log)
     finally:
         lock.release()
     return 0 if pushed else 1
 
 
 def check_complete(folder: Path) -> None:
-    """Raises InputError for a folder that `load` could not open once it is pushed, or of a run that is not complete."""
-    from tfclm.checkpoint.files import choose_weights
+    """Raises InputError for a directory from which `load` could not read a checkpoint, or with an incomplete run."""
+    from tfclm.checkpoint.locating import choose_weights
 
     if not folder.is_dir():
-        raise InputError(f"--model {folder}: there is no such folder")
+        raise InputError(f"`model` {folder}: there is no such directory")
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
-        raise InputError(f"--model {folder} cannot be read: {reason(error)}") from error
+        raise InputError(f"`model` {folder} cannot be read: {reason(error)}") from error
     if "resume" in names and "results.json" not in names:
-        raise InputError(f"--model {folder} holds a run that is not complete: let it go on, or give another folder")
+        raise InputError(f"`model` {folder} holds an incomplete run: resume it, or give another directory")
     if "config.json" not in names:
-        raise InputError(f"--model {folder} has no config.json: give a checkpoint's folder")
+        raise InputError(f"`model` {folder} has no config.json: give the directory of a checkpoint")
     choose_weights(str(folder), names)
     if not {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"} & names:
-        raise InputError(f"--model {folder} has no tokenizer: save it beside the model")
+        raise InputError(f"`model` {folder} has no tokenizer: save it with the model")
 
 
 def main() -> None:

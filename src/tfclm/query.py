@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tfclm.cli.command import command
+from tfclm.cli.prompts import read_prompt
 from tfclm.client import Client, ServerError, Signature, idle_knobs
 from tfclm.errors import InputError
-from tfclm.prompts import read_prompt
-from tfclm.settings import command, say, setting
-from tfclm.terminal import print_result
+from tfclm.settings import setting
+from tfclm.terminal import log, print_result
 
 KNOBS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
 ROWS = 8  # of a request, as many as a model decodes together unless it was exported otherwise
@@ -92,7 +93,7 @@ def run(settings: QuerySettings) -> int:
     except InputError as error:
         raise InputError(_as_flags(str(error))) from error
     except ServerError as error:
-        say(f"tfclm.query: {_as_flags(str(error))}")
+        log(f"tfclm.query: {_as_flags(str(error))}")
         return 1
     return 0
 
@@ -108,24 +109,26 @@ def _prompts(settings: QuerySettings) -> list[Prompt]:
         raise InputError("--batch: every line is blank: give a prompt a line")
     if blank:
         which = f"line {blank[0]} is" if len(blank) == 1 else f"lines {', '.join(blank)} are"
-        say(f"tfclm.query: {which} blank and skipped")
+        log(f"tfclm.query: {which} blank and skipped")
     return [prompt for prompt in lines if prompt.text.strip()]
 
 
-def _in_batch(said: str, rows: Sequence[Prompt], settings: QuerySettings) -> str:
+def _in_batch(message: str, rows: Sequence[Prompt], settings: QuerySettings) -> str:
     """A message about rows of a request as one about lines of the batch; what was printed before is good."""
     if not settings.batch:
-        return said
-    row = re.match(r"(\w+)\[(\d+)\] ", said)
+        return message
+    row = re.match(r"(\w+)\[(\d+)\] ", message)
     if row and int(row[2]) < len(rows):
-        return f"line {rows[int(row[2])].line}: {said.replace(row[0], f'{row[1]} ', 1)}"
-    return f"lines {rows[0].line} to {rows[-1].line}: {said}" if len(rows) > 1 else f"line {rows[0].line}: {said}"
+        return f"line {rows[int(row[2])].line}: {message.replace(row[0], f'{row[1]} ', 1)}"
+    return f"lines {rows[0].line} to {rows[-1].line}: {message}" if len(rows) > 1 else f"line {rows[0].line}: {message}"
 
 
-def _as_flags(said: str) -> str:
+def _as_flags(message: str) -> str:
     """A message with the client's arguments as the flags that they are here."""
     return re.sub(
-        r"\b(?:ca_file|cert_file|key_file|max_reply_bytes)\b", lambda name: f"--{name[0].replace('_', '-')}", said
+        r"\b(?:ca_file|cert_file|key_file|max_reply_bytes)\b",
+        lambda name: f"--{name[0].replace('_', '-')}",
+        message,
     )
 
 
@@ -136,7 +139,7 @@ def _warn_of_greedy(settings: QuerySettings, signature: Signature) -> None:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
         default = ", the model's default" if settings.temperature is None else ""
         verb = "does" if len(names) == 1 else "do"
-        say(f"tfclm.query: {flags} {verb} nothing at temperature 0{default}: give --temperature, such as 0.8")
+        log(f"tfclm.query: {flags} {verb} nothing at temperature 0{default}: give --temperature, such as 0.8")
 
 
 def _url(settings: QuerySettings) -> str:
@@ -150,8 +153,8 @@ def _url(settings: QuerySettings) -> str:
 
 def _inputs(settings: QuerySettings, signature: Signature, prompts: list[str]) -> dict[str, Any]:
     """The prompts under the name of the signature's text, and the knobs that are given."""
-    knobs = {name: value for name in KNOBS if (value := getattr(settings, name)) is not None}
-    for name in knobs:
+    params = {name: value for name in KNOBS if (value := getattr(settings, name)) is not None}
+    for name in params:
         if name not in signature.inputs:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag}: signature {settings.signature} of the served model has no such knob")
@@ -160,12 +163,12 @@ def _inputs(settings: QuerySettings, signature: Signature, prompts: list[str]) -
             ids = [int(token) for token in prompts[0].split()]
         except ValueError as error:
             raise InputError("the prompt of generate_tokens is token ids, with blanks between them") from error
-        return {"input_ids": [ids], "attention_mask": [[1] * len(ids)], **knobs}
+        return {"input_ids": [ids], "attention_mask": [[1] * len(ids)], **params}
     texts = [name for name in signature.required if signature.inputs[name] == "DT_STRING"]
     if len(texts) != 1 or len(signature.required) > 1:
         needed = ", ".join(signature.required)
         raise InputError(f"--signature {settings.signature} takes {needed}, not one text: use tfclm.Client.predict")
-    return {texts[0]: prompts, **knobs}
+    return {texts[0]: prompts, **params}
 
 
 def _show(outputs: dict[str, list[Any]], rows: Sequence[Prompt], settings: QuerySettings) -> None:
@@ -192,7 +195,7 @@ def _show(outputs: dict[str, list[Any]], rows: Sequence[Prompt], settings: Query
         if row.get("completion") == b"" and row.get("finish_reason") == b"stop":
             where = f"line {prompt.line}: " if settings.batch else ""
             stop = " or --stop" if settings.stop else ""
-            say(f"tfclm.query: {where}the text ended at once: the end of text{stop} came first")
+            log(f"tfclm.query: {where}the text ended at once: the end of text{stop} came first")
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import faulthandler
 import json
@@ -13,12 +12,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from tfclm.cli.command import command
+from tfclm.compat import disable_xla, import_tensorflow
 from tfclm.errors import InputError
 from tfclm.server.settings import ServeSettings, check
-from tfclm.settings import command, import_tensorflow
 
 STOP_SECONDS = 8.0  # beyond the grace, for what stopping takes by itself
 
@@ -34,20 +33,26 @@ def run(settings: ServeSettings) -> None:
     import_tensorflow()
     _log_to_stderr(settings.access_log)
     if not settings.xla_cpu_compilation_enabled:
-        _disable_xla()
+        problem = disable_xla()
+        if problem is not None:
+            logging.getLogger("tfclm.server").warning(
+                "XLA cannot be turned off in this build of TensorFlow (%s): an export that is compiled runs here, "
+                "but not on a server without --xla_cpu_compilation_enabled",
+                problem,
+            )
     from tfclm.server.server import Server
 
-    log = logging.getLogger("tfclm.server")
+    logger = logging.getLogger("tfclm.server")
     server = Server(settings)
     _stop_on_signals(server.interrupt, settings.shutdown_grace_seconds + STOP_SECONDS)
     try:
         if server.start():
-            log.info("listening on %s: gRPC %s, REST %s", settings.host, server.grpc_port, server.rest_port)
+            logger.info("listening on %s: gRPC %s, REST %s", settings.host, server.grpc_port, server.rest_port)
             server.wait()
-        log.info("stopping")
+        logger.info("stopping")
     finally:
         server.stop()
-    log.info("stopped")
+    logger.info("stopped")
 
 
 def _stop_on_signals(interrupt: Callable[[], None], seconds: float) -> None:
@@ -76,24 +81,6 @@ def _from_hub(settings: ServeSettings, repo_id: str) -> ServeSettings:
     return dataclasses.replace(settings, model_base_path=str(fetched))
 
 
-def _disable_xla() -> None:
-    """Makes ops that compile with XLA fail, as they do in a stock server. There is no way back in this process."""
-    import tensorflow as tf
-
-    folder = Path(tf.__file__).parent
-    library = next(folder.glob("libtensorflow_cc.*"), None)
-    try:
-        if library is None:
-            raise OSError(f"no libtensorflow_cc in {folder}")
-        ctypes.CDLL(str(library))._ZN10tensorflow21DisableXlaCompilationEv()
-    except (OSError, AttributeError) as error:
-        logging.getLogger("tfclm.server").warning(
-            "XLA cannot be turned off in this build of TensorFlow (%s): "
-            "an export that is compiled runs here, but not on a server without --xla_cpu_compilation_enabled",
-            error,
-        )
-
-
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -110,10 +97,10 @@ class _JsonLines(logging.Formatter):
 def _log_to_stderr(access: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
-    log = logging.getLogger("tfclm.server")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    logger = logging.getLogger("tfclm.server")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     logging.getLogger("tfclm.server.access").disabled = not access
 
 
@@ -129,7 +116,7 @@ def main() -> None:
     """The command."""
     sys.argv[1:] = map(_as_switch, sys.argv[1:])
     try:
-        command(ServeSettings, run, verb="serve", description=__doc__ or "", tensorflow=False)
+        command(ServeSettings, run, verb="serve", description=__doc__ or "", tensorflow=False, flag="--{}".format)
     except SystemExit as end:
         # The interpreter would wait for threads that cannot be ended, and C++ would take away what they use.
         sys.stdout.flush()

@@ -55,7 +55,7 @@ def print_result(text: str) -> None:
     print(printable(text, sys.stdout), flush=True)
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Progress and errors go to stderr."""
     stream: TextIO | None = sys.stderr
     # Python has None for what was closed before it started, which print would take for stdout.

@@ -21,7 +21,7 @@ import pytest
 
 from tfclm.client import Client, ServerError
 from tfclm.errors import InputError
-from tfclm.server.configs import read_tls
+from tfclm.server.config_files import read_tls
 
 from .doubles import (
     GENERATED,

@@ -194,8 +194,8 @@ def test_knobs_that_do_nothing(default: float, flags: list[str], said: str):
     with model(temperature=default) as url:
         done = run(url, *flags)
         assert (done.stdout, done.stderr.decode()) == (b"The end\n", said)
-        knobs = [flag[2:].split("=") for flag in flags]
-        given = {name.replace("-", "_"): float(value) if name in FLOATS else int(value) for name, value in knobs}
+        params = [flag[2:].split("=") for flag in flags]
+        given = {name.replace("-", "_"): float(value) if name in FLOATS else int(value) for name, value in params}
         with Client(url) as client, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             client.generate("a", **given)

@@ -14,7 +14,7 @@ from conftest import ARCHITECTURES
 
 from tfclm.corpus import pack, read_split, tokenize
 from tfclm.evaluate import EvaluateSettings, measure
-from tfclm.metrics import Perplexity, TokenLoss, perplexity, token_losses
+from tfclm.metrics.perplexity import Perplexity, TokenLoss, perplexity, token_losses
 
 
 def reference(model, windows) -> tuple[float, int, float]:

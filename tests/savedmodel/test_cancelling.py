@@ -22,7 +22,7 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from tfclm.client import Client
 from tfclm.savedmodel import saving
-from tfclm.savedmodel.servable import Servable
+from tfclm.savedmodel.graph.signatures import GenerationModule
 from tfclm.savedmodel.settings import ServableSettings
 
 CONTEXT = 192
@@ -45,7 +45,7 @@ def version(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     model.generation_config.eos_token_id = None
     folder = tmp_path_factory.mktemp("version")
     saving.write(
-        Servable(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings(batch_timeout=2)), folder
+        GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings(batch_timeout=2)), folder
     )
     return folder
 
@@ -140,8 +140,8 @@ class MixedLoad:
 
     def that_disconnects(self, numbers: list[int], rng: random.Random) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.rest_port, timeout=60)
-        knobs = {"top_k": [0], "top_p": [1.0], "repetition_penalty": [1.0], "stop": [""]}
-        body = {"signature_name": "generate", "inputs": self.body(numbers) | knobs}
+        params = {"top_k": [0], "top_p": [1.0], "repetition_penalty": [1.0], "stop": [""]}
+        body = {"signature_name": "generate", "inputs": self.body(numbers) | params}
         connection.request("POST", "/v1/models/model:predict", json.dumps(body))
         time.sleep(rng.uniform(0, 0.2))
         connection.close()

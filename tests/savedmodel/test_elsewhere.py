@@ -241,7 +241,7 @@ def version(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Ve
 
     from tfclm.checkpoint import create
     from tfclm.savedmodel import saving, warmup
-    from tfclm.savedmodel.servable import Servable
+    from tfclm.savedmodel.graph.signatures import GenerationModule
     from tfclm.savedmodel.settings import ServableSettings
 
     tf_keras.utils.set_random_seed(0)
@@ -250,7 +250,7 @@ def version(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Ve
     model, tokenizer = create(config), AutoTokenizer.from_pretrained(tokenizer_dir)
     # Fresh weights are so small that all logits are nearly alike.
     model.set_weights([3 * weight for weight in model.get_weights()])
-    servable = Servable(model, tokenizer, ServableSettings(max_new_tokens=REQUEST["max_new_tokens"][0]))
+    servable = GenerationModule(model, tokenizer, ServableSettings(max_new_tokens=REQUEST["max_new_tokens"][0]))
     ids = tokenizer(REQUEST["prompt"])["input_ids"]
     prompt = tf.constant(ids[:1])
     greedy = model.generate(prompt, attention_mask=tf.ones_like(prompt), max_new_tokens=8, do_sample=False)

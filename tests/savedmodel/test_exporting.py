@@ -18,12 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from tfclm.errors import InputError
-from tfclm.savedmodel import canary, saving, warmup
-from tfclm.savedmodel.canary import CanaryFailed
+from tfclm.savedmodel import saving, warmup
 from tfclm.savedmodel.exporting import export_saved_model, publish_exported
-from tfclm.savedmodel.gate import Gate, GateFailed
-from tfclm.savedmodel.publish import versions
-from tfclm.savedmodel.servable import Servable
+from tfclm.savedmodel.graph.signatures import GenerationModule
+from tfclm.savedmodel.publishing import canary
+from tfclm.savedmodel.publishing.canary import CanaryFailed
+from tfclm.savedmodel.publishing.gate import Gate, GateFailed
+from tfclm.savedmodel.publishing.versions import versions
 from tfclm.savedmodel.settings import ServableSettings, defaults
 
 TEXT, INT, LONG, FLOAT = "string", "int32", "int64", "float32"
@@ -85,7 +86,7 @@ def make_wordpiece() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=wordpiece, unk_token="[UNK]", eos_token="[UNK]")
 
 
-def write(servable: Servable, folder: Path) -> Path:
+def write(servable: GenerationModule, folder: Path) -> Path:
     """What a version holds, but for its record."""
     saving.write(servable, folder)
     warmup.write(servable, folder)
@@ -96,7 +97,7 @@ def write(servable: Servable, folder: Path) -> Path:
 def texts(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
     """All signatures, with the knobs' defaults from generation_config but for one."""
     model = make_model(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.25, max_new_tokens=12)
-    servable = Servable(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings(top_k=7))
+    servable = GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings(top_k=7))
     return write(servable, tmp_path_factory.mktemp("texts"))
 
 
@@ -105,7 +106,9 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[canary.
     """`generate_tokens` alone, and what its canary is asked."""
     model = make_model()
     prompts = canary.make_prompts(model, 512, 64, [0])
-    return write(Servable(model, make_wordpiece(), ServableSettings()), tmp_path_factory.mktemp("tokens")), prompts
+    return write(
+        GenerationModule(model, make_wordpiece(), ServableSettings()), tmp_path_factory.mktemp("tokens")
+    ), prompts
 
 
 def read(version: Path) -> Any:
@@ -169,7 +172,7 @@ def test_signatures(texts: Path):
 def test_defaults_of_the_knobs(texts: Path):
     """A knob that gRPC clients must give, or whose default is not the checkpoint's or the flag's."""
     signatures = read(texts)
-    knobs = {
+    params = {
         "max_new_tokens": 12,
         "temperature": pytest.approx(0.7),
         "top_k": 7,
@@ -177,8 +180,8 @@ def test_defaults_of_the_knobs(texts: Path):
         "repetition_penalty": 1.25,
         "seed": -1,
     }
-    assert values(signatures["generate"]) == {**knobs, "stop": b""}
-    assert values(signatures["generate_tokens"]) == knobs
+    assert values(signatures["generate"]) == {**params, "stop": b""}
+    assert values(signatures["generate_tokens"]) == params
     assert values(signatures["serving_default"]) == values(signatures["score"]) == {}
 
 
@@ -236,7 +239,7 @@ def test_what_generation_config_asks_in_vain():
         model = make_model()
         setattr(model.generation_config, name, value)
         with pytest.raises(InputError, match=f"has the token id {value!r}"):
-            Servable(model, make_wordpiece(), ServableSettings())
+            GenerationModule(model, make_wordpiece(), ServableSettings())
 
 
 def test_each_signature_is_warmed_up(texts: Path):
@@ -253,7 +256,7 @@ def test_each_signature_is_warmed_up(texts: Path):
 def test_xla_warms_up_every_size(tmp_path: Path):
     """A batch size or prompt length that is compiled while somebody waits."""
     settings = ServableSettings(compile="xla", max_batch_size=3, buckets=(16,), max_new_tokens_limit=2)
-    servable = Servable(make_model(), make_wordpiece(), settings)
+    servable = GenerationModule(make_model(), make_wordpiece(), settings)
     assert warmup.write(servable, tmp_path) == 6
     sizes = {inputs["input_ids"].shape for _, inputs in replay(tmp_path)}
     assert sizes == {(rows, length) for rows in (1, 2, 3) for length in (16, 63)}
@@ -274,7 +277,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer_dir: Path):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.add_tokens(["<one more>"])
     with pytest.raises(InputError, match="the tokenizer has 513 entries but the model's vocab_size is 512"):
-        Servable(make_model(), tokenizer, ServableSettings())
+        GenerationModule(make_model(), tokenizer, ServableSettings())
 
 
 def test_canary_prompts_keep_to_the_limit():
@@ -388,7 +391,7 @@ def test_nothing_is_published_that_the_canary_refuses(tokens: tuple[Path, list[c
                 shutil.copytree(tokens[0] / "variables", folder, dirs_exist_ok=True)
 
     with pytest.raises(CanaryFailed, match=r"canary prompt \d: new token \d is \d+, where the Python model gives \d+"):
-        export_saved_model(make_model(seed=1), make_wordpiece(), tmp_path, source={"checkpoint": "a"}, say=swap)
+        export_saved_model(make_model(seed=1), make_wordpiece(), tmp_path, source={"checkpoint": "a"}, log=swap)
     assert versions(tmp_path) == []
     assert list(tmp_path.glob(".staging-*")) == []
     # Written down, as the gate's refusals are.

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from tfclm.server.deadline import Deadline
-from tfclm.server.jsontext import LARGE_BYTES, parse
 from tfclm.server.status import Code, StatusError, TooLarge
+from tfclm.server.wire.jsontext import LARGE_BYTES, parse
 
 STRINGS = ["", "a", "é", "😀", '"', "\\", "\n\t", "\0", "x" * 300, "é😀" * 100, "\\" * 7, "]},:[{", "1e999"]
 NUMBERS = [0, -1, 12345, 2**63, 2**64 - 1, -(2**63), 0.5, -1e-7, 1e300, 0.1234567890123456789, math.inf, -math.inf]

@@ -29,7 +29,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Iter
 
     from tfclm.checkpoint import create
     from tfclm.savedmodel import saving
-    from tfclm.savedmodel.servable import Servable
+    from tfclm.savedmodel.graph.signatures import GenerationModule
     from tfclm.savedmodel.settings import ServableSettings
     from tfclm.server.server import Server
     from tfclm.server.settings import ServeSettings
@@ -39,7 +39,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Iter
 
     def export(version: Path, **others: Any) -> None:
         settings = ServableSettings(temperature=0.7, top_p=0.95, **{"max_new_tokens": 9, "top_k": 50, **others})
-        saving.write(Servable(model, AutoTokenizer.from_pretrained(tokenizer_dir), settings), version)
+        saving.write(GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), settings), version)
 
     export(folder / "1")
     with ExitStack() as stack:
@@ -217,7 +217,7 @@ def test_curl_does_the_same(page, asked):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("params", "said"),
     [
         ({"top_p": "2"}, r"top_p.*2"),
         ({"top_k": "many"}, r"^top_k: give a whole number, not many$"),
@@ -226,13 +226,13 @@ def test_curl_does_the_same(page, asked):
         ({"max_new_tokens": "100000"}, r"max_new_tokens"),
     ],
 )
-def test_wrong_knobs(page, asked, knobs, said):
+def test_wrong_knobs(page, asked, params, said):
     """A mistake without a word, or beside which the text of another request still stands."""
     page.fill(prompt="The", temperature="0")
     page.submit("generate")
     assert page.said("generate", "text") == asked.generate("The", temperature=0.0).generated_text
     assert page.card("generate").find_element("css selector", ".legend").is_displayed()
-    page.fill(**knobs)
+    page.fill(**params)
     page.submit("generate")
     assert re.search(said, page.said("generate", "error"))
     assert "\n" not in page.said("generate", "error")

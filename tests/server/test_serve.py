@@ -13,17 +13,15 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from contextlib import ExitStack
 
 import pytest
-from grpc._cython import cygrpc
 
+from tfclm.cli.arguments import parse
 from tfclm.errors import InputError
-from tfclm.serve import _as_switch, _disable_xla
+from tfclm.serve import _as_switch
 from tfclm.server.server import Server
 from tfclm.server.settings import ServeSettings, check
-from tfclm.settings import parse
 
 
 @pytest.fixture
@@ -167,28 +165,6 @@ def test_folder_that_holds_no_versions(tmp_path, models):
             server.start()
     finally:
         server.stop()
-
-
-def test_xla_cannot_be_turned_off(tmp_path, monkeypatch, caplog):
-    """A build of TensorFlow in which the switch has another name, or another file, ending the server."""
-    tensorflow = types.ModuleType("tensorflow")
-    tensorflow.__file__ = str(tmp_path / "__init__.py")
-    monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
-    _disable_xla()
-    library = tmp_path / "libtensorflow_cc.so.2"
-    library.write_bytes(b"no library")
-    _disable_xla()
-    library.unlink()
-    # A library that lacks the symbol.
-    library.symlink_to(cygrpc.__file__)
-    _disable_xla()
-    said = [record.getMessage() for record in caplog.records]
-    assert [message.partition(" (")[0] for message in said] == [
-        "XLA cannot be turned off in this build of TensorFlow"
-    ] * 3
-    assert "no libtensorflow_cc" in said[0]
-    assert "too short" in said[1]
-    assert "DisableXlaCompilation" in said[2]
 
 
 def test_user_error_is_one_line():

@@ -24,14 +24,14 @@ import tensorflow as tf
 import tf_keras
 
 from tfclm.errors import InputError
-from tfclm.metrics import TokenLoss
+from tfclm.metrics.perplexity import TokenLoss
 from tfclm.training.resume import Interrupted, Progress, Snapshots
 
 pytestmark = pytest.mark.slow
 
 # Imports TensorFlow once and forks from there, before it has computed anything: a run starts in a second.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tfclm.training.run", "tfclm.checkpoint", "tfclm.fit"])
+SERVER.set_forkserver_preload(["tfclm.training.finetuning", "tfclm.checkpoint", "tfclm.fit"])
 
 
 def _fit(settings: dict, log: str) -> None:
@@ -184,7 +184,7 @@ def test_one_run_a_folder(runs: Runs):
     first = runs.start("shared")
     try:
         assert runs.wait_for("shared", "resume/state/checkpoint", first), runs.log("shared")
-        from tfclm.training.folder import Lock
+        from tfclm.runs.folder import Lock
 
         with pytest.raises(InputError, match="in use by another run"):
             Lock(runs.folder / "shared")
@@ -434,7 +434,7 @@ def _report_on_two_devices(connection, folder: Path, tokenizer_dir: Path) -> Non
     from conftest import tiny_config
 
     from tfclm.checkpoint import create
-    from tfclm.metrics import token_losses
+    from tfclm.metrics.perplexity import token_losses
     from tfclm.training.feed import run_order
 
     device = tf.config.list_physical_devices("CPU")[0]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tfclm import disk
 from tfclm.checkpoint.configs import config_json, read_config
-from tfclm.checkpoint.files import choose_weights, locate, read_object
+from tfclm.checkpoint.locating import choose_weights, locate, read_object
 from tfclm.checkpoint.model import build, context_size, first_position, is_tied, tie
 from tfclm.checkpoint.tokenizers import read_tokenizer
 from tfclm.checkpoint.weights import restore, state

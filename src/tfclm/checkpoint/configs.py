@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tfclm.checkpoint.files import read_object
 from tfclm.checkpoint.kinds import explain
+from tfclm.checkpoint.locating import read_object
 from tfclm.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -126,7 +126,9 @@ def from_fields(where: str, given: Mapping[str, Any]) -> PretrainedConfig:
 
     Raises `InputError` for a field that our version would pass over or that TensorFlow would compute otherwise.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING
+
+    from tfclm.compat import global_generation_defaults
 
     fields = copy.deepcopy(dict(given))
     model_type = fields["model_type"]
@@ -145,7 +147,7 @@ def from_fields(where: str, given: Mapping[str, Any]) -> PretrainedConfig:
                 f"{where}: config.json has {key} {_short(value)}, which is unknown for {model_type} and may change "
                 "what is computed: take it out if it does not"
             )
-        if key not in kind._get_global_generation_defaults():
+        if key not in global_generation_defaults():
             _check_value(where, key, value, defaults.get(kind.attribute_map.get(key, key)))
     for alias, name in kind.attribute_map.items():
         if alias in fields and name in fields and fields[alias] != fields[name]:

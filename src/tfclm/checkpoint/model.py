@@ -25,7 +25,7 @@ def build(where: str, config: PretrainedConfig) -> TFPreTrainedModel:
     try:
         model = TFAutoModelForCausalLM.from_config(config)
         tie(model)
-        _mend_mask(model)
+        _fix_mistral_mask_dtype(model)
         _mend_activation(model)
         model.build_in_name_scope()
     except Exception as error:  # layers raise whatever sizes that do not fit provoke
@@ -59,7 +59,7 @@ def tie(model: TFPreTrainedModel) -> None:
 
 def _mend_activation(model: TFPreTrainedModel) -> None:
     """TensorFlow's OpenAI-GPT takes the exact GELU whatever `afn` says; the model was trained with GPT-2's."""
-    from transformers.activations_tf import get_tf_activation
+    from tfclm.compat import get_tf_activation
 
     if model.config.model_type == "openai-gpt":
         names = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "swish"}
@@ -67,17 +67,20 @@ def _mend_activation(model: TFPreTrainedModel) -> None:
             block.mlp.act = get_tf_activation(names[model.config.afn])
 
 
-def _mend_mask(model: TFPreTrainedModel) -> None:
+def _fix_mistral_mask_dtype(model: TFPreTrainedModel) -> None:
     """TensorFlow's Mistral mixes float32 and the compute type in its attention mask, which fails in half precision."""
     import tensorflow as tf
+
+    from tfclm.compat import prepare_mistral_mask
 
     if model.config.model_type != "mistral" or model.compute_dtype == "float32":
         return
     stem = model.model
-    original = stem._prepare_decoder_attention_mask
 
     def mask(attention_mask: Any, input_shape: Any, inputs_embeds: Any, past_key_values_length: int) -> Any:
-        exact = original(attention_mask, input_shape, tf.cast(inputs_embeds, tf.float32), past_key_values_length)
+        exact = prepare_mistral_mask(
+            stem, attention_mask, input_shape, tf.cast(inputs_embeds, tf.float32), past_key_values_length
+        )
         # The sum of two masks is below the smallest number of either type.
         return tf.cast(tf.maximum(exact, inputs_embeds.dtype.min), inputs_embeds.dtype)
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tfclm.checkpoint.files import read_object, why_unreadable
+from tfclm.checkpoint.locating import read_object, why_unreadable
 from tfclm.errors import InputError, first_line
 
 # What transformers 5 writes into tokenizer_config.json about the machine and itself, not about the tokenizer.

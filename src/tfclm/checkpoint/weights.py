@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfclm.checkpoint.files import read_object, why_unreadable
+from tfclm.checkpoint.locating import read_object, why_unreadable
 from tfclm.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$
 
 def layout(model: TFPreTrainedModel) -> Iterator[tuple[Any, str, Any]]:
     """Each variable with its name in PyTorch's state dict and how the two layouts are transposed."""
-    from transformers.modeling_tf_pytorch_utils import convert_tf_weight_name_to_pt_weight_name
+    from tfclm.compat import pytorch_weight_name
 
     for variable in model.weights:
-        yield variable, *convert_tf_weight_name_to_pt_weight_name(variable.name, tf_weight_shape=variable.shape)
+        yield variable, *pytorch_weight_name(variable.name, tf_weight_shape=variable.shape)
 
 
 def state(model: TFPreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
     """PyTorch's state dict of the model, float32."""
-    from transformers.modeling_tf_pytorch_utils import apply_transpose
+    from tfclm.compat import apply_transpose
 
     state = {}
     for variable, name, transpose in layout(model):
@@ -47,7 +47,7 @@ def state(model: TFPreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
 
 def restore(model: TFPreTrainedModel, where: str, path: Path) -> None:
     """Give every variable its value from the file; whatever does not fit exactly is an `InputError`."""
-    from transformers.modeling_tf_pytorch_utils import apply_transpose
+    from tfclm.compat import apply_transpose
 
     tensors = _Tensors(where, path, model.base_model_prefix)
     missing, mismatched, expected = [], [], set()
@@ -175,6 +175,6 @@ class _Tensors:
 
 
 def _pytorch_name(name: str) -> str:
-    from transformers.modeling_tf_pytorch_utils import convert_tf_weight_name_to_pt_weight_name
+    from tfclm.compat import pytorch_weight_name
 
-    return str(convert_tf_weight_name_to_pt_weight_name(name, tf_weight_shape=())[0])
+    return str(pytorch_weight_name(name, tf_weight_shape=())[0])

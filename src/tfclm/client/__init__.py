@@ -152,15 +152,15 @@ class Client:
         stop: str | Sequence[str] | None = None,
     ) -> list[Completion]: ...
 
-    def generate(self, prompt: str | list[str] | tuple[str, ...], **knobs: Any) -> Completion | list[Completion]:
+    def generate(self, prompt: str | list[str] | tuple[str, ...], **params: Any) -> Completion | list[Completion]:
         """The continuation of a prompt, or of several in one request.
 
         Knobs that are not given have the defaults that the model was exported with. With several prompts, a knob may be
         a sequence with a value for each. Warns of knobs that do nothing because the temperature is 0.
         """
-        given = {name: value for name, value in knobs.items() if value is not None}
+        given = {name: value for name, value in params.items() if value is not None}
         known, outputs = self._predict("generate", {"prompt": _rows(prompt), **given})
-        if idle := idle_knobs(knobs, known):
+        if idle := idle_knobs(params, known):
             warnings.warn(f"at temperature 0 nothing is drawn: {', '.join(idle)} without effect", stacklevel=2)
         with understood(self._transport.address, "a completion"):
             completions = [

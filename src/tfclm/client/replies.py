@@ -39,8 +39,8 @@ def understood(address: str, what: str) -> Iterator[None]:
     try:
         yield
     except _UNREADABLE as error:
-        said = reason(str(error)) or type(error).__name__
-        raise ServerError(f"{address} gave {what} that cannot be read: {said}") from error
+        message = reason(str(error)) or type(error).__name__
+        raise ServerError(f"{address} gave {what} that cannot be read: {message}") from error
 
 
 def from_json(content: bytes) -> Any:

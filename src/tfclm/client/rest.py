@@ -120,8 +120,8 @@ class RestTransport:
             return answer
         if "Location" in headers and 300 <= status < 400:
             raise ServerError(reason(f"{self.address} redirects to {headers['Location']}: give that server's URL"))
-        said = answer.get("error") if isinstance(answer, dict) else None
-        if not isinstance(said, str):
+        message = answer.get("error") if isinstance(answer, dict) else None
+        if not isinstance(message, str):
             if status == 400:
                 # So answer servers that are asked without TLS where they speak it.
                 self._diagnose(call)
@@ -129,15 +129,15 @@ class RestTransport:
             raise ServerError(
                 reason(f"{self.address} is not TensorFlow Serving's REST API: it answered HTTP {status}, {kind}")
             )
-        said = reason(said)
+        message = reason(message)
         if status == 404:
             raise not_available(self._model, self.address, {} if path == self._name else self._versions(call))
         if status == 400:
-            raise InputError(said)
+            raise InputError(message)
         busy = ", too many requests" if status in (429, 503) else ""
         late = ", longer than the server's --rest_api_timeout_in_ms" if status == 504 else ""
         after = f"; ask again after {headers['Retry-After']} s" if status == 503 and "Retry-After" in headers else ""
-        raise ServerError(reason(f"{self.address} answered HTTP {status}{busy}{late}: {said}{after}"))
+        raise ServerError(reason(f"{self.address} answered HTTP {status}{busy}{late}: {message}{after}"))
 
     def _exchange(self, method: str, path: str, call: Call, data: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
         """Sends a request: status, headers and body of the reply."""

@@ -151,21 +151,21 @@ class RpcTransport:
         try:
             return bytes(send(request, timeout=call.left()))
         except grpc.RpcError as error:
-            code, said = error.code(), reason(error.details() or "")
-            if code in _CANCELLED and retries and is_cancelled_batch(said):
+            code, message = error.code(), reason(error.details() or "")
+            if code in _CANCELLED and retries and is_cancelled_batch(message):
                 return self._ask(method, request, call, retries - 1)
             if code == grpc.StatusCode.NOT_FOUND:
                 versions = {} if method.startswith("ModelService") else self._versions(call)
                 raise not_available(self._model, self.address, versions) from error
             if code in _REFUSED:
-                raise InputError(said) from error
+                raise InputError(message) from error
             if code == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise call.late() from error
-            if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in said:
+            if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in message:
                 raise too_large(self.address, self._limits.max_reply_bytes) from error
             if code == grpc.StatusCode.UNAVAILABLE and (found := self._diagnosis(call)):
                 raise found from error
-            raise ServerError(f"{self.address} answered {code.name}: {said}") from error
+            raise ServerError(f"{self.address} answered {code.name}: {message}") from error
 
     def _versions(self, call: Call) -> dict[int, int]:
         request = message("tensorflow.serving.GetModelStatusRequest")()

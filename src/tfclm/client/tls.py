@@ -148,8 +148,8 @@ def diagnose(server: Server, tls: Tls, call: Call) -> ServerError | None:
 
 def explain(error: ssl.SSLError, server: Server, tls: Tls) -> ServerError:
     """What is wrong where TLS failed."""
-    code, said = getattr(error, "verify_code", None), error.reason or ""
-    alert = said.partition("ALERT_")[2].replace("_", " ").lower()
+    code, message = getattr(error, "verify_code", None), error.reason or ""
+    alert = message.partition("ALERT_")[2].replace("_", " ").lower()
     if code in _OTHER_NAME:
         what = f"has a certificate for another name than {server.host}: give the name that the certificate is for"
     elif code in _NOT_NOW:
@@ -162,12 +162,12 @@ def explain(error: ssl.SSLError, server: Server, tls: Tls) -> ServerError:
         what = _refused(tls, f"TLS alert: {alert}")
     elif alert:
         what = f"refuses the TLS connection (TLS alert: {alert})"
-    elif said in _NO_TLS:
+    elif message in _NO_TLS:
         what = f"does not speak TLS: give {server.scheme[:-1]}://"
     elif isinstance(error, ssl.SSLEOFError):
         what = f"closed the connection while TLS was set up: if it does not speak TLS, give {server.scheme[:-1]}://"
     else:
-        what = f"cannot be reached over TLS: {said or error}"
+        what = f"cannot be reached over TLS: {message or error}"
     return ServerError(reason(f"{server.address} {what}"))
 
 

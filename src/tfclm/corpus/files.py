@@ -381,8 +381,8 @@ def _parquet(path: Path, column: str) -> Iterator[str | None]:
             for batch in file.iter_batches(batch_size=1000, columns=[head]):
                 yield from texts_of(batch.column(0), rest)
     except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise InputError(f"{path} is not a readable parquet file ({said}): write it again") from error
+        message = " ".join(str(error).split())
+        raise InputError(f"{path} is not a readable parquet file ({message}): write it again") from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {

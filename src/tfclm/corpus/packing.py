@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tfclm.compat import fingerprint
 from tfclm.corpus.cache import stored
 from tfclm.errors import InputError
 
@@ -27,9 +28,15 @@ class Packed:
     """
 
     blocks: datasets.Dataset
+    block_size: int
     dropped_tokens: int
     tokens: int
     largest_id: int
+
+    @property
+    def predicted_tokens(self) -> int:
+        """The tokens that a model predicts: all but the first of each block."""
+        return len(self.blocks) * (self.block_size - 1)
 
 
 def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = ()) -> Packed:
@@ -49,9 +56,9 @@ def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = (
     def write(append: Callable[[pa.RecordBatch], None]) -> dict[str, Any]:
         return _write_blocks(tokens, block_size, list(separator), append, schema)
 
-    key = [tokens._fingerprint, block_size, list(separator)]
+    key = [fingerprint(tokens), block_size, list(separator)]
     blocks, facts = stored("blocks", key, schema, write)
-    return Packed(blocks, facts["dropped_tokens"], facts["tokens"], facts["largest_id"])
+    return Packed(blocks, block_size, facts["dropped_tokens"], facts["tokens"], facts["largest_id"])
 
 
 def _write_blocks(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfclm.compat import fingerprint, set_fingerprint
 from tfclm.corpus.cache import made_by
 from tfclm.corpus.columns import is_blank, locate, texts_of
 from tfclm.corpus.files import Split, digest, read_files, resolve
@@ -227,13 +228,13 @@ def _identified(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     """The splits under fingerprints that are made from their content, which name all that is cached of them."""
     for rows in splits.values():
         content = digest(Path(file["filename"]) for file in rows.cache_files)
-        rows._fingerprint = hashlib.sha256(f"{rows._fingerprint} {content}".encode()).hexdigest()[:32]
+        set_fingerprint(rows, hashlib.sha256(f"{fingerprint(rows)} {content}".encode()).hexdigest()[:32])
     return splits
 
 
 def _why_not_loaded(name: str, config: str | None, revision: str | None, error: Exception) -> str:
-    said = " ".join(str(error.__cause__ or error).split())
-    if "Dataset scripts are no longer supported" in said:
+    message = " ".join(str(error.__cause__ or error).split())
+    if "Dataset scripts are no longer supported" in message:
         known = " (for eli5 and eli5_category: --dataset dany0407/eli5_category)" if "eli5" in name.lower() else ""
         return (
             f"--dataset {name} is a loading script, which datasets no longer runs: give its parquet version, "
@@ -241,24 +242,24 @@ def _why_not_loaded(name: str, config: str | None, revision: str | None, error: 
         )
     if isinstance(error, ConnectionError):
         return f"--dataset {name} is not in the cache and the Hub cannot be reached: go online once, or give files"
-    if "BuilderConfig" in said or "Config name is missing" in said:
-        return f"--dataset-config {config} does not fit --dataset {name}: {said}"
-    if "Revision" in said and revision:
+    if "BuilderConfig" in message or "Config name is missing" in message:
+        return f"--dataset-config {config} does not fit --dataset {name}: {message}"
+    if "Revision" in message and revision:
         return f"--dataset-revision {revision} does not exist for --dataset {name}: give a branch, tag or commit"
     if isinstance(error, NotImplementedError) or (
         isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
     ):
         return (
-            f"--dataset {name} cannot be prepared, because the cache's filesystem has no file locks ({said}): "
+            f"--dataset {name} cannot be prepared, because the cache's filesystem has no file locks ({message}): "
             "let HF_DATASETS_CACHE name a folder on a local disk"
         )
     if isinstance(error, IndexError | StopIteration) or any(
-        part in said for part in ("corresponds to no data", "at least one example", "No columns to parse")
+        part in message for part in ("corresponds to no data", "at least one example", "No columns to parse")
     ):
         return f"--dataset {name} has no text: its files hold no rows"
     if isinstance(error, FileNotFoundError):
-        return f"--dataset {name} is neither on the Hub (or not open to you) nor a folder with data files: {said}"
-    return f"--dataset {name} cannot be read: {said}"
+        return f"--dataset {name} is neither on the Hub (or not open to you) nor a folder with data files: {message}"
+    return f"--dataset {name} cannot be read: {message}"
 
 
 def python_documentation() -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from tfclm import disk
 from tfclm.errors import InputError, first_line
-from tfclm.savedmodel.numbering import numbered
+from tfclm.savedmodel.publishing.numbering import numbered
 
 __all__ = ["SERVABLE", "newest_version", "unpack", "zip_servable"]
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import tf_keras
 import transformers
-from transformers.trainer_utils import IntervalStrategy
+from transformers import IntervalStrategy
 
 from tfclm.errors import InputError
 from tfclm.hub.delivery import STAGING, deliver, mark, request_title
 from tfclm.hub.pushing import Pusher, State, complain
-from tfclm.hub.repository import Repository, files_of, preflight
+from tfclm.hub.repository import Repository, list_files, preflight
 
 Epochs = Sequence[Mapping[str, Any]]
 
@@ -145,7 +145,7 @@ class PushToHubCallback(transformers.PushToHubCallback):
                 return
             run = self._progress.run if self._progress else None
             description = f"run {run}, step {steps}" if run else ""
-            self._pusher.put(State(files_of(staged), title, description, run, steps, staged))
+            self._pusher.put(State(list_files(staged), title, description, run, steps, staged))
             self._pushed = steps
 
     def _save(self, folder: Path) -> None:
@@ -163,7 +163,7 @@ class PushToHubCallback(transformers.PushToHubCallback):
         if settings.is_file():
             shutil.copyfile(settings, folder / settings.name)
         if self.checkpoint:
-            for name, path in files_of(resume, leave_out=(Path(STAGING).name, "former.json")).items():
+            for name, path in list_files(resume, leave_out=(Path(STAGING).name, "former.json")).items():
                 target = folder / "resume" / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
@@ -173,6 +173,6 @@ class PushToHubCallback(transformers.PushToHubCallback):
                     shutil.copyfile(path, target)
 
     def _own_card(self, epochs: Epochs) -> str:
-        from tfclm.training.report import plain_card
+        from tfclm.runs.card import plain_card
 
         return plain_card(self.output_dir.absolute().name, epochs, self.model_card_args)

@@ -12,7 +12,7 @@ from typing import Any
 from tfclm.disk import write
 from tfclm.errors import InputError
 from tfclm.hub.pushing import Pusher, State, complain
-from tfclm.hub.repository import Repository, files_of, said
+from tfclm.hub.repository import Repository, format_error, list_files
 
 MARKER = "unpushed.json"
 STAGING = "resume/push"
@@ -63,7 +63,7 @@ def deliver(
     patience: float,
     servable: Path | None = None,
     state: bool = False,
-    say: Callable[[str], None] = complain,
+    log: Callable[[str], None] = complain,
 ) -> bool:
     """Makes the repository equal to a finished folder, file by file; whether it is.
 
@@ -73,29 +73,29 @@ def deliver(
         patience: seconds for which a push that fails is tried again.
         servable: a version of an exported model that is pushed as well, zipped; `newest_version` finds it.
         state: push `resume/` too.
-        say: gets a line for people.
+        log: gets a line for people.
     """
     from tfclm.hub.archive import SERVABLE, zip_servable
 
-    files = files_of(folder, leave_out=(MARKER, STAGING) if state else (MARKER, "resume"))
+    files = list_files(folder, leave_out=(MARKER, STAGING) if state else (MARKER, "resume"))
     error: BaseException | None
     try:
         with tempfile.TemporaryDirectory(prefix="tfclm-") as scratch:
             if servable is not None:
                 files[SERVABLE] = zip_servable(servable, Path(scratch) / SERVABLE)
-            pusher = Pusher(repository, request_title(folder), say)
+            pusher = Pusher(repository, request_title(folder), log)
             pusher.put(State(files, *message(folder)))
             error = pusher.close(patience)
     except OSError as full:  # no room for the archive
         error = full
     if error is None:
         (folder / MARKER).unlink(missing_ok=True)
-        say(f"{repository.url} holds {folder}")
+        log(f"{repository.url} holds {folder}")
         return True
     mark(folder, repository)
-    say(
+    log(
         f"{repository.repo_id} does not hold the last state, which is safe in {folder}: "
-        f"{said(error, repository.token)}\nfinish with:\n  {finishing_command(folder, repository, servable)}"
+        f"{format_error(error, repository.token)}\nfinish with:\n  {finishing_command(folder, repository, servable)}"
     )
     return False
 

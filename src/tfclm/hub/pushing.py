@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfclm.hub.repository import FIRST_WAIT, PushFailed, Repository, next_wait, said, wait_for
+from tfclm.hub.repository import FIRST_WAIT, PushFailed, Repository, format_error, next_wait, wait_for
 from tfclm.terminal import printable
 
 
@@ -41,7 +41,7 @@ class Pusher:
     Args:
         repository: where to.
         request_title: the title of the pull request, if one is written.
-        say: gets a line for people.
+        log: gets a line for people.
         first_wait: seconds before a push that failed is tried again; twice as long each time after.
     """
 
@@ -49,10 +49,10 @@ class Pusher:
         self,
         repository: Repository,
         request_title: str,
-        say: Callable[[str], None] = lambda line: complain(line),
+        log: Callable[[str], None] = lambda line: complain(line),
         first_wait: float = FIRST_WAIT,
     ) -> None:
-        self.repository, self._request_title, self._say, self._first_wait = repository, request_title, say, first_wait
+        self.repository, self._request_title, self._say, self._first_wait = repository, request_title, log, first_wait
         self.error: BaseException | None = None  # of the newest state, if its push failed
         self._reached: int | None = None  # steps of the run's newest state on the Hub when this process began
         self._news = threading.Condition()
@@ -138,7 +138,7 @@ class Pusher:
                 return None
             except Exception as error:  # of many types: the client's, the transport's, the operating system's
                 asked = wait_for(error)
-                reason = said(error, self.repository.token)
+                reason = format_error(error, self.repository.token)
                 if asked is None:
                     self._say(f"{state.title}: not pushed to {self.repository.repo_id}: {reason}")
                     return error

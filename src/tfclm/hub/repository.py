@@ -109,7 +109,7 @@ def next_wait(waited: float, first: float = FIRST_WAIT) -> float:
     return min(max(2 * waited, first), LONGEST_WAIT)
 
 
-def said(error: BaseException, *tokens: str | None) -> str:
+def format_error(error: BaseException, *tokens: str | None) -> str:
     """What went wrong with a request, in one line without tokens."""
     response = getattr(error, "response", None)
     status = f" (the Hub answered {response.status_code})" if response is not None else ""
@@ -239,7 +239,7 @@ def _is_same(path: Path, entry: Any) -> bool:
     return bool(digest.hexdigest() == expected)
 
 
-def files_of(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, Path]:
+def list_files(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, Path]:
     """The files below a folder by their path in a repository; nothing hidden, and nothing of what is left out."""
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
@@ -313,7 +313,7 @@ def preflight(
                 pause = max(waited, asked)
                 if time.monotonic() - began + pause > patience:
                     raise Unreachable(
-                        f"{where}: the Hub at {constants.ENDPOINT} cannot be reached: {said(error, token)}"
+                        f"{where}: the Hub at {constants.ENDPOINT} cannot be reached: {format_error(error, token)}"
                     ) from error
                 time.sleep(pause)
 
@@ -348,7 +348,7 @@ def preflight(
             401: "the token is not valid: run `hf auth login`, or set HF_TOKEN",
             403: f"the token of {user} may not write to {repo_id}: give another token or another repository",
         }
-        why = f"{reasons[status]} (the Hub answered {status})" if status in reasons else said(error, token)
+        why = f"{reasons[status]} (the Hub answered {status})" if status in reasons else format_error(error, token)
         raise InputError(scrubbed(f"{where}: {why}", token)) from error
     return Repository(repo_id, private=private, branch=branch, create_pr=create_pr, token=token, user=user)
 

@@ -1,5 +1,1 @@
-"""Perplexity: the summed negative log-likelihood and the number of tokens, divided once."""
-
-from tfclm.metrics.perplexity import Perplexity, TokenLoss, perplexity, token_losses
-
-__all__ = ["Perplexity", "TokenLoss", "perplexity", "token_losses"]
+"""Perplexity: the summed negative log-likelihood and the number of tokens, divided once. Imports no other package."""

@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from tfclm.corpus import check_ids
-from tfclm.finite import exp
+from tfclm.errors import InputError
+from tfclm.metrics.finite import exp
 
 IGNORED = -100  # the label that the collators of transformers give to a position that counts for nothing
 
@@ -103,7 +103,12 @@ def perplexity(
     """
     rows: Iterable[tuple[np.ndarray, np.ndarray]]
     if hasattr(input_ids, "column_names"):
-        check_ids(input_ids, "input_ids")
+        if "input_ids" not in input_ids.column_names:
+            columns = ", ".join(input_ids.column_names)
+            raise InputError(
+                f"input_ids has no token ids (columns {columns}): give a dataset with a column input_ids, as tfclm.pack "
+                "makes it"
+            )
         rows = ((row, row) for row in _rows(input_ids))
     elif not np.issubdtype((ids := np.asarray(input_ids)).dtype, np.integer):
         raise ValueError(f"input_ids is {ids.dtype}: give the ids that the model's tokenizer makes of a text")

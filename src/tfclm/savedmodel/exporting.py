@@ -13,11 +13,12 @@ from typing import Any
 
 from tfclm.disk import copy_folder
 from tfclm.errors import InputError
-from tfclm.savedmodel import canary, comparison, gate, saving, warmup
-from tfclm.savedmodel.canary import CanaryFailed
-from tfclm.savedmodel.gate import Cost, Gate, GateFailed, Measured
-from tfclm.savedmodel.publish import address, check_place, publish, staged
-from tfclm.savedmodel.servable import Servable
+from tfclm.savedmodel import saving, warmup
+from tfclm.savedmodel.graph.signatures import GenerationModule
+from tfclm.savedmodel.publishing import canary, comparison, gate
+from tfclm.savedmodel.publishing.canary import CanaryFailed
+from tfclm.savedmodel.publishing.gate import Gate, GateFailed, PerplexityResult, QuantizationLoss
+from tfclm.savedmodel.publishing.versions import address, check_place, publish, staged
 from tfclm.savedmodel.settings import ServableSettings
 from tfclm.settings import record
 
@@ -40,12 +41,12 @@ def export_saved_model(
     settings: ServableSettings | None = None,
     *,
     version: int | None = None,
-    recorded: Measured | None = None,
-    measure: Callable[[Any], Measured | None] | None = None,
+    recorded: PerplexityResult | None = None,
+    measure: Callable[[Any], PerplexityResult | None] | None = None,
     limits: Gate | None = None,
     texts: Callable[[], Iterable[str]] | None = None,
     source: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Exported:
     """Writes the next version of a servable that TensorFlow Serving hosts as it is: text in, text out.
 
@@ -63,7 +64,7 @@ def export_saved_model(
             `max_regression` is asked for. Without them, and where one of the two has no signature `score`, the served
             version's record is compared with.
         source: where the model came from, for the record.
-        say: gets a line of progress now and then.
+        log: gets a line of progress now and then.
 
     Returns:
         What was published.
@@ -73,7 +74,7 @@ def export_saved_model(
         GateFailed: the perplexity is too high; nothing was published.
         CanaryFailed: the finished version does not do what the model does; nothing was published.
     """
-    settings, limits, say = settings or ServableSettings(), limits or Gate(), say or _say_nothing
+    settings, limits, log = settings or ServableSettings(), limits or Gate(), log or _log_nothing
     measure = measure or _measure_nothing
     settings.check()
     limits.check()
@@ -91,9 +92,9 @@ def export_saved_model(
         if not smaller:
             verdicts.require(gate.decide(first, recorded, served))
     began = time.monotonic()
-    servable = Servable(model, tokenizer, settings)
+    servable = GenerationModule(model, tokenizer, settings)
     if servable.tokenizer_problem is not None:
-        say(f"generate_tokens alone is exported: {servable.tokenizer_problem}")
+        log(f"generate_tokens alone is exported: {servable.tokenizer_problem}")
         by_text, first = False, limits
     network = servable.network
     exact = recorded if recorded is not None else measure(model)
@@ -105,17 +106,17 @@ def export_saved_model(
     verdicts.require(verdict)
     prompts = canary.make_prompts(network.model, network.vocab_size, network.context, servable.eos_ids, servable.limit)
     samples = canary.make_texts(tokenizer, network.context) if servable.tokenizer_problem is None else []
-    with staged(where, say) as folder:
-        say("writing the SavedModel")
+    with staged(where, log) as folder:
+        log("writing the SavedModel")
         saving.write(servable, folder)
         records = warmup.write(servable, folder)
         seconds = time.monotonic() - began
-        say(f"verifying it in a separate process ({records} warm-up records)")
+        log(f"verifying it in a separate process ({records} warm-up records)")
         with verdicts.of_canary(verdict):
             checked = canary.validate(folder, prompts, samples, xla=settings.compile == "xla")
             if by_text and texts is not None:
                 scored = comparison.pieces(texts(), tokenizer)
-                say(f"scoring {len(scored)} texts with this version and with the one served now")
+                log(f"scoring {len(scored)} texts with this version and with the one served now")
                 compared = comparison.compare(str(folder), str(gate.served_version(where)), scored)
                 recorded_too = {"perplexity": measured.finite if measured is not None else None}
                 verdict = gate.decide_by_text(limits, recorded_too | verdict, compared)
@@ -147,7 +148,7 @@ def export_saved_model(
         }
         saving.write_record(folder, entries)
         number = publish(folder, where, version)
-    verdicts.published(verdict, number, say)
+    verdicts.published(verdict, number, log)
     return Exported(number, f"{where}/{number}", entries)
 
 
@@ -158,7 +159,7 @@ def publish_exported(
     version: int | None = None,
     limits: Gate | None = None,
     source: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Exported:
     """Makes a version that was exported elsewhere the next one here, if its record passes the gate.
 
@@ -169,7 +170,7 @@ def publish_exported(
         version: its number here; the highest there plus 1 if not given.
         limits: what the recorded perplexity must meet.
         source: where it came from, for the verdict.
-        say: gets a line of progress now and then.
+        log: gets a line of progress now and then.
 
     Raises:
         InputError: a damaged record, one without the perplexity that is asked for, or a directory that cannot be
@@ -177,39 +178,39 @@ def publish_exported(
         GateFailed: the perplexity is too high; nothing was published.
         CanaryFailed: it cannot be loaded, or a warm-up record fails; nothing was published.
     """
-    limits, say = limits or Gate(), say or _say_nothing
+    limits, log = limits or Gate(), log or _log_nothing
     limits.check()
     where = address(serving_dir)
     check_place(where, version)
     entries = gate.read_record(str(exported))
     measured = None
     if entries.get("perplexity") is not None:
-        measured = Measured(entries["perplexity"], entries.get("tokens"), entries.get("protocol") or {})
+        measured = PerplexityResult(entries["perplexity"], entries.get("tokens"), entries.get("protocol") or {})
     elif limits != Gate():
         raise InputError("the gate needs a perplexity, and the exported model's record has none: leave out the limits")
     verdicts = _Verdicts(where, {**(entries.get("source") or {}), **(source or {})})
     verdict = gate.decide(limits, measured, gate.served_record(where, limits))
     verdicts.require(verdict)
-    with staged(where, say) as folder:
+    with staged(where, log) as folder:
         copy_folder(exported, folder)
-        say("verifying it in a separate process")
+        log("verifying it in a separate process")
         with verdicts.of_canary(verdict):
             canary.validate(folder, xla=(entries.get("settings") or {}).get("compile") == "xla")
         number = publish(folder, where, version)
-    verdicts.published(verdict, number, say)
+    verdicts.published(verdict, number, log)
     return Exported(number, f"{where}/{number}", entries)
 
 
-def _say_nothing(line: str) -> None:
+def _log_nothing(line: str) -> None:
     pass
 
 
-def _measure_nothing(model: Any) -> Measured | None:
+def _measure_nothing(model: Any) -> PerplexityResult | None:
     return None
 
 
-def _cost(exact: Measured | None, smaller: Measured | None) -> Cost | None:
-    return Cost(exact, smaller) if exact is not None and smaller is not None else None
+def _cost(exact: PerplexityResult | None, smaller: PerplexityResult | None) -> QuantizationLoss | None:
+    return QuantizationLoss(exact, smaller) if exact is not None and smaller is not None else None
 
 
 @dataclass(frozen=True)
@@ -233,12 +234,12 @@ class _Verdicts:
             kept = self._write({**verdict, "passed": False, "reason": str(error)})
             raise CanaryFailed(f"not published: {error} ({kept})") from error
 
-    def published(self, verdict: Mapping[str, Any], version: int, say: Callable[[str], None]) -> None:
+    def published(self, verdict: Mapping[str, Any], version: int, log: Callable[[str], None]) -> None:
         """Writes the verdict of a version that may be served by now, and whose own record holds it too."""
         try:
             gate.record_verdict(self.where, {**verdict, "version": version, "source": self.source})
         except InputError as error:
-            say(f"version {version} is published, but {error}")
+            log(f"version {version} is published, but {error}")
 
     def _write(self, verdict: Mapping[str, Any]) -> str:
         try:

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.framework import tensor_shape_pb2
-from tensorflow.core.protobuf import saved_model_pb2
-from tensorflow.python.saved_model.pywrap_saved_model import constants, fingerprinting
 
-from tfclm.savedmodel.servable import Servable
+from tfclm.compat import FINGERPRINT_FILENAME, create_fingerprint, saved_model_pb2, tensor_shape_pb2
+from tfclm.savedmodel.graph.signatures import GenerationModule
 
 __all__ = ["RECORD", "read_record", "write", "write_record"]
 
@@ -22,7 +20,7 @@ RECORD = "assets.extra/tfclm.json"
 RANKS = {"input_ids": 2, "attention_mask": 2}
 
 
-def write(servable: Servable, folder: Path) -> None:
+def write(servable: GenerationModule, folder: Path) -> None:
     """Writes `saved_model.pb`, the fingerprint and the variables into a folder."""
     # Without what Python's own loading would need beyond the signatures: other paths of this machine among it.
     options = tf.saved_model.SaveOptions(save_debug_info=False)
@@ -39,9 +37,9 @@ def write(servable: Servable, folder: Path) -> None:
                 )
     path.write_bytes(model.SerializeToString(deterministic=True))
     # TensorFlow's own, of the file that it wrote, would name another one in a server's metrics.
-    fingerprint = folder / constants.FINGERPRINT_FILENAME
+    fingerprint = folder / FINGERPRINT_FILENAME
     if fingerprint.exists():
-        fingerprint.write_bytes(fingerprinting.CreateFingerprintDef(str(folder)))
+        fingerprint.write_bytes(create_fingerprint(str(folder)))
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tfclm import sampling
+from tfclm.checkpoint import generation
 from tfclm.errors import InputError
 from tfclm.settings import documented, setting
 
@@ -98,7 +98,7 @@ class Defaults:
 
 # What generation_config may ask for beyond the knobs, with the value that asks for nothing.
 UNSUPPORTED: dict[str, Any] = {
-    **sampling.UNSUPPORTED,
+    **generation.UNSUPPORTED,
     "diversity_penalty": 0.0,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
@@ -143,6 +143,6 @@ def defaults(settings: ServableSettings, generation_config: Any, limit: int) -> 
 
 def _knobs(settings: ServableSettings, generation_config: Any, limit: int) -> Defaults:
     given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Defaults)}
-    resolved = sampling.resolve_parameters(generation_config, given)
+    resolved = generation.resolve_parameters(generation_config, given)
     new = resolved["max_new_tokens"]
     return Defaults(**resolved | {"max_new_tokens": min(limit, DEFAULT_NEW_TOKENS if new is None else new)})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfclm.savedmodel.servable import Servable
+from tfclm.savedmodel.graph.signatures import GenerationModule
 
 __all__ = ["PATH", "requests", "write"]
 
@@ -18,10 +18,10 @@ PROMPTS = ["The", "The quick brown fox jumps over the lazy dog, again and again:
 EXTRA = 4  # tokens that may come to those of a prompt's bytes: special ones, a leading space
 
 
-def requests(servable: Servable) -> Iterator[tuple[str, dict[str, Any]]]:
+def requests(servable: GenerationModule) -> Iterator[tuple[str, dict[str, Any]]]:
     """Signature and inputs of each record: every signature, and with XLA every size that is compiled for."""
     new = min(4, servable.limit)
-    knobs = {
+    params = {
         "max_new_tokens": np.array([new], np.int32),
         "temperature": np.array([1], np.float32),
         "top_k": np.array([50], np.int32),
@@ -36,16 +36,16 @@ def requests(servable: Servable) -> Iterator[tuple[str, dict[str, Any]]]:
     ]
     for rows, length in sizes or [(1, min(8, servable.network.context - 1))]:
         ids = np.zeros([rows, length], np.int32)
-        yield "generate_tokens", {"input_ids": ids, "attention_mask": np.ones_like(ids), **knobs}
+        yield "generate_tokens", {"input_ids": ids, "attention_mask": np.ones_like(ids), **params}
     if servable.tokenizer_problem is None:
         # A token is a byte at least, and what does not fit into the context would be refused.
         prompts = [prompt[: max(1, servable.network.context - EXTRA)] for prompt in PROMPTS]
-        yield "generate", {"prompt": np.array(prompts, object), **knobs, "stop": np.array(["\n\n"], object)}
+        yield "generate", {"prompt": np.array(prompts, object), **params, "stop": np.array(["\n\n"], object)}
         yield "serving_default", {"prompt": np.array(prompts[:1], object)}
         yield "score", {"text": np.array(PROMPTS[1:], object)}
 
 
-def write(servable: Servable, folder: Path) -> int:
+def write(servable: GenerationModule, folder: Path) -> int:
     """Writes the records of a servable; how many there are."""
     from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 

@@ -16,7 +16,7 @@ from typing import Any
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
-from tfclm.server.runs import Caller
+from tfclm.server.execution import Caller
 from tfclm.server.servable import Servable
 from tfclm.server.settings import is_version, misplaced_model
 from tfclm.server.status import Code, StatusError, invalid

@@ -21,12 +21,12 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from tfclm.server import jsontensor
-from tfclm.server.bodies import Body
 from tfclm.server.deadline import Deadline, expired
 from tfclm.server.playground import Playground
 from tfclm.server.service import METADATA_FIELD, Service
 from tfclm.server.status import HTTP_STATUS, Code, StatusError, TooLarge, invalid
+from tfclm.server.wire import jsontensor
+from tfclm.server.wire.bodies import Body
 
 _JSON = {"Content-Type": "application/json"}
 _CORS = {

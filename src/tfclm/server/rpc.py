@@ -25,8 +25,8 @@ from tensorflow_serving.apis import (
 )
 
 from tfclm.errors import InputError
-from tfclm.server.configs import Tls
-from tfclm.server.runs import Caller
+from tfclm.server.config_files import Tls
+from tfclm.server.execution import Caller
 from tfclm.server.service import Service
 from tfclm.server.status import Code, StatusError, invalid
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.protobuf import config_pb2
-from tensorflow.python.client import pywrap_tf_session
 from tensorflow_serving.apis import (
     classification_pb2,
     inference_pb2,
@@ -24,10 +22,11 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from tfclm.server.messages import MAX_REPEATED_BYTES, classifications, read_tensors, regressions
-from tfclm.server.metrics import Metrics
-from tfclm.server.runs import POOLS, Caller, Runs, Step
+from tfclm.compat import call_session_run, config_pb2, delete_buffer, new_buffer
+from tfclm.server.execution import POOLS, Caller, Runs, Step
+from tfclm.server.monitoring import Metrics
 from tfclm.server.status import Code, StatusError, from_tensorflow, invalid
+from tfclm.server.wire.messages import MAX_REPEATED_BYTES, classifications, read_tensors, regressions
 
 DEFAULT_SIGNATURE = "serving_default"
 CLASSIFY, REGRESS, PREDICT = (f"tensorflow/serving/{method}" for method in ("classify", "regress", "predict"))
@@ -255,15 +254,15 @@ class Servable:
 
         def step(pool: int, timeout_ms: int) -> list[Any]:
             options = config_pb2.RunOptions(timeout_in_ms=timeout_ms, inter_op_thread_pool=pool)
-            buffer = pywrap_tf_session.TF_NewBufferFromString(options.SerializeToString())
+            buffer = new_buffer(options.SerializeToString())
             with self._lock:
                 self._running += 1
             try:
                 # `Session.run` would check feeds against the static shapes of the graph, which the C++ server does
                 # not, and would add Python's traceback of the graph to its errors. This is what runs beneath it.
-                return [_array(value) for value in session._call_tf_sessionrun(buffer, given, wanted, [], None)]
+                return [_array(value) for value in call_session_run(session, buffer, given, wanted, [], None)]
             finally:
-                pywrap_tf_session.TF_DeleteBuffer(buffer)
+                delete_buffer(buffer)
                 with self._lock:
                     self._running -= 1
                     last = self._closed and not self._running

@@ -9,19 +9,19 @@ import threading
 import time
 
 from tfclm.errors import InputError
-from tfclm.server import configs
-from tfclm.server.jsontext import LARGE_BYTES
+from tfclm.server import config_files
+from tfclm.server.execution import Runs
 from tfclm.server.listener import Limits, Listener
 from tfclm.server.manager import Manager
-from tfclm.server.metrics import Metrics
+from tfclm.server.monitoring import Metrics
 from tfclm.server.playground import Playground
 from tfclm.server.rest import RestApi
 from tfclm.server.rpc import RpcOptions, RpcServer
-from tfclm.server.runs import Runs
 from tfclm.server.servable import LoadOptions, Servable
 from tfclm.server.service import Service
 from tfclm.server.settings import ServeSettings, check
 from tfclm.server.status import Code, StatusError
+from tfclm.server.wire.jsontext import LARGE_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -37,10 +37,10 @@ class Server:
         self._settings = settings
         check(settings)
         if settings.model_config_file is not None:
-            self._config = configs.read_models(settings.model_config_file)
+            self._config = config_files.read_models(settings.model_config_file)
         else:
             assert settings.model_base_path is not None
-            self._config = configs.single_model(settings.model_name, settings.model_base_path)
+            self._config = config_files.single_model(settings.model_name, settings.model_base_path)
         self.metrics = Metrics()
         self.grpc_port = self.rest_port = 0
         load = LoadOptions(
@@ -72,7 +72,7 @@ class Server:
                 queued=settings.max_queued_requests,
                 message_bytes=settings.max_request_bytes,
                 health=settings.enable_grpc_healthcheck_service,
-                tls=configs.read_tls(settings.ssl_config_file),
+                tls=config_files.read_tls(settings.ssl_config_file),
             )
             self._rpc = RpcServer(service, options)
         if settings.rest_api_port:
@@ -80,7 +80,7 @@ class Server:
                 service,
                 timeout_ms=settings.rest_api_timeout_in_ms,
                 cors=settings.rest_api_enable_cors_support,
-                metrics_path=configs.read_metrics_path(settings.monitoring_config_file),
+                metrics_path=config_files.read_metrics_path(settings.monitoring_config_file),
                 playground=Playground(self.manager.names) if settings.playground else None,
                 # A value takes some hundred bytes of memory while it is read.
                 max_values=max(settings.max_request_bytes // 32, LARGE_BYTES),
@@ -167,7 +167,7 @@ class Server:
         assert path is not None
         while not self._stopping.wait(self._settings.model_config_file_poll_wait_seconds):
             try:
-                self.manager.reload(configs.read_models(path))
+                self.manager.reload(config_files.read_models(path))
             except (InputError, StatusError) as error:
                 _log.error("the models stay as they are: %s", error)
 

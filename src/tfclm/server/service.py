@@ -16,12 +16,12 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from tfclm.server.execution import Caller
 from tfclm.server.manager import Manager
-from tfclm.server.messages import read_tensors, write_tensor
-from tfclm.server.metrics import UNKNOWN_MODEL, Metrics
-from tfclm.server.runs import Caller
+from tfclm.server.monitoring import UNKNOWN_MODEL, Metrics
 from tfclm.server.servable import DEFAULT_SIGNATURE, Servable
 from tfclm.server.status import Code, StatusError, invalid
+from tfclm.server.wire.messages import read_tensors, write_tensor
 
 METADATA_FIELD = "signature_def"
 

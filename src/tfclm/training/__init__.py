@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tfclm.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from tfclm.training.run import TrainingRecord, finetune
+    from tfclm.training.finetuning import TrainingRecord, finetune
 
 __all__ = ["TrainingRecord", "TrainingSettings", "finetune"]
 
@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
     # The settings are read by `--help`, which does not wait for TensorFlow.
     if name not in __all__:
         raise AttributeError(f"module 'tfclm.training' has no attribute {name!r}")
-    value = getattr(importlib.import_module("tfclm.training.run"), name)
+    value = getattr(importlib.import_module("tfclm.training.finetuning"), name)
     globals()[name] = value
     return value

@@ -16,7 +16,7 @@ import tensorflow as tf
 import tf_keras
 from tqdm.auto import tqdm
 
-from tfclm.finite import exp
+from tfclm.metrics.finite import exp
 from tfclm.training.resume import Interrupted, Progress, Snapshots
 from tfclm.training.settings import TrainingSettings
 

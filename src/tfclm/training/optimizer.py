@@ -8,6 +8,7 @@ import tensorflow as tf
 import tf_keras
 from transformers import AdamWeightDecay
 
+from tfclm.compat import create_all_weights
 from tfclm.training.settings import TrainingSettings
 
 
@@ -68,7 +69,7 @@ def make_optimizer(model: Any, settings: TrainingSettings, steps: int) -> tf_ker
         exclude_from_weight_decay=exempt_from_decay(model),
     )
     # Not at the first step, as Keras does: a state is restored before that, and restores what is there.
-    optimizer._create_all_weights(model.trainable_variables)
+    create_all_weights(optimizer, model.trainable_variables)
     if settings.mixed_precision == "float16":
         return tf_keras.mixed_precision.LossScaleOptimizer(optimizer)
     return optimizer

@@ -14,10 +14,10 @@ from types import FrameType
 from typing import Any
 
 import tensorflow as tf
-import tf_keras
 
+from tfclm.compat import BaseRandomLayer, stateful_generator
 from tfclm.errors import InputError
-from tfclm.metrics import TokenLoss
+from tfclm.metrics.perplexity import TokenLoss
 
 
 class Interrupted(Exception):
@@ -56,11 +56,8 @@ def seed_dropout(model: Any, seed: int) -> list[tf.random.Generator]:
     """
     generators = []
     for place, layer in enumerate(model.submodules):
-        if isinstance(layer, tf_keras.__internal__.layers.BaseRandomLayer):
-            kind = type(layer._random_generator)
-            layer._random_generator = kind(seed=(seed * 100_003 + place) % 2**31, rng_type=kind.RNG_STATEFUL)
-            layer._random_generator._maybe_init()
-            generators.append(layer._random_generator._generator)
+        if isinstance(layer, BaseRandomLayer):
+            generators.append(stateful_generator(layer, (seed * 100_003 + place) % 2**31))
     return generators
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from tfclm.metrics import TokenLoss, token_losses
+from tfclm.metrics.perplexity import TokenLoss, token_losses
 from tfclm.training.resume import Progress
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.tokenizer.classes import Table, Tensor, word
+from tfclm.savedmodel.tokenizer.character_classes import Table, Tensor, word
 from tfclm.savedmodel.tokenizer.text import PLAIN, Text, encode
 
 __all__ = ["AddedTokens"]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from tfclm.savedmodel.tokenizer.classes import Tensor
+from tfclm.savedmodel.tokenizer.character_classes import Tensor
 
 __all__ = ["END", "KEEP", "PLAIN", "Text", "decode", "encode", "ragged_gather"]
 

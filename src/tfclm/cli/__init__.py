@@ -1,0 +1,1 @@
+"""The command line: settings as flags and YAML, running a command, and what several commands do."""

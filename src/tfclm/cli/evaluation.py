@@ -1,0 +1,129 @@
+"""Text as settings name it, and the perplexity of a model on it: what `evaluate` prints and `export` records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tfclm.corpus.settings import SourceSettings
+from tfclm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
+
+    from tfclm.corpus import Split
+    from tfclm.metrics.perplexity import Perplexity
+
+
+def read_documents(source: SourceSettings, split: str, files: Sequence[str] = ()) -> Split:
+    """The documents of one split of a dataset, or of files where these are given."""
+    from tfclm import corpus
+
+    return corpus.read_split(
+        dataset=None if files else source.dataset,
+        dataset_config=None if files else source.dataset_config,
+        revision=None if files else source.dataset_revision,
+        split=split,
+        files=files,
+        text_column=source.text_column,
+    )
+
+
+def document_texts(source: SourceSettings, split: str = "", files: Sequence[str] = ()) -> Iterable[str]:
+    """The texts of `read_documents`."""
+    texts: Iterable[str] = read_documents(source, split, files).texts["text"]
+    return texts
+
+
+def evaluate(
+    model: TFPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: SourceSettings,
+    *,
+    split: str,
+    files: Sequence[str] = (),
+    stride: int | None = None,
+    window: int | None = None,
+    batch_size: int = 4,
+) -> dict[str, Any]:
+    """The perplexity of a loaded model, and how it was measured.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the model's tokenizer.
+        source: where the text comes from, and its block size.
+        split: split of the source's dataset.
+        files: local files or globs, instead of the dataset.
+        stride: tokens by which the window moves; None scores blocks.
+        window: tokens per window; the model's context if not given.
+        batch_size: rows per forward pass.
+
+    Returns:
+        What `evaluate --json` prints: perplexity, its standard error, loss (nats per token), tokens, protocol.
+
+    Raises:
+        InputError: no text, too little of it, or a block size, window or stride that does not fit.
+    """
+    text = read_documents(source, split, files)
+    if stride is None:
+        score, protocol = _score_blocks(model, tokenizer, source, text, batch_size)
+    else:
+        score, protocol = _score_windows(model, tokenizer, text, stride, window, batch_size)
+    return {
+        "perplexity": score.perplexity,
+        "standard_error": score.standard_error,
+        "loss": score.loss,
+        "tokens": score.tokens,
+        "protocol": protocol | text.description,
+    }
+
+
+def _score_blocks(
+    model: TFPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: SourceSettings,
+    text: Split,
+    batch_size: int,
+) -> tuple[Perplexity, dict[str, Any]]:
+    from tfclm import corpus
+    from tfclm.checkpoint import context_size
+    from tfclm.metrics.perplexity import perplexity
+
+    context = context_size(model)
+    block_size = source.block_size_for(context)
+    corpus.check_block_size(block_size, context)
+    tokens = corpus.tokenize(text.texts, tokenizer, source.num_proc)
+    packed = corpus.pack(tokens, block_size, source.separator_ids(tokenizer))
+    corpus.check_vocabulary(packed.largest_id, model.config.vocab_size)
+    score = perplexity(model, packed.blocks, batch_size=batch_size)
+    return score, {
+        "block_size": block_size,
+        "separator": source.separator,
+        "dropped_tokens": packed.dropped_tokens,
+    }
+
+
+def _score_windows(
+    model: TFPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Split,
+    stride: int,
+    window: int | None,
+    batch_size: int,
+) -> tuple[Perplexity, dict[str, Any]]:
+    from tfclm.checkpoint import context_size
+    from tfclm.metrics.perplexity import perplexity
+
+    context = context_size(model)
+    window = window or context
+    if window is None:
+        raise InputError("this model's context has no limit: give `window`")
+    if not 2 <= window <= (context or window):
+        raise InputError(f"`window` {window}: give 2 to {context}, the model's context")
+    if not 0 < stride <= window:
+        raise InputError(f"`stride` {stride}: give 1 to {window}, the window")
+    ids = tokenizer("\n\n".join(text.texts["text"]), verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise InputError(f"the text has {len(ids)} tokens: give at least 2, because the first one is only context")
+    score = perplexity(model, ids, window=window, stride=stride, batch_size=batch_size)
+    return score, {"window": window, "stride": stride, "separator": "\n\n"}

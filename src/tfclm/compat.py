@@ -1,0 +1,154 @@
+"""The private and undocumented API of TensorFlow, Keras, transformers and datasets that tfclm uses, all of it.
+
+Each name is imported on first use, so that this module imports none of them. `tests/test_compat.py` fails by name when
+a version within the range of pyproject.toml lacks one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import logging
+import operator
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+    import tensorflow as tf
+    import tf_keras
+
+# The name here, and its module and attribute there.
+_TENSORFLOW = {  # tensorflow>=2.20,<2.22
+    "config_pb2": "tensorflow.core.protobuf.config_pb2:",
+    "saved_model_pb2": "tensorflow.core.protobuf.saved_model_pb2:",
+    "tensor_shape_pb2": "tensorflow.core.framework.tensor_shape_pb2:",
+    "types_pb2": "tensorflow.core.framework.types_pb2:",
+    "FINGERPRINT_FILENAME": "tensorflow.python.saved_model.pywrap_saved_model:constants.FINGERPRINT_FILENAME",
+    "create_fingerprint": "tensorflow.python.saved_model.pywrap_saved_model:fingerprinting.CreateFingerprintDef",
+    "new_buffer": "tensorflow.python.client.pywrap_tf_session:TF_NewBufferFromString",
+    "delete_buffer": "tensorflow.python.client.pywrap_tf_session:TF_DeleteBuffer",
+    "call_session_run": "tensorflow.python.client.session:BaseSession._call_tf_sessionrun",
+    # The public one cannot be traced outside of a jit-compiled function.
+    "xla_optimization_barrier": "tensorflow.compiler.tf2xla.ops.gen_xla_ops:xla_optimization_barrier",
+}
+_KERAS = {  # tf-keras>=2.20.1,<2.22
+    "BaseRandomLayer": "tf_keras:__internal__.layers.BaseRandomLayer",
+    "create_all_weights": "tf_keras:optimizers.legacy.Optimizer._create_all_weights",
+}
+_TRANSFORMERS = {  # transformers>=4.54.1,<4.55
+    "TFConv1D": "transformers.modeling_tf_utils:TFConv1D",
+    "apply_transpose": "transformers.modeling_tf_pytorch_utils:apply_transpose",
+    "get_tf_activation": "transformers.activations_tf:get_tf_activation",
+    "global_generation_defaults": "transformers:PretrainedConfig._get_global_generation_defaults",
+    "prepare_mistral_mask": (
+        "transformers.models.mistral.modeling_tf_mistral:TFMistralMainLayer._prepare_decoder_attention_mask"
+    ),
+    "pytorch_weight_name": "transformers.modeling_tf_pytorch_utils:convert_tf_weight_name_to_pt_weight_name",
+}
+PRIVATE_API = _TENSORFLOW | _KERAS | _TRANSFORMERS
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PRIVATE_API:
+        raise AttributeError(f"module 'tfclm.compat' has no attribute {name!r}")
+    module, _, attribute = PRIVATE_API[name].partition(":")
+    value: Any = importlib.import_module(module)
+    if attribute:
+        value = operator.attrgetter(attribute)(value)
+    globals()[name] = value
+    return value
+
+
+def disable_xla(folder: Path | None = None) -> str | None:
+    """Makes ops that compile with XLA fail, as an unmodified server does; there is no way back in this process.
+
+    Args:
+        folder: of TensorFlow's library; the installed TensorFlow's if not given.
+
+    Returns:
+        None, or why this build of TensorFlow cannot do that.
+    """
+    if folder is None:
+        import tensorflow as tf
+
+        folder = Path(tf.__file__).parent
+    library = next(folder.glob("libtensorflow_cc.*"), None)
+    if library is None:
+        return f"{folder} has no libtensorflow_cc"
+    try:
+        ctypes.CDLL(str(library))._ZN10tensorflow21DisableXlaCompilationEv()
+    except (OSError, AttributeError) as error:  # another build may give the symbol another name
+        return str(error)
+    return None
+
+
+def stateful_generator(layer: tf_keras.layers.Layer, seed: int) -> tf.random.Generator:
+    """Gives a random layer of Keras a generator whose state is a variable, which can be saved and restored."""
+    kind = type(layer._random_generator)
+    layer._random_generator = kind(seed=seed, rng_type=kind.RNG_STATEFUL)
+    layer._random_generator._maybe_init()
+    return layer._random_generator._generator
+
+
+def fingerprint(rows: datasets.Dataset) -> str:
+    """The name under which `datasets` caches what is computed from these rows."""
+    return str(rows._fingerprint)
+
+
+def set_fingerprint(rows: datasets.Dataset, value: str) -> None:
+    """Gives rows the name under which `datasets` caches what is computed from them."""
+    rows._fingerprint = value
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow for a command, without the lines that it prints about itself, which would bury the command's.
+
+    Example:
+        >>> import_tensorflow()
+        >>> import tensorflow as tf
+    """
+    # Its modules and graphs are millions of objects that stay, and the collector would walk them time and again.
+    gc.set_threshold(200_000, 20, 100)
+    # Or it would import Keras 3 beside tf_keras.
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    # Where PyTorch is installed, transformers would import it, which some of its versions do not survive (triton).
+    os.environ.setdefault("USE_TORCH", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    # In another process, because this one may be aborted while TensorFlow is imported, having said why.
+    read, write = os.pipe()
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", _RELAY], stdin=read, stderr=terminal) as relay:
+        os.close(read)
+        os.dup2(write, 2)
+        os.close(write)
+        try:
+            importlib.import_module("tensorflow")
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            # It ends with its input, unless a process that TensorFlow started still holds that.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                relay.wait(timeout=5)
+            relay.kill()
+
+
+# Copies stderr but for what TensorFlow says of itself: informational lines begin with I and a date, and another line
+# says that they are not in the log file yet.
+_RELAY = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+for line in sys.stdin.buffer:
+    if not line.startswith((b"I0000", b"WARNING: All log messages before absl")):
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+"""

@@ -1,0 +1,1 @@
+"""The output directory of a run: results, model card, loss curve, locking and resuming state."""

@@ -1,0 +1,1 @@
+"""Tokenizer models in the graph: BPE, Unigram and WordPiece, words in, token ids out."""

@@ -1,0 +1,1 @@
+"""Normalizers in the graph: what changes a text before it is split."""

@@ -1,0 +1,1 @@
+"""Pre-tokenizers in the graph: where a text is split into words."""

@@ -1,0 +1,124 @@
+"""Every architecture that can be exported, through the network that the decoding loop calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    CTRLConfig,
+    GPTJConfig,
+    OpenAIGPTConfig,
+    OPTConfig,
+    RemBertConfig,
+    RobertaPreLayerNormConfig,
+    XGLMConfig,
+)
+
+from tfclm.checkpoint import context_size, create
+from tfclm.errors import InputError
+from tfclm.savedmodel.graph.decoding import Decoded, decode
+from tfclm.savedmodel.graph.network import Network
+from tfclm.savedmodel.graph.sampling import SamplingParams
+
+VOCABULARY = {"vocab_size": 300}
+GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | VOCABULARY
+BERT: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"max_position_embeddings": 64, "is_decoder": True, "pad_token_id": 1},
+} | VOCABULARY
+CONFIGS: dict[str, Any] = {
+    "gptj": lambda: GPTJConfig(rotary_dim=4, **GPT),
+    "ctrl": lambda: CTRLConfig(dff=64, **GPT),
+    "xglm": lambda: XGLMConfig(
+        d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, max_position_embeddings=64, **VOCABULARY
+    ),
+    # Embeddings of another size than the layers.
+    "opt": lambda: OPTConfig(
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
+        **VOCABULARY,
+    ),
+    "bert": lambda: BertConfig(**BERT),
+    "rembert": lambda: RemBertConfig(input_embedding_size=16, output_embedding_size=16, **BERT),
+    "camembert": lambda: CamembertConfig(**BERT),
+    "roberta-prelayernorm": lambda: RobertaPreLayerNormConfig(**BERT),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "dtype"), [*((each, "float32") for each in CONFIGS), ("xglm", "bfloat16")])
+def test_cached_logits_are_the_models_own(architecture: str, dtype: str) -> None:
+    """A layer that takes its kernel, its past or its positions in a way of its own: making the network compares."""
+    network = Network(create(CONFIGS[architecture]()), dtype, turned=dtype != "float32")
+    kept = {variable.dtype for variable in network.variables}
+    assert kept == {tf.float32, tf.as_dtype(dtype)}
+
+
+def test_the_context_begins_behind_the_padding() -> None:
+    """Prompts that fit by the config and read positions beyond RoBERTa's table."""
+    model = create(RobertaPreLayerNormConfig(**BERT | {"max_position_embeddings": 24}))
+    network = Network(model)
+    assert network.context == context_size(model) == 22
+    ids = tf.random.stateless_uniform([1, 22], [0, 1], 2, 300, tf.int32)
+    logits, _ = network.prefill(ids, tf.constant([22]), 22, network.weights())
+    np.testing.assert_allclose(logits, model(ids).logits[:, -1], atol=1e-4)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        model(tf.concat([ids, ids[:, :1]], 1))
+
+
+def test_padding_ids_within_a_text_are_not_counted() -> None:
+    """A text with <pad> in it, whose score is another than its perplexity."""
+    model = create(RobertaPreLayerNormConfig(**BERT))
+    network = Network(model)
+    ids = np.array([[5, 1, 1, 7, 8, 1], [9, 8, 7, 6, 5, 4]], np.int32)
+    weights = network.weights()
+    out = network.hidden(tf.constant(ids), weights)
+    logits = network.logits(out.last_hidden_state, weights, few=False)
+    np.testing.assert_allclose(logits, model(ids).logits, atol=1e-4)
+    # With a cache, the next token's position is the text's length.
+    cached = model(ids[:, :5], use_cache=True).past_key_values
+    own = model(ids[:, 5:], past_key_values=cached).logits[:, 0]
+    _, buffers = network.prefill(tf.constant(ids[:, :5]), tf.constant([5, 5]), 7, weights)
+    after, _ = network.step(tf.constant(ids[:, 5]), tf.constant([5, 5]), buffers, weights)
+    np.testing.assert_allclose(after, own, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_rows_of_any_length_reach_the_end_of_the_context(architecture: str) -> None:
+    """A table that ends before the cache does, which fails the long row and with it the short one beside it."""
+    model = create(CONFIGS[architecture]())
+    network = Network(model, turned=True)  # as it is compiled; above, as it is not
+    context = network.context
+    ids = tf.random.stateless_uniform([2, context - 3], [0, 2], 2, 300, tf.int32)
+    lengths = tf.constant([context - 3, 5])
+
+    def traced(ids: tf.Tensor, lengths: tf.Tensor) -> Decoded:
+        ones, no = tf.ones([2]), tf.zeros([2], tf.int32)
+        params = SamplingParams(tf.constant([9, 20]), 0 * ones, no, ones, ones, tf.zeros([2], tf.int64))
+        return decode(network, ids, lengths, params, tf.zeros([2, 20], tf.float64), eos_ids=[], pad_id=0, limit=20)
+
+    specs = [tf.TensorSpec([2, None], tf.int32), tf.TensorSpec([2], tf.int32)]
+    decoded = tf.function(traced, autograph=network.autograph, input_signature=specs)(ids, lengths)
+    assert decoded.count.numpy().tolist() == [3, 20]
+    for row, (length, count) in enumerate([(context - 3, 3), (5, 20)]):
+        whole = tf.concat([ids[row, :length], decoded.output_ids[row, :count]], 0)
+        logits = model(whole[None], training=False).logits[0, length - 1 : -1].numpy()
+        given = np.take_along_axis(logits, whole.numpy()[length:, None], 1)[:, 0]
+        # Each is the likeliest, but for rounding.
+        np.testing.assert_allclose(given, logits.max(-1), atol=1e-4)
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    """An export whose every step would read the whole text again."""
+    with pytest.raises(InputError, match="has no cache and cannot be exported"):
+        Network(create(OpenAIGPTConfig(**GPT)))

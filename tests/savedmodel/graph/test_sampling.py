@@ -1,0 +1,268 @@
+"""What is drawn, against the distribution that transformers' own warpers define."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from transformers.generation.tf_logits_process import (
+    TFRepetitionPenaltyLogitsProcessor,
+    TFTemperatureLogitsWarper,
+    TFTopKLogitsWarper,
+    TFTopPLogitsWarper,
+)
+
+from tfclm.savedmodel.graph import sampling
+from tfclm.savedmodel.graph.sampling import SamplingParams
+
+DRAWS = 100_000
+COMPILED = pytest.mark.parametrize("xla", [False, True], ids=["default", "xla"])
+
+
+def params(temperature: list[float], top_k: list[int], top_p: list[float]) -> SamplingParams:
+    """Knobs [B] of which only these are looked at."""
+    count = len(temperature)
+    return SamplingParams(
+        max_new_tokens=tf.ones([count], tf.int32),
+        temperature=tf.constant(temperature, tf.float32),
+        top_k=tf.constant(top_k, tf.int32),
+        top_p=tf.constant(top_p, tf.float32),
+        repetition_penalty=tf.ones([count]),
+        seed=tf.zeros([count], tf.int64),
+    )
+
+
+def warped(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """Probabilities [V] by the warpers of transformers, in the order of its `generate`."""
+    scores = tf.constant(logits[None], tf.float32)
+    if temperature != 1:
+        scores = TFTemperatureLogitsWarper(temperature)(None, scores, 0)
+    if top_k:
+        scores = TFTopKLogitsWarper(top_k)(None, scores, 0)
+    if top_p < 1:
+        scores = TFTopPLogitsWarper(top_p)(None, scores, 0)
+    return tf.nn.softmax(tf.cast(scores[0], tf.float64)).numpy()
+
+
+def chosen(logits: np.ndarray, settings: SamplingParams, uniform: np.ndarray, *, xla: bool) -> np.ndarray:
+    """`sample_next_token`, traced as in an exported model; the first token of each row was there before."""
+
+    def sample(logits: tf.Tensor, settings: SamplingParams, uniform: tf.Tensor) -> tf.Tensor:
+        tokens = tf.zeros([tf.shape(logits)[0], 1], tf.int32)
+        return sampling.sample_next_token(logits, tokens, tokens == 0, settings, uniform, xla=xla)
+
+    traced = tf.function(sample, jit_compile=xla)
+    return traced(tf.constant(logits, tf.float32), settings, tf.constant(uniform, tf.float64)).numpy()
+
+
+@COMPILED
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, 0, 1.0),
+        (0.7, 0, 1.0),
+        (1.0, 5, 1.0),
+        (1.0, 0, 0.8),
+        (1.3, 9, 0.7),
+        (0.7, 1000, 0.95),
+    ],
+)
+def test_frequencies(temperature: float, top_k: int, top_p: float, xla: bool) -> None:
+    """Knobs in another order, a token too many or too few, or a choice that is off the distribution."""
+    logits = np.random.default_rng(4).normal(0, 1.5, 40).astype(np.float32)
+    expected = warped(logits, temperature, top_k, top_p) * DRAWS
+    # Numbers as a request draws them, of many seeds and many steps.
+    uniform = sampling.uniform_samples(tf.range(100, dtype=tf.int64), DRAWS // 100).numpy().reshape(-1)
+    settings = params([temperature] * DRAWS, [top_k] * DRAWS, [top_p] * DRAWS)
+    tokens = chosen(np.tile(logits, [DRAWS, 1]), settings, uniform, xla=xla)
+    counts = np.bincount(tokens, minlength=40)
+    kept = expected > 0
+    assert not counts[~kept].any()
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    free = max(kept.sum() - 1, 1)
+    # Wilson and Hilferty's normal score of a chi-square: beyond 3.5 once in 4,000 tests.
+    score = ((statistic / free) ** (1 / 3) - 1 + 2 / (9 * free)) / math.sqrt(2 / (9 * free))
+    assert score < 3.5
+
+
+def test_compiled_and_not_keep_the_same_tokens() -> None:
+    """A bisection that ends beside the edge, or a sorted head that is taken for the whole vocabulary."""
+    rng = np.random.default_rng(0)
+    size = 50257
+    logits = np.concatenate([rng.normal(0, 3, [24, size]), rng.normal(0, 0.01, [8, size])]).astype(np.float32)
+    top_k = rng.choice([0, 1, 5, 50, 3000, 50256, 50257, 60000], 32).astype(np.int32)
+    top_p = rng.choice([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0], 32).astype(np.float32)
+    scores = tf.constant(logits - logits.max(-1, keepdims=True))
+
+    def threshold(xla: bool, rows: slice) -> np.ndarray:
+        return traced[xla](scores[rows], top_k[rows], top_p[rows]).numpy()
+
+    def rows_of(scores: tf.Tensor, k: tf.Tensor, p: tf.Tensor, xla: bool) -> tf.Tensor:
+        given = params([1.0], [1], [1.0])._replace(temperature=tf.ones_like(p), top_k=k, top_p=p)
+        whole = sampling._pad(scores)
+        return sampling._threshold(whole, tf.exp(whole), given, size, xla)
+
+    traced = {xla: tf.function(partial(rows_of, xla=xla), jit_compile=xla) for xla in (False, True)}
+    thresholds = [threshold(xla, slice(32)) for xla in (False, True)]
+    # A row's company, which may need the search or the whole vocabulary, is nothing to it.
+    for xla in (False, True):
+        alone = [threshold(xla, slice(row, row + 1))[0] for row in range(32)]
+        assert np.array_equal(alone, thresholds[xla])
+    kept = [(scores.numpy() >= threshold[:, None]).sum(-1) for threshold in thresholds]
+    limited = (top_k > 0) & (top_k < size)
+    assert (kept[0][limited & (top_p == 1)] == top_k[limited & (top_p == 1)]).all()
+    # At the edge of top-p the order of a sum of 50,000 small numbers decides: more of them where they are all alike.
+    assert (np.abs(kept[0] - kept[1]) <= np.where(top_p < 1, np.maximum(1, kept[0] * 1e-4), 0)).all()
+    assert (kept[0] > sampling.CANDIDATES).any()
+    assert (kept[0][~limited & (top_p == 1)] == size).all()
+
+
+@pytest.mark.parametrize("alike", [1, 1000, 10**6])
+def test_highest_scores_of_blocks(alike: int) -> None:
+    """One that is left out because others stand in its block, or counted twice where scores are equal."""
+    scores = np.random.default_rng(5).integers(0, 10**6 // alike, [4, 400]).astype(np.float32)
+    scores[:, :40] += 10**6
+    scores[2] = -np.inf
+    traced = tf.function(sampling._highest)
+    for count in (1, 2, 24, 25, 26, 400):
+        expected = -np.sort(-scores, -1)[:, :count]
+        assert np.array_equal(traced(scores, tf.constant(count)), expected)
+        assert np.array_equal(tf.function(sampling._highest, jit_compile=True)(scores, count), expected)
+
+
+@COMPILED
+def test_every_chosen_token_is_possible(xla: bool) -> None:
+    """A token of probability 0, or none at all, at the ends of the uniform numbers, the logits and the knobs."""
+    tiny = np.finfo(np.float32).tiny
+    rows = [
+        np.linspace(-4, 4, 37),
+        np.zeros(37),
+        np.where(np.arange(37) == 20, 0.0, -1e30),
+        np.where(np.arange(37) % 2 == 1, 1.0, np.finfo(np.float32).min),
+        np.where(np.arange(37) > 30, 5.0, -np.inf),
+        np.where(np.arange(37) == 0, 0.0, -88.0),
+        np.where(np.arange(37) == 36, 0.0, -103.0),
+    ]
+    cases = [
+        (logits, temperature, top_k, top_p, uniform)
+        for logits in rows
+        for temperature in (1e-40, tiny, 1e-3, 1.0, 100.0, 1e30)
+        for top_k in (0, 1, 36, 37, 2**31 - 1)
+        for top_p in (1e-40, tiny, 1e-6, 0.5, 1 - 1e-7, 1.0)
+        for uniform in (0.0, tiny, 0.5, np.nextafter(1.0, 0.0))
+    ]
+    logits, temperature, top_k, top_p, uniform = (list(column) for column in zip(*cases, strict=True))
+    values = np.array(logits, np.float32)
+    tokens = chosen(values, params(temperature, top_k, top_p), np.array(uniform), xla=xla)
+    assert tokens.min() >= 0
+    assert tokens.max() < 37
+    scores = values[np.arange(len(tokens)), tokens] - values.max(-1)
+    with np.errstate(under="ignore"):
+        assert (np.exp(scores / np.maximum(np.float32(temperature), 1e-30)) > 0).all()
+    likeliest = (np.array(top_k) == 1) | (np.array(top_p) <= 1e-6) | (np.array(temperature) <= 1e-30)
+    assert (scores[likeliest] == 0).all()
+
+
+@COMPILED
+def test_a_row_takes_its_own_knobs(xla: bool) -> None:
+    """A knob that is read from a neighbour, or decided for the whole batch."""
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 2, [64, 300]).astype(np.float32)
+    temperature = rng.choice([0.0, 0.5, 1.0, 2.0, 1e-30, 1e30], 64).tolist()
+    top_k = rng.choice([0, 1, 7, 299, 300], 64).tolist()
+    top_p = rng.choice([0.3, 0.9, 1.0], 64).tolist()
+    uniform = rng.random(64)
+    together = chosen(logits, params(temperature, top_k, top_p), uniform, xla=xla)
+    tokens = tf.zeros([1, 1], tf.int32)
+    traced = tf.function(
+        lambda row, settings, number: sampling.sample_next_token(row, tokens, tokens == 0, settings, number, xla=xla),
+        jit_compile=xla,
+    )
+    alone = [
+        int(traced(logits[i : i + 1], params([temperature[i]], [top_k[i]], [top_p[i]]), uniform[i : i + 1])[0])
+        for i in range(64)
+    ]
+    assert together.tolist() == alone
+    greedy = np.array(temperature) == 0
+    assert (together[greedy] == logits.argmax(-1)[greedy]).all()
+    assert (together != logits.argmax(-1)).any()
+
+
+def test_seeds() -> None:
+    """Numbers that repeat: one seed for all steps, neighbours alike, or fresh ones that are always the same."""
+    # As in the process of fit, where most random ops refuse to run without a seed.
+    tf.config.experimental.enable_op_determinism()
+    seeds = tf.constant([5, 6, 2**63 - 1, -1, -1, 5], tf.int64)
+    numbers = sampling.uniform_samples(seeds, 50).numpy()
+    assert (numbers[0] == numbers[5]).all()
+    assert len(np.unique(numbers[:5])) == 5 * 50
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    again = tf.function(sampling.uniform_samples)(seeds, 50).numpy()
+    assert (again[:3] == numbers[:3]).all()
+    assert not np.isin(again[3:5], numbers).any()
+    # Fewer steps, or a row elsewhere in the batch: the same numbers.
+    assert (sampling.uniform_samples(tf.constant([6], tf.int64), 20).numpy()[0] == numbers[1, :20]).all()
+    many = sampling.uniform_samples(tf.range(500, dtype=tf.int64), 80).numpy()
+    # 5 standard errors of a correlation.
+    assert np.abs(np.corrcoef(many, rowvar=False) - np.eye(80)).max() < 5 / math.sqrt(500)
+    assert abs(np.corrcoef(many[:-1].reshape(-1), many[1:].reshape(-1))[0, 1]) < 5 / math.sqrt(40_000)
+
+
+@COMPILED
+def test_repetition_penalty(xla: bool) -> None:
+    """Tokens that are not there penalised, those of another row, or some of them twice."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 2, [6, 30]).astype(np.float32)
+    tokens = rng.integers(0, 30, [6, 12]).astype(np.int32)
+    lengths = np.array([1, 3, 12, 5, 12, 7])
+    penalties = np.array([1.3, 1.0, 2.0, 0.5, 1.1, 1.0], np.float32)
+    known = np.arange(12) < lengths[:, None]
+    ours = tf.function(sampling.apply_repetition_penalty, jit_compile=xla)(logits, tokens, known, penalties).numpy()
+    for row, (length, penalty) in enumerate(zip(lengths, penalties, strict=True)):
+        processor = TFRepetitionPenaltyLogitsProcessor(float(penalty))
+        theirs = processor(tf.constant(tokens[row : row + 1]), tf.constant(logits[row : row + 1]), int(length))
+        np.testing.assert_allclose(ours[row], theirs[0], rtol=1e-6)
+
+
+@COMPILED
+def test_extreme_knobs(xla: bool) -> None:
+    """A penalty or temperature that leaves float32, so that infinities are subtracted and unlikely tokens are drawn."""
+    rng = np.random.default_rng(6)
+    rows, size = 2000, 24
+    wide = np.float32(10.0) ** rng.uniform(-37.9, 38.5, [2, rows])
+    temperature, penalty = np.where(rng.random([2, rows]) < 0.7, wide, 1).astype(np.float32)
+    temperature[rng.random(rows) < 0.1] = 0
+    # The temperature that is of a size with what the penalty makes is the one at which mistakes show.
+    near = rng.random(rows) < 0.3
+    temperature[near] = np.clip(penalty[near] ** rng.choice([-1, 1], near.sum()), 1.2e-38, 3e38)
+    logits = rng.normal(0, 3, [rows, size]).astype(np.float32)
+    tokens = np.sort(rng.integers(0, size, [rows, 12]).astype(np.int32), -1)
+    known = np.arange(12) < rng.integers(1, 13, rows)[:, None]
+    uniform = rng.random(rows)
+
+    exact = logits.astype(np.float64)
+    for row in range(rows):
+        there = np.unique(tokens[row][known[row]])
+        old = exact[row, there]
+        exact[row, there] = np.where(old > 0, old / penalty[row], old * np.float64(penalty[row]))
+    scores = exact - exact.max(-1, keepdims=True)
+    with np.errstate(under="ignore", over="ignore"):
+        scores /= np.where(temperature > 0, temperature, 1).astype(np.float64)[:, None]
+        weights = np.exp(scores)
+    edges = np.cumsum(weights, -1) / weights.sum(-1, keepdims=True)
+    expected = np.where(temperature > 0, (edges <= uniform[:, None]).sum(-1), exact.argmax(-1))
+
+    def sample(*given: tf.Tensor) -> tf.Tensor:
+        logits, tokens, known, temperature, penalty, uniform = given
+        one = tf.ones_like(temperature)
+        settings = SamplingParams(one, temperature, tf.zeros_like(tokens[:, 0]), one, penalty, one)
+        return sampling.sample_next_token(logits, tokens, known, settings, uniform, xla=xla)
+
+    drawn = tf.function(sample, jit_compile=xla)(logits, tokens, known, temperature, penalty, uniform).numpy()
+    # float32 moves the edges between tokens by some 1e-6 of the whole.
+    unsure = (np.abs(edges - uniform[:, None]) < 1e-5).any(-1)
+    assert unsure.mean() < 0.01
+    assert (drawn == expected)[~unsure].all()

