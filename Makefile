@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
-# A file's tests share what is slow to make, so they stay in one process.
-PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# A file's tests share what is slow to make, so they stay in one process. "auto" would count no second thread of a core.
+PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help fit test check long lowest docs benchmarks clean
 
