@@ -66,45 +66,44 @@ sys.meta_path.insert(0, Refuse())
 """
 
 LOAD = """
-import json, sys
+import json, sys, time
 import tensorflow as tf
 
 request, types = map(json.loads, sys.argv[2:])
 signatures = tf.saved_model.load(sys.argv[1]).signatures
 inputs = {name: tf.constant(value, types.get(name, tf.string)) for name, value in request.items()}
-texts = [text.decode() for text in signatures["generate"](**inputs)["generated_text"].numpy()]
-scored = signatures["score"](text=inputs["prompt"])
-lengths = (scored["token_count"] + 1).numpy()
-ids = [row[:length].tolist() for row, length in zip(scored["token_ids"].numpy(), lengths)]
-given = {name: inputs[name] for name in types}
-tokens = []
-for number, row in enumerate(ids):
-    rows = {"input_ids": tf.constant([row]), "attention_mask": tf.ones([1, len(row)], tf.int32)}
-    answer = signatures["generate_tokens"](**rows, **{name: value[number, None] for name, value in given.items()})
-    tokens.append(answer["output_ids"][0].numpy().tolist())
-default = signatures["serving_default"](prompt=inputs["prompt"][:1])["generated_text"][0].numpy().decode()
-assert not {"tfclm", "transformers"} & {name.split(".")[0] for name in sys.modules}
-print(json.dumps([tf.__version__, texts, ids, tokens, default]))
+"""
+
+ANSWER = """
+def answer():
+    texts = [text.decode() for text in signatures["generate"](**inputs)["generated_text"].numpy()]
+    scored = signatures["score"](text=inputs["prompt"])
+    lengths = (scored["token_count"] + 1).numpy()
+    ids = [row[:length].tolist() for row, length in zip(scored["token_ids"].numpy(), lengths)]
+    given = {name: inputs[name] for name in types}
+    tokens = []
+    for number, row in enumerate(ids):
+        rows = {"input_ids": tf.constant([row]), "attention_mask": tf.ones([1, len(row)], tf.int32)}
+        answer = signatures["generate_tokens"](**rows, **{name: value[number, None] for name, value in given.items()})
+        tokens.append(answer["output_ids"][0].numpy().tolist())
+    default = signatures["serving_default"](prompt=inputs["prompt"][:1])["generated_text"][0].numpy().decode()
+    return [tf.__version__, texts, ids, tokens, default]
 """
 
 # As C++ does it, and so TensorFlow Serving: tables and variables come with the graph's own initialisers.
 SESSION = """
-import json, sys
 import numpy as np
-import tensorflow as tf
 
-request, types = map(json.loads, sys.argv[2:])
-with tf.compat.v1.Session(graph=tf.Graph()) as session:
-    signatures = tf.compat.v1.saved_model.load(session, ["serve"], sys.argv[1]).signature_def
-    signature = signatures["generate"]
-    fed = {signature.inputs[name].name: np.array(value, types.get(name, object)) for name, value in request.items()}
-    texts = session.run(signature.outputs["generated_text"].name, fed)
-    signature = signatures["score"]
-    fed = {signature.inputs["text"].name: np.array(request["prompt"], object)}
-    ids, counts = session.run([signature.outputs[name].name for name in ("token_ids", "token_count")], fed)
-assert not {"tfclm", "transformers"} & {name.split(".")[0] for name in sys.modules}
-rows = [row[: count + 1].tolist() for row, count in zip(ids, counts)]
-print(json.dumps([[text.decode() for text in texts], rows]))
+def answer_in_a_session():
+    with tf.compat.v1.Session(graph=tf.Graph()) as session:
+        signatures = tf.compat.v1.saved_model.load(session, ["serve"], sys.argv[1]).signature_def
+        signature = signatures["generate"]
+        fed = {signature.inputs[name].name: np.array(value, types.get(name, object)) for name, value in request.items()}
+        texts = session.run(signature.outputs["generated_text"].name, fed)
+        signature = signatures["score"]
+        fed = {signature.inputs["text"].name: np.array(request["prompt"], object)}
+        ids, counts = session.run([signature.outputs[name].name for name in ("token_ids", "token_count")], fed)
+    return [[text.decode() for text in texts], [row[: count + 1].tolist() for row, count in zip(ids, counts)]]
 """
 
 TOOL = """
@@ -114,27 +113,28 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-# Replays the records as a server does at its start, then asks what a client might, ten times.
+# Asks what a client might, ten times.
 FIRST = """
-import json, sys, time
-import tensorflow as tf
+def first():
+    asked = {"serving_default": {"prompt": request["prompt"]}, "score": {"text": request["prompt"]}}
+    seconds = {}
+    for signature, values in {**asked, "generate": request}.items():
+        given = {name: tf.constant(value, types.get(name, tf.string)) for name, value in values.items()}
+        for _ in range(10):
+            began = time.monotonic()
+            signatures[signature](**given)
+            seconds.setdefault(signature, []).append(time.monotonic() - began)
+    return seconds
+"""
+
+# Replays the records as a server does at its start.
+REPLAY = """
 from tensorflow_serving.apis import prediction_log_pb2
 
-request, types = map(json.loads, sys.argv[2:])
-signatures = tf.saved_model.load(sys.argv[1]).signatures
-for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests") if WARM else ():
+for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests"):
     log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
-    inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in log.inputs.items()}
-    signatures[log.model_spec.signature_name](**inputs)
-asked = {"serving_default": {"prompt": request["prompt"]}, "score": {"text": request["prompt"]}, "generate": request}
-seconds = {}
-for signature, values in asked.items():
-    inputs = {name: tf.constant(value, types.get(name, tf.string)) for name, value in values.items()}
-    for _ in range(10):
-        began = time.monotonic()
-        signatures[signature](**inputs)
-        seconds.setdefault(signature, []).append(time.monotonic() - began)
-print(json.dumps(seconds))
+    replayed = {name: tf.constant(tf.make_ndarray(value)) for name, value in log.inputs.items()}
+    signatures[log.model_spec.signature_name](**replayed)
 """
 
 PROGRAM = r"""
@@ -275,14 +275,19 @@ def ask(folder: Path, *command: object) -> str:
     return run.stdout
 
 
-def answer(folder: Path, script: str, version: Version, python: object = sys.executable) -> Any:
-    """What a script prints last, of the version and the request."""
+def answer(folder: Path, script: str, asked: str, version: Version, python: object = sys.executable) -> Any:
+    """The value of an expression after a script has run, which is given the version and the request."""
+    code = f"""{REFUSE}{script}
+value = {asked}
+assert not {{"tfclm", "transformers"}} & {{name.split(".")[0] for name in sys.modules}}
+print(json.dumps(value))
+"""
     given = (version.folder, json.dumps(REQUEST), json.dumps(TYPES))
-    return json.loads(ask(folder, python, "-I", "-c", REFUSE + script, *given).splitlines()[-1])
+    return json.loads(ask(folder, python, "-I", "-c", code, *given).splitlines()[-1])
 
 
 def check_loaded(version: Version, answered: list[Any]) -> None:
-    """What LOAD prints is what Python gave."""
+    """What `answer()` gives is what Python gave."""
     _, texts, ids, tokens, default = answered
     assert texts == version.texts
     assert ids == version.ids
@@ -326,10 +331,11 @@ def given(version: Version, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             return pool.submit(function, tmp_path_factory.mktemp("empty"), *arguments)
 
         yield {
-            "tensorflow": start(answer, LOAD, version),
-            "session": start(answer, SESSION, version),
-            "warm": start(answer, "WARM = True\n" + FIRST, version),
-            "cold": start(answer, "WARM = False\n" + FIRST, version),
+            # Most of their time is the import of TensorFlow: what needs no process of its own shares one.
+            "cold": start(
+                answer, LOAD + FIRST + ANSWER + SESSION, "[first(), answer(), answer_in_a_session()]", version
+            ),
+            "warm": start(answer, LOAD + REPLAY + FIRST, "first()", version),
             "tool": start(run_tool, version),
             **({"program": start(run_program, version)} if COMPILER else {}),
         }
@@ -346,12 +352,12 @@ def test_these_processes_have_neither(tmp_path: Path, name: str):
 
 def test_loaded_by_tensorflow(version: Version, given: dict[str, Future[Any]]):
     """A graph that needs Python code of ours, or registered classes, to come back."""
-    check_loaded(version, given["tensorflow"].result())
+    check_loaded(version, given["cold"].result()[1])
 
 
 def test_loaded_by_a_session(version: Version, given: dict[str, Future[Any]]):
     """Variables or tables that only TensorFlow 2's loader restores: TensorFlow Serving's is this one."""
-    assert given["session"].result() == [version.texts, version.ids]
+    assert given["cold"].result()[2] == [version.texts, version.ids]
 
 
 def test_saved_model_cli(version: Version, given: dict[str, Future[Any]]):
@@ -369,7 +375,7 @@ def test_run_by_a_c_program(version: Version, given: dict[str, Future[Any]]):
 
 def test_first_request_is_as_fast_as_others(given: dict[str, Future[Any]]):
     """Warm-up records that a small context refuses, or that leave a signature, or a path in it, to the first client."""
-    warm, cold = given["warm"].result(), given["cold"].result()
+    warm, (cold, *_) = given["warm"].result(), given["cold"].result()
     for name, seconds in warm.items():
         # What the first request takes beyond others, of what it takes where nothing was replayed.
         extra, whole = (each[0] - sorted(each)[5] for each in (seconds, cold[name]))
@@ -384,7 +390,7 @@ def test_loaded_by_the_stock_servers_tensorflow(version: Version, tmp_path: Path
         if not OLDER:
             venv.create(tmp_path / "venv", with_pip=True)
             subprocess.run([python, "-m", "pip", "install", "-q", "tensorflow==2.20.*"], check=True)
-        answered = answer(tmp_path, LOAD, version, python)
+        answered = answer(tmp_path, LOAD + ANSWER, "answer()", version, python)
     finally:
         shutil.rmtree(tmp_path / "venv", ignore_errors=True)
     assert answered[0].startswith("2.20.")
