@@ -63,13 +63,18 @@ def tokenizer(tokenizer_dir: Path):
 ARCHITECTURES = ["gpt2", "opt", "mistral"]
 
 
-def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, **overrides):
-    """The config of a two-layer model of width 32; dropout stays at the architecture's default unless overridden."""
+def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, layers: int = 1, **overrides):
+    """The config of a model of width 32; dropout stays at the architecture's default unless overridden.
+
+    Tracing, compiling and training take as long again for a second layer. Where layers can be mixed up, give 2.
+    """
     from transformers import GPT2Config, MistralConfig, OPTConfig
 
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     if architecture == "gpt2":
-        return GPT2Config(vocab_size=vocab_size, n_positions=context, n_embd=32, n_layer=2, n_head=2, **ids | overrides)
+        return GPT2Config(
+            vocab_size=vocab_size, n_positions=context, n_embd=32, n_layer=layers, n_head=2, **ids | overrides
+        )
     if architecture == "opt":
         ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
         return OPTConfig(
@@ -77,7 +82,7 @@ def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, **o
             max_position_embeddings=context,
             hidden_size=32,
             ffn_dim=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             word_embed_proj_dim=32,
             **ids | overrides,
@@ -88,7 +93,7 @@ def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, **o
             max_position_embeddings=context,
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             sliding_window=None,

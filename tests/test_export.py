@@ -118,9 +118,7 @@ def save_checkpoint(folder: Path, tokenizer: Any) -> Path:
     from tfclm.checkpoint import create, save
 
     tf_keras.utils.set_random_seed(0)
-    config = tiny_config("gpt2", context=CONTEXT)
-    config.n_layer = 1
-    save(create(config), tokenizer, folder)
+    save(create(tiny_config("gpt2", context=CONTEXT)), tokenizer, folder)
     write_results(folder)
     return folder
 

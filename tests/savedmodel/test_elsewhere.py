@@ -245,9 +245,7 @@ def version(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Ve
     from tfclm.savedmodel.settings import ServableSettings
 
     tf_keras.utils.set_random_seed(0)
-    config = tiny_config("gpt2", context=CONTEXT)
-    config.n_layer = 1
-    model, tokenizer = create(config), AutoTokenizer.from_pretrained(tokenizer_dir)
+    model, tokenizer = create(tiny_config("gpt2", context=CONTEXT)), AutoTokenizer.from_pretrained(tokenizer_dir)
     # Fresh weights are so small that all logits are nearly alike.
     model.set_weights([3 * weight for weight in model.get_weights()])
     servable = GenerationModule(model, tokenizer, ServableSettings(max_new_tokens=REQUEST["max_new_tokens"][0]))
