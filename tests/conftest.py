@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import pydoc_data.topics
 import tempfile
@@ -17,13 +18,32 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
+# Commands in processes of their own are forked from one that has all of this imported and has computed nothing:
+# the import of TensorFlow takes longer than the rest of a start.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["tfclm.training.finetuning", "tfclm.savedmodel.exporting", "tfclm.fit", "tfclm.export", "tfclm.server.server"]
+)
+
 # TensorFlow's graphs are millions of Python objects, which the collector would walk time and again.
 gc.set_threshold(200_000, 20, 100)
+
+# The files of tests that take minutes.
+LONGEST = {
+    "test_export",
+    "test_readme",
+    "test_signatures",
+    "test_resume",
+    "test_playground",
+    "test_process",
+    "test_hub_fit",
+}
 
 LONG = os.environ.get("TFCLM_LONG_TESTS") == "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Else one of several workers has only these left in the end, and the others nothing.
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     long = [item for item in items if item.get_closest_marker("long") and not LONG]
     config.hook.pytest_deselected(items=long)
     items[:] = [item for item in items if item not in long]

@@ -43,9 +43,7 @@ RECORD = "assets.extra/tfclm.json"
 PROTOCOL = {"block_size": 32, "separator": True, "split": "test"}
 Answer = tuple[int, str, str]  # the exit code, stdout and stderr
 
-# Imports TensorFlow once and forks from there, before it has computed anything.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tensorflow", "tfclm.checkpoint", "tfclm.savedmodel.exporting", "tfclm.export"])
 
 
 def _main(arguments: list[str], output: str) -> None:
