@@ -30,7 +30,8 @@ gc.set_threshold(200_000, 20, 100)
 # The files of tests that take minutes.
 LONGEST = {
     "test_export",
-    "test_readme",
+    "test_docs",
+    "test_examples",
     "test_signatures",
     "test_resume",
     "test_playground",
