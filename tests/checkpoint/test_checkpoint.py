@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import json
 import os
@@ -60,6 +61,12 @@ def refused(folder: Path) -> str:
         checkpoint.load(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.fixture
+def make_model(make_model: Callable[..., Any]) -> Callable[..., Any]:
+    """With two layers, whose weights can be taken for each other's."""
+    return functools.partial(make_model, layers=2)
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import fcntl
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,21 +126,34 @@ def test_only_files_inside_of_the_folder_are_removed(tmp_path: Path):
     assert outside.read_text() == "mine"
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_a_filesystem_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
-):
+# The file system is the collaborator here: its locks fail as those of networks do.
+WITHOUT_LOCKS = """
+import errno, fcntl, os, sys
+from pathlib import Path
+from tfclm.runs.folder import RunFolder
+numbers = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF]
+def flock(handle, operation):
+    raise OSError(numbers[0], os.strerror(numbers[0]))
+fcntl.flock = flock
+for path in sys.argv[1:]:
+    with RunFolder(Path(path), {"model": "m"}, overwrite=False) as folder:
+        folder.begin()
+        folder.record({"perplexity": 2.5})
+    del numbers[0]
+assert not numbers
+"""
+
+
+def test_a_filesystem_without_locks(tmp_path: Path):
     """A run that cannot be had on a network's filesystem, or one that is not told what is not checked there."""
-
-    def flock(handle: int, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr("tfclm.disk.warned", set())  # warnings are printed once per process
-    complete(tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["perplexity"] == pytest.approx(math.exp(2.0))
-    (said,) = capfd.readouterr().err.splitlines()
-    assert said.startswith(f"tfclm: {tmp_path / 'run'}: no locks here ({os.strerror(number)}); do not let two commands")
+    folders = [tmp_path / str(number) for number in range(4)]
+    command = [sys.executable, "-c", WITHOUT_LOCKS, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads((folder / "results.json").read_text())["perplexity"] for folder in folders] == [2.5] * 4
+    (said,) = done.stderr.splitlines()  # printed once per process
+    words = f"{folders[0]}: no locks here ({os.strerror(errno.ENOLCK)}); do not let two commands"
+    assert said.startswith(f"tfclm: {words}")
 
 
 def test_a_lock_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

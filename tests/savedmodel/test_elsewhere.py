@@ -66,45 +66,44 @@ sys.meta_path.insert(0, Refuse())
 """
 
 LOAD = """
-import json, sys
+import json, sys, time
 import tensorflow as tf
 
 request, types = map(json.loads, sys.argv[2:])
 signatures = tf.saved_model.load(sys.argv[1]).signatures
 inputs = {name: tf.constant(value, types.get(name, tf.string)) for name, value in request.items()}
-texts = [text.decode() for text in signatures["generate"](**inputs)["generated_text"].numpy()]
-scored = signatures["score"](text=inputs["prompt"])
-lengths = (scored["token_count"] + 1).numpy()
-ids = [row[:length].tolist() for row, length in zip(scored["token_ids"].numpy(), lengths)]
-given = {name: inputs[name] for name in types}
-tokens = []
-for number, row in enumerate(ids):
-    rows = {"input_ids": tf.constant([row]), "attention_mask": tf.ones([1, len(row)], tf.int32)}
-    answer = signatures["generate_tokens"](**rows, **{name: value[number, None] for name, value in given.items()})
-    tokens.append(answer["output_ids"][0].numpy().tolist())
-default = signatures["serving_default"](prompt=inputs["prompt"][:1])["generated_text"][0].numpy().decode()
-assert not {"tfclm", "transformers"} & {name.split(".")[0] for name in sys.modules}
-print(json.dumps([tf.__version__, texts, ids, tokens, default]))
+"""
+
+ANSWER = """
+def answer():
+    texts = [text.decode() for text in signatures["generate"](**inputs)["generated_text"].numpy()]
+    scored = signatures["score"](text=inputs["prompt"])
+    lengths = (scored["token_count"] + 1).numpy()
+    ids = [row[:length].tolist() for row, length in zip(scored["token_ids"].numpy(), lengths)]
+    given = {name: inputs[name] for name in types}
+    tokens = []
+    for number, row in enumerate(ids):
+        rows = {"input_ids": tf.constant([row]), "attention_mask": tf.ones([1, len(row)], tf.int32)}
+        answer = signatures["generate_tokens"](**rows, **{name: value[number, None] for name, value in given.items()})
+        tokens.append(answer["output_ids"][0].numpy().tolist())
+    default = signatures["serving_default"](prompt=inputs["prompt"][:1])["generated_text"][0].numpy().decode()
+    return [tf.__version__, texts, ids, tokens, default]
 """
 
 # As C++ and TensorFlow Serving do: the graph's own ops initialize tables and restore variables.
 SESSION = """
-import json, sys
 import numpy as np
-import tensorflow as tf
 
-request, types = map(json.loads, sys.argv[2:])
-with tf.compat.v1.Session(graph=tf.Graph()) as session:
-    signatures = tf.compat.v1.saved_model.load(session, ["serve"], sys.argv[1]).signature_def
-    signature = signatures["generate"]
-    fed = {signature.inputs[name].name: np.array(value, types.get(name, object)) for name, value in request.items()}
-    texts = session.run(signature.outputs["generated_text"].name, fed)
-    signature = signatures["score"]
-    fed = {signature.inputs["text"].name: np.array(request["prompt"], object)}
-    ids, counts = session.run([signature.outputs[name].name for name in ("token_ids", "token_count")], fed)
-assert not {"tfclm", "transformers"} & {name.split(".")[0] for name in sys.modules}
-rows = [row[: count + 1].tolist() for row, count in zip(ids, counts)]
-print(json.dumps([[text.decode() for text in texts], rows]))
+def answer_in_a_session():
+    with tf.compat.v1.Session(graph=tf.Graph()) as session:
+        signatures = tf.compat.v1.saved_model.load(session, ["serve"], sys.argv[1]).signature_def
+        signature = signatures["generate"]
+        fed = {signature.inputs[name].name: np.array(value, types.get(name, object)) for name, value in request.items()}
+        texts = session.run(signature.outputs["generated_text"].name, fed)
+        signature = signatures["score"]
+        fed = {signature.inputs["text"].name: np.array(request["prompt"], object)}
+        ids, counts = session.run([signature.outputs[name].name for name in ("token_ids", "token_count")], fed)
+    return [[text.decode() for text in texts], [row[: count + 1].tolist() for row, count in zip(ids, counts)]]
 """
 
 TOOL = """
@@ -114,27 +113,28 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-# Replays the warm-up records as a server does when it loads a version, then times ten requests per signature.
+# Times ten requests per signature.
 FIRST = """
-import json, sys, time
-import tensorflow as tf
+def first():
+    asked = {"serving_default": {"prompt": request["prompt"]}, "score": {"text": request["prompt"]}}
+    seconds = {}
+    for signature, values in {**asked, "generate": request}.items():
+        given = {name: tf.constant(value, types.get(name, tf.string)) for name, value in values.items()}
+        for _ in range(10):
+            began = time.monotonic()
+            signatures[signature](**given)
+            seconds.setdefault(signature, []).append(time.monotonic() - began)
+    return seconds
+"""
+
+# Replays the records as a server does at its start.
+REPLAY = """
 from tensorflow_serving.apis import prediction_log_pb2
 
-request, types = map(json.loads, sys.argv[2:])
-signatures = tf.saved_model.load(sys.argv[1]).signatures
-for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests") if WARM else ():
+for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests"):
     log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
-    inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in log.inputs.items()}
-    signatures[log.model_spec.signature_name](**inputs)
-requests = {"serving_default": {"prompt": request["prompt"]}, "score": {"text": request["prompt"]}, "generate": request}
-seconds = {}
-for signature, values in requests.items():
-    inputs = {name: tf.constant(value, types.get(name, tf.string)) for name, value in values.items()}
-    for _ in range(10):
-        began = time.monotonic()
-        signatures[signature](**inputs)
-        seconds.setdefault(signature, []).append(time.monotonic() - began)
-print(json.dumps(seconds))
+    replayed = {name: tf.constant(tf.make_ndarray(value)) for name, value in log.inputs.items()}
+    signatures[log.model_spec.signature_name](**replayed)
 """
 
 PROGRAM = r"""
@@ -245,9 +245,7 @@ def version(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Ve
     from tfclm.savedmodel.settings import ServableSettings
 
     tf_keras.utils.set_random_seed(0)
-    config = tiny_config("gpt2", context=CONTEXT)
-    config.n_layer = 1
-    model, tokenizer = create(config), AutoTokenizer.from_pretrained(tokenizer_dir)
+    model, tokenizer = create(tiny_config("gpt2", context=CONTEXT)), AutoTokenizer.from_pretrained(tokenizer_dir)
     # Initial weights are so small that all logits are nearly equal.
     model.set_weights([3 * weight for weight in model.get_weights()])
     module = GenerationModule(model, tokenizer, ServableSettings(max_new_tokens=REQUEST["max_new_tokens"][0]))
@@ -275,14 +273,19 @@ def run_command(folder: Path, *command: object) -> str:
     return run.stdout
 
 
-def run_script(folder: Path, script: str, version: Version, python: object = sys.executable) -> Any:
-    """The last line that a script prints, given the version and the request."""
+def answer(folder: Path, script: str, asked: str, version: Version, python: object = sys.executable) -> Any:
+    """The value of an expression after a script that is given the version and the request."""
+    code = f"""{REFUSE}{script}
+value = {asked}
+assert not {{"tfclm", "transformers"}} & {{name.split(".")[0] for name in sys.modules}}
+print(json.dumps(value))
+"""
     given = (version.folder, json.dumps(REQUEST), json.dumps(TYPES))
-    return json.loads(run_command(folder, python, "-I", "-c", REFUSE + script, *given).splitlines()[-1])
+    return json.loads(run_command(folder, python, "-I", "-c", code, *given).splitlines()[-1])
 
 
 def check_loaded(version: Version, answered: list[Any]) -> None:
-    """Compares the output of LOAD with the results in Python."""
+    """Compares what `answer()` gives with the results in Python."""
     _, texts, ids, tokens, default = answered
     assert texts == version.texts
     assert ids == version.ids
@@ -328,10 +331,11 @@ def results(version: Version, tmp_path_factory: pytest.TempPathFactory) -> Itera
             return pool.submit(function, tmp_path_factory.mktemp("empty"), *arguments)
 
         yield {
-            "tensorflow": start(run_script, LOAD, version),
-            "session": start(run_script, SESSION, version),
-            "warm": start(run_script, "WARM = True\n" + FIRST, version),
-            "cold": start(run_script, "WARM = False\n" + FIRST, version),
+            # Most of their time is the import of TensorFlow: what needs no process of its own shares one.
+            "cold": start(
+                answer, LOAD + FIRST + ANSWER + SESSION, "[first(), answer(), answer_in_a_session()]", version
+            ),
+            "warm": start(answer, LOAD + REPLAY + FIRST, "first()", version),
             "tool": start(run_tool, version),
             **({"program": start(run_program, version)} if COMPILER else {}),
         }
@@ -348,12 +352,12 @@ def test_packages_are_blocked(tmp_path: Path, name: str):
 
 def test_loaded_by_tensorflow(version: Version, results: dict[str, Future[Any]]):
     """A graph that needs Python code of tfclm, or registered classes, to be loaded."""
-    check_loaded(version, results["tensorflow"].result())
+    check_loaded(version, results["cold"].result()[1])
 
 
 def test_loaded_by_a_session(version: Version, results: dict[str, Future[Any]]):
-    """Variables or tables that only TensorFlow 2's loader restores; TensorFlow Serving uses this one."""
-    assert results["session"].result() == [version.texts, version.ids]
+    """Variables or tables that only TensorFlow 2's loader restores: TensorFlow Serving uses this one."""
+    assert results["cold"].result()[2] == [version.texts, version.ids]
 
 
 def test_saved_model_cli(version: Version, results: dict[str, Future[Any]]):
@@ -371,7 +375,7 @@ def test_run_by_a_c_program(version: Version, results: dict[str, Future[Any]]):
 
 def test_first_request_is_as_fast_as_others(results: dict[str, Future[Any]]):
     """Warm-up records that a small context refuses, or that leave a signature, or a part of one, cold."""
-    warm, cold = results["warm"].result(), results["cold"].result()
+    warm, (cold, *_) = results["warm"].result(), results["cold"].result()
     for name, seconds in warm.items():
         # The extra time of the first request, compared with that without warm-up.
         extra, whole = (each[0] - sorted(each)[5] for each in (seconds, cold[name]))
@@ -386,7 +390,7 @@ def test_loaded_by_the_servers_tensorflow(version: Version, tmp_path: Path):
         if not OLDER:
             venv.create(tmp_path / "venv", with_pip=True)
             subprocess.run([python, "-m", "pip", "install", "-q", "tensorflow==2.20.*"], check=True)
-        answered = run_script(tmp_path, LOAD, version, python)
+        answered = answer(tmp_path, LOAD + ANSWER, "answer()", version, python)
     finally:
         shutil.rmtree(tmp_path / "venv", ignore_errors=True)
     assert answered[0].startswith("2.20.")

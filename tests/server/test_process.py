@@ -76,9 +76,9 @@ def _config(folder, *entries):
     return f"--model_config_file={config}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def launch():
-    """`launch(*flags)`: a server in its own process."""
+    """`launch(*flags)`: a server in its own process, killed after the test, with what still runs in it."""
     with launcher() as launch:
         yield launch
 
@@ -94,19 +94,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def process(launch, folder):
+def process(folder):
     """The server that most tests here ask: few threads, so that few requests could take them all."""
     (folder / "monitoring.config").write_text("prometheus_config { enable: true }")
     entries = [_entry(name, folder / name) for name in ("half", "slow", "heavy")]
-    return launch(
-        _config(folder, *entries),
-        f"--monitoring_config_file={folder / 'monitoring.config'}",
-        "--grpc_max_threads=2",
-        "--rest_api_num_threads=4",
-        "--tensorflow_inter_op_parallelism=1",
-        "--rest_api_timeout_in_ms=5000",
-        "--no_access_log",
-    ).listens()
+    with launcher() as launch:
+        yield launch(
+            _config(folder, *entries),
+            f"--monitoring_config_file={folder / 'monitoring.config'}",
+            "--grpc_max_threads=2",
+            "--rest_api_num_threads=4",
+            "--tensorflow_inter_op_parallelism=1",
+            "--rest_api_timeout_in_ms=5000",
+            "--no_access_log",
+        ).listens()
 
 
 @pytest.fixture(scope="module")
@@ -314,8 +315,11 @@ def test_reloads_of_an_empty_folder(process, channel, predict, folder, tmp_path)
 
 def _drop_capabilities():
     """Lets permissions hold for root too. Has no effect, and needs none, for anybody else."""
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for number in range(3):  # effective, permitted and inheritable
+        sets[number] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
 
 
 @pytest.mark.slow
@@ -329,7 +333,7 @@ def test_unreadable_version_folder(launch, folder, tmp_path, kind):
     else:
         (version / "saved_model.pb").symlink_to("saved_model.pb")
     entries = [_entry("bad", tmp_path / "bad"), _entry("half", folder / "half")]
-    process = launch(_config(tmp_path, *entries), "--no_access_log", preexec=_drop_capabilities).listens()
+    process = launch(_config(tmp_path, *entries), "--no_access_log", first=_drop_capabilities).listens()
     assert process.rest.predict({"inputs": [2.0]}, "half").json == {"outputs": [3.0]}
     (status,) = process.rest.get("/v1/models/bad").json["model_version_status"]
     reason = "Permission denied" if kind == "permission" else "Too many levels of symbolic links"
@@ -390,7 +394,7 @@ def test_second_signal_ends_it_at_once(launch, folder):
         process.terminate()
         process.says('"stopping"')
         time.sleep(1)
-        assert process.process.poll() is None
+        assert process.process.is_alive()
         process.terminate()
         assert process.ends(20) == 128 + signal.SIGTERM
         assert answer.exception() is not None

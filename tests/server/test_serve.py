@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from server.processes import launcher
 from tfclm.cli.arguments import parse
 from tfclm.errors import InputError
 from tfclm.serve import to_switch
@@ -25,64 +24,41 @@ from tfclm.server.settings import ServeSettings, check
 
 
 @pytest.fixture
-def serve(client):
-    """`serve(*flags)`: the command in a process of its own; gives it and its client."""
-    processes = []
-
-    def start(*flags):
-        command = [sys.executable, "-m", "tfclm.serve", "--port=-1", "--rest_api_port", "-1", *map(str, flags)]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        processes.append(process)
-        lines = []
-        watchdog = threading.Timer(60, process.kill)
-        watchdog.start()
-        for line in process.stderr:
-            lines.append(line)
-            found = re.search(r"gRPC (\d+), REST (\d+)", line)
-            if found:
-                watchdog.cancel()
-                process.grpc_port, process.rest_port = int(found[1]), int(found[2])
-                return process, client(process)
-        raise AssertionError("".join(lines))
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+def launch():
+    """`launch(*flags)`: the command in a process of its own."""
+    with launcher() as launch:
+        yield launch
 
 
 @pytest.mark.slow
-def test_xla_is_off_unless_asked_for(models, serve):
+def test_xla_is_off_unless_asked_for(models, launch):
     """A model that runs here and fails on every unmodified server."""
-    _, rest = serve(f"--model_base_path={models / 'compiled'}")
+    rest = launch(f"--model_base_path={models / 'compiled'}").listens().rest
     answer = rest.predict({"inputs": [1]}, "model")
     assert answer.status == 500
     assert answer.error.startswith(
         "XLA compilation disabled: this export needs a server that is started with --xla_cpu_compilation_enabled\n\t [["
     )
-    _, rest = serve(f"--model_base_path={models / 'compiled'}", "--xla_cpu_compilation_enabled=true")
+    rest = launch(f"--model_base_path={models / 'compiled'}", "--xla_cpu_compilation_enabled=true").listens().rest
     assert rest.predict({"inputs": [1]}, "model").json == {"outputs": [2.0]}
 
 
 @pytest.mark.slow
-def test_sigterm_lets_requests_finish(models, serve):
+def test_sigterm_lets_requests_finish(models, launch):
     """A deployment that breaks the requests which run, or a server that does not end."""
-    process, rest = serve(f"--model_base_path={models / 'slow'}", "--model_name", "slow")
+    process = launch(f"--model_base_path={models / 'slow'}", "--model_name", "slow").listens()
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(rest.predict({"inputs": 500_000}, "slow")))
+    thread = threading.Thread(target=lambda: answers.append(process.rest.predict({"inputs": 500_000}, "slow")))
     thread.start()
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=30)
+    process.terminate()
+    assert process.ends(30) == 0
     thread.join()
-    assert process.returncode == 0
     assert answers[0].json == {"outputs": 500_000}
-    events = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    events = [json.loads(line) for line in process.lines if line.startswith("{")]
     (access,) = [event for event in events if event["event"] == "request"]
     assert (access["method"], access["path"], access["status"]) == ("POST", "/v1/models/slow:predict", 200)
-    assert "traceback" not in log
+    assert "traceback" not in process.log
 
 
 @pytest.mark.slow

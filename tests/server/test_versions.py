@@ -188,13 +188,15 @@ def test_version_policy(base, half, start_server, client, tmp_path, policy, serv
     assert states(rest) == dict.fromkeys(served, "AVAILABLE")
 
 
-def test_config_file_is_polled(base, half, start_server, client, tmp_path, eventually):
+def test_config_file_is_polled(base, half, start_server, client, tmp_path, eventually, caplog):
     """A changed config file that is never read again, or a broken one that takes the models away."""
     config = tmp_path / "models.config"
     entry = f'config {{ name: "%s" base_path: "{base}" model_platform: "tensorflow" }}'
     config.write_text(f"model_config_list {{ {entry % 'model'} }}")
     rest = client(start_server(model_config_file=str(config), model_config_file_poll_wait_seconds=1, **QUICK))
     config.write_text("model_config_list { nonsense }")
+    eventually(lambda: "the models stay as they are: --model_config_file" in caplog.text)
+    assert rest.predict({"inputs": [2]}, "model").json == {"outputs": [3.0]}
     config.write_text(f"model_config_list {{ {entry % 'other'} }}")
     eventually(lambda: rest.predict({"inputs": [2]}, "other").status == 200)
     eventually(lambda: rest.predict({"inputs": [2]}, "model").status == 404)

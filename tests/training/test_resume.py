@@ -29,9 +29,7 @@ from tfclm.training.resume import Interrupted, Progress, Snapshots
 
 pytestmark = pytest.mark.slow
 
-# Imports TensorFlow once and forks from there, before it has computed anything: a run starts in a second.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tfclm.training.finetuning", "tfclm.checkpoint", "tfclm.fit"])
 
 
 def _fit(settings: dict, log: str) -> None:
