@@ -343,7 +343,7 @@ def test_list_of_a_remote_folder(console: Console, tmp_path: Path):
     written = tf.io.gfile.stat(f"{at}/1/saved_model.pb").mtime_nsec / 1e9
     assert " ".join(when) == time.strftime("%Y-%m-%d %H:%M", time.gmtime(written))
     assert len(out.splitlines()) == 2
-    assert f"{at}/2 has no saved_model.pb and counts as no version" in err
+    assert f"{at}/2 has no saved_model.pb and does not count as a version" in err
     refuse(console(export, "--serving-dir", at, "--rollback"), "has one version, and nothing to go back to")
     refuse(console(export, "--serving-dir", "nowhere://x", "--list"), "'nowhere' not implemented")
 
@@ -532,9 +532,9 @@ def test_run_that_diverged_is_exported_where_nothing_is_asked(diverged: Path, tm
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--export-to FILE/x", "--export-to FILE/x: FILE is no folder"),
+        ("--export-to FILE/x", "--export-to FILE/x: FILE is not a directory"),
         ("--export-to m --max-perplexity 0.5", "--max-perplexity 0.5: give 1 or more"),
-        ("--export-to m --max-regression -2", "--max-regression -2.0: give a part"),
+        ("--export-to m --max-regression -2", "--max-regression -2.0: give a fraction"),
         ("--export-to bare --max-regression 0.1", "served now has no perplexity in its record"),
         ("--export-to m --max-regression 0.1", "measured differently (block_size, "),
     ],
