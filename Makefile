@@ -12,22 +12,22 @@ PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-
 fit: $(INSTALLED)  ## fine-tune a small model on Python's own documentation
 	$(BIN)/python -m tfclm.fit
 
-test: $(INSTALLED)-dev  ## run the tests but the slow ones
+test: $(INSTALLED)-dev  ## run all tests except the slow ones
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-check: $(INSTALLED)-dev  ## lint, type-check, run the tests but the long ones
+check: $(INSTALLED)-dev  ## lint, type-check, run all tests except the long ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python $(PYTEST)
 
-long: $(INSTALLED)-dev  ## the tests with all their numbers, and those that are too long for every change: some hours
+long: $(INSTALLED)-dev  ## all tests, with their largest numbers: some hours
 	TFCLM_LONG_TESTS=1 $(BIN)/python $(PYTEST)
 
 # The last two take one core each.
 lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## the journey from text to model on the lowest versions that pyproject.toml allows, and what the highest exports
 	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/checkpoint/test_checkpoint.py tests/savedmodel/tokenizer/test_detokenizer.py tests/savedmodel/graph/test_decoding.py tests/savedmodel/graph/test_products.py
-	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k stock_servers & other=$$!; \
+	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k servers_tensorflow & other=$$!; \
 	.venv-lowest/bin/python -m pytest tests/server/test_hostile_requests.py && wait $$other
 
 docs: $(INSTALLED)-dev  ## build the documentation into site/

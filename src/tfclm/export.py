@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tfclm.cli.command import command, name_flags
+from tfclm.cli.command import command
 from tfclm.cli.evaluation import document_texts, evaluate
 from tfclm.cli.release import Release, recorded_perplexity
 from tfclm.corpus.settings import SourceSettings
@@ -75,7 +75,7 @@ def run(settings: ExportSettings) -> int:
     try:
         exported = import_from_hub(settings) if settings.from_hub is not None else export_checkpoint(settings)
     except (GateFailed, CanaryFailed) as error:
-        log(f"tfclm.export: {name_flags(str(error), ExportSettings)}")
+        log(f"tfclm.export: {error}")
         return 1
     print_result(f"{settings.serving_dir.rstrip('/')}/{exported.version}")
     return remove_old_versions(settings, exported.version)
@@ -176,7 +176,7 @@ def remove_old_versions(settings: ExportSettings, version: int) -> int:
         keep(str(settings.serving_dir), settings.keep_versions, spare=version)
     except InputError as error:
         left = f"version {version} is published, and older ones are left"
-        log(f"tfclm.export: {left}: {name_flags(str(error), ExportSettings)}")
+        log(f"tfclm.export: {left}: {error}")
         return 1
     return 0
 

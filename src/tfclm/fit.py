@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tfclm.cli.arguments import parse
-from tfclm.cli.command import command, name_flags
+from tfclm.cli.command import command
 from tfclm.cli.hub_target import Card, HubTarget
 from tfclm.cli.release import Release
 from tfclm.cli.run_release import RunRelease
@@ -267,7 +267,7 @@ def deliver(
             version = release.publish(output_dir).version
             print_result(f"{str(settings.export_to).rstrip('/')}/{version}")
         except (GateFailed, CanaryFailed) as error:
-            log(f"tfclm.fit: {name_flags(str(error), FitSettings)}")
+            log(f"tfclm.fit: {error}")
             code = 1
     if hub is not None:
         pushes = version is not None and settings.push_saved_model

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tfclm.cli.command import command, name_flags
+from tfclm.cli.command import command
 from tfclm.cli.prompts import read_prompt
 from tfclm.errors import InputError
 from tfclm.settings import setting
@@ -82,7 +82,7 @@ def run(settings: QuerySettings) -> int:
         ) as client:
             _ask(client, prompts, settings)
     except ServerError as error:
-        log(f"tfclm.query: {name_flags(str(error), QuerySettings)}")
+        log(f"tfclm.query: {error}")
         return 1
     return 0
 
@@ -141,7 +141,7 @@ def _warn_about_unused(settings: QuerySettings, signature: Signature) -> None:
         default = ", the model's default" if settings.temperature is None else ""
         verb = "has" if len(names) == 1 else "have"
         warning = f"{given} {verb} no effect at temperature 0{default}: give `temperature`, such as 0.8"
-        log(f"tfclm.query: {name_flags(warning, QuerySettings)}")
+        log(f"tfclm.query: {warning}")
 
 
 def _url(settings: QuerySettings) -> str:
@@ -191,7 +191,7 @@ def _print_rows(outputs: dict[str, list[Any]], rows: Sequence[Prompt], settings:
             where = f"line {prompt.line}: " if settings.batch else ""
             stop = " or `stop`" if settings.stop else ""
             warning = f"{where}the text ended at once: the end-of-text token{stop} came first"
-            log(f"tfclm.query: {name_flags(warning, QuerySettings)}")
+            log(f"tfclm.query: {warning}")
 
 
 def _unpad(row: dict[str, Any]) -> dict[str, Any]:

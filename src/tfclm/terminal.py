@@ -6,6 +6,7 @@ import codecs
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 from tfclm.errors import InputError
@@ -13,6 +14,7 @@ from tfclm.errors import InputError
 # The control characters of ASCII and Latin-1, escaped as in JSON; newlines and tabs stay.
 _ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
+_rewrite: Callable[[str], str] = str
 _closed: set[int] = set()  # descriptors of streams that were closed when this process started
 
 
@@ -55,12 +57,18 @@ def print_result(text: str) -> None:
     print(printable(text, sys.stdout), flush=True)
 
 
+def rewrite_lines(rewrite: Callable[[str], str]) -> None:
+    """Sets what `log` applies to each line from now on; a command shows its fields as flags."""
+    global _rewrite
+    _rewrite = rewrite
+
+
 def log(line: str) -> None:
     """Prints a line of progress or an error to stderr."""
     stream: TextIO | None = sys.stderr
     # None if it was closed when Python started; print would use stdout then.
     if stream is not None:
-        print(printable(line, stream), file=stream, flush=True)
+        print(printable(_rewrite(line), stream), file=stream, flush=True)
 
 
 def abandon_stdout() -> None:

@@ -348,3 +348,17 @@ def test_help_shows_the_public_names():
     assert "<function" not in package
     assert len(function.splitlines()) < 60
     assert "learning_rate: peak learning rate (default: 2e-05)" in settings
+
+
+def test_progress_names_flags():
+    """A line of the library that tells a user of the command line about `batch_size`, which is --batch-size there."""
+    code = (
+        "from dataclasses import dataclass\n"
+        "from tfclm.cli.command import command; from tfclm.settings import setting; from tfclm.terminal import log\n"
+        "@dataclass(frozen=True)\nclass Settings:\n    batch_size: int = setting(1, 'rows')\n"
+        "try:\n"
+        "    command(Settings, lambda s: log('`batch_size` 1 and `other`'), verb='x', description='', tensorflow=False)\n"
+        "except SystemExit:\n    log('`batch_size`')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "--batch-size 1 and `other`\n`batch_size`\n"
