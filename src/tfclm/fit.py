@@ -12,7 +12,7 @@ from tfclm.cli.arguments import parse
 from tfclm.cli.command import command
 from tfclm.cli.hub_target import Card, HubTarget
 from tfclm.cli.release import Release
-from tfclm.cli.run_release import RunRelease
+from tfclm.cli.run_release import RunRelease, fields_of_fit
 from tfclm.cli.summary import summarize
 from tfclm.corpus.settings import BLOCK_SIZE, SourceSettings
 from tfclm.errors import InputError
@@ -283,7 +283,8 @@ def open_release(settings: FitSettings) -> RunRelease | None:
     from tfclm.savedmodel.publishing.gate import Gate
 
     limits = Gate(settings.max_perplexity, settings.max_regression)
-    release = Release(settings.export_to, ServableSettings(), limits)
+    with fields_of_fit():
+        release = Release.open(settings.export_to, ServableSettings(), limits)
     return RunRelease(release, settings, settings.validation_split, settings.validation_file)
 
 

@@ -357,7 +357,8 @@ def test_progress_names_flags():
         "from tfclm.cli.command import command; from tfclm.settings import setting; from tfclm.terminal import log\n"
         "@dataclass(frozen=True)\nclass Settings:\n    batch_size: int = setting(1, 'rows')\n"
         "try:\n"
-        "    command(Settings, lambda s: log('`batch_size` 1 and `other`'), verb='x', description='', tensorflow=False)\n"
+        "    run = lambda settings: log('`batch_size` 1 and `other`')\n"
+        "    command(Settings, run, verb='x', description='', tensorflow=False)\n"
         "except SystemExit:\n    log('`batch_size`')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

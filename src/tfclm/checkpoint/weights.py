@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tfclm.checkpoint.locating import read_object, why_unreadable
 from tfclm.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import TFPreTrainedModel
 
 # PyTorch's names of an output matrix that may be tied to the input embeddings, and second names of an output bias.
@@ -34,6 +33,8 @@ def layout(model: TFPreTrainedModel) -> Iterator[tuple[Any, str, Any]]:
 
 def state_dict(model: TFPreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
     """PyTorch's state dict of the model, float32."""
+    import numpy as np
+
     from tfclm.compat import apply_transpose
 
     arrays = {}
@@ -56,6 +57,8 @@ def restore(model: TFPreTrainedModel, where: str, path: Path) -> None:
     Raises:
         InputError: a weight is missing, unexpected, of another shape or quantized, or the file cannot be read.
     """
+    import numpy as np
+
     from tfclm.compat import apply_transpose
 
     tensors = _Tensors(where, path, model.base_model_prefix)
@@ -106,6 +109,8 @@ def _find_unexpected(unread: set[str], expected: set[str], model: TFPreTrainedMo
 
 def _embeddings(model: TFPreTrainedModel) -> np.ndarray[Any, Any]:
     """The input embeddings, [vocab_size, hidden]."""
+    import numpy as np
+
     table = re.compile(r"(wte|\.w|tokens_embed|embed_tokens|word_embeddings)\.weight$")
     return next(np.asarray(variable.numpy()) for variable, name, _ in layout(model) if table.search(name))
 
@@ -136,6 +141,7 @@ class _Tensors:
         self.names = set(self._read)
 
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        import numpy as np
         import tensorflow as tf
 
         file, read = self._read[name]

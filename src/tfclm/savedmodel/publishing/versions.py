@@ -24,13 +24,8 @@ __all__ = [
     "STAGING",
     "ServingDirectory",
     "address",
-    "check_place",
     "explain_incomplete",
-    "folders",
-    "incomplete",
     "is_remote",
-    "keep",
-    "rollback",
 ]
 
 STAGING = ".staging-"
@@ -293,34 +288,6 @@ def explain_incomplete(serving_dir: str, number: int) -> str:
     """A line about a subdirectory that has a version's number but no saved_model.pb."""
     problem = "has no saved_model.pb and does not count as a version"
     return f"{serving_dir}/{number} {problem}: it is being uploaded, or was left by an export that was killed"
-
-
-# Short forms for one call.
-
-
-def check_place(serving_dir: str | os.PathLike[str], version: int | None = None) -> None:
-    """Checks what `ServingDirectory.open` checks."""
-    ServingDirectory.open(serving_dir, version)
-
-
-def folders(serving_dir: str | os.PathLike[str]) -> dict[int, list[str]]:
-    """`ServingDirectory.folders` of a path or address."""
-    return ServingDirectory.at(serving_dir).folders()
-
-
-def incomplete(serving_dir: str | os.PathLike[str]) -> list[int]:
-    """`ServingDirectory.incomplete` of a path or address."""
-    return ServingDirectory.at(serving_dir).incomplete()
-
-
-def keep(serving_dir: str | os.PathLike[str], count: int, spare: int | None = None) -> list[int]:
-    """`ServingDirectory.keep` of a path or address."""
-    return ServingDirectory.at(serving_dir).keep(count, spare)
-
-
-def rollback(serving_dir: str | os.PathLike[str]) -> tuple[int, int]:
-    """`ServingDirectory.rollback` of a path or address."""
-    return ServingDirectory.at(serving_dir).rollback()
 
 
 @contextmanager
