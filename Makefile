@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
-# A file's tests share what is slow to make, so they stay in one process.
-PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# A file's tests share what is slow to make, so they stay in one process; tests/conftest.py decides which start first.
+# "logical", because "auto" would count cores and not their threads.
+PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help fit test check long lowest docs benchmarks clean
 
@@ -23,10 +24,11 @@ check: $(INSTALLED)-dev  ## lint, type-check, run the tests but the long ones
 long: $(INSTALLED)-dev  ## the tests with all their numbers, and those that are too long for every change: some hours
 	TFCLM_LONG_TESTS=1 $(BIN)/python $(PYTEST)
 
+# The last two take one core each.
 lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## the journey from text to model on the lowest versions that pyproject.toml allows, and what the highest exports
-	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/test_checkpoint.py tests/savedmodel/test_detokenizer.py tests/savedmodel/test_decoding.py tests/savedmodel/test_products.py
-	.venv-lowest/bin/python $(PYTEST) tests/server/test_hostile_requests.py
-	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k stock_servers
+	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/checkpoint/test_checkpoint.py tests/savedmodel/tokenizer/test_detokenizer.py tests/savedmodel/graph/test_decoding.py tests/savedmodel/graph/test_products.py
+	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k stock_servers & other=$$!; \
+	.venv-lowest/bin/python -m pytest tests/server/test_hostile_requests.py && wait $$other
 
 docs: $(INSTALLED)-dev  ## build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
@@ -37,7 +39,7 @@ help:  ## list what make can do
 benchmarks: $(INSTALLED)-dev  ## the figures of the documentation
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.tokenizer
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.serving
 
@@ -51,11 +53,12 @@ CONSTRAINTS ?= constraints.txt
 
 .PRECIOUS: %/.installed
 
+# What is never imported is not compiled either.
 %/.installed: pyproject.toml constraints.txt constraints-lowest.txt
 	test -x $*/bin/python || $(PYTHON) -m venv $*
-	$*/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	$*/bin/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
 %/.installed-dev: %/.installed
-	$*/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$*/bin/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@

@@ -179,7 +179,7 @@ def test_what_another_user_has_left_stops_nothing(public: Path):
         left.chmod(0o755)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[1, 2]"
-    assert f"{left} was left behind and is not removed: Permission denied; remove it yourself" in done.stdout
+    assert f"{left} is a leftover that was not removed (Permission denied): remove it yourself" in done.stdout
     assert sorted(entry.name for entry in public.iterdir()) == [".staging-left", "1", "2"]
 
 
@@ -189,7 +189,7 @@ def test_a_lock_is_waited_for_only_so_long(tmp_path: Path):
     with FolderLock(tmp_path) as first:
         assert first.exclusive
         with pytest.raises(BlockingIOError):
-            FolderLock(tmp_path, patience=0.2)
+            FolderLock(tmp_path, timeout=0.2)
         assert 0.2 <= time.monotonic() - began < 10
     with FolderLock(tmp_path) as again:
         assert again.exclusive

@@ -43,9 +43,7 @@ RECORD = "assets.extra/tfclm.json"
 PROTOCOL = {"block_size": 32, "separator": True, "split": "test"}
 Answer = tuple[int, str, str]  # the exit code, stdout and stderr
 
-# Imports TensorFlow once and forks from there, before it has computed anything.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tensorflow", "tfclm.checkpoint", "tfclm.savedmodel.exporting", "tfclm.export"])
 
 
 def _main(arguments: list[str], output: str) -> None:
@@ -118,9 +116,7 @@ def save_checkpoint(folder: Path, tokenizer: Any) -> Path:
     from tfclm.checkpoint import create, save
 
     tf_keras.utils.set_random_seed(0)
-    config = tiny_config("gpt2", context=CONTEXT)
-    config.n_layer = 1
-    save(create(config), tokenizer, folder)
+    save(create(tiny_config("gpt2", context=CONTEXT)), tokenizer, folder)
     write_results(folder)
     return folder
 
@@ -399,7 +395,7 @@ REFUSED = [
     ("--list", "--serving-dir is missing"),
     ("--serving-dir NEW", "--model is missing"),
     ("--serving-dir NEW --model NEW", "NEW"),
-    ("--serving-dir NEW --model EMPTY", "EMPTY is an empty folder: give a checkpoint's folder"),
+    ("--serving-dir NEW --model EMPTY", "EMPTY is an empty directory: give a checkpoint directory"),
     ("--serving-dir NEW --model BARE", "BARE: no tokenizer can be read from its files"),
     ("--serving-dir FILE --model NEW", "--serving-dir FILE: FILE is not a directory; give a directory"),
     ("--serving-dir FILE/x --model NEW", "--serving-dir FILE/x: FILE is not a directory; give a directory"),
@@ -428,7 +424,7 @@ REFUSED = [
         "--split applies to the text of --dataset or --file",
     ),
     ("--serving-dir NEW --model NEW --text-column body", "--text-column applies to the text of --dataset or --file"),
-    ("--serving-dir NEW --model NEW --buckets 16", "--buckets goes with --compile xla"),
+    ("--serving-dir NEW --model NEW --buckets 16", "--buckets requires --compile xla"),
     ("--serving-dir NEW --model NEW --max-perplexity 0", "--max-perplexity 0.0: give 1 or more"),
     ("--serving-dir NEW --model UNKNOWN --max-perplexity 9", "the checkpoint has no results.json"),
     ("--serving-dir NEW --model CHECKPOINT --max-new-tokens-limit 16", "--max-new-tokens-limit 16"),

@@ -40,6 +40,8 @@ _TENSORFLOW = {  # tensorflow>=2.20,<2.22
 _KERAS = {  # tf-keras>=2.20.1,<2.22
     "BaseRandomLayer": "tf_keras:__internal__.layers.BaseRandomLayer",
     "create_all_weights": "tf_keras:optimizers.legacy.Optimizer._create_all_weights",
+    # `tfclm.training.step` overrides it.
+    "load_initial_counters": "tf_keras:Model._maybe_load_initial_counters_from_ckpt",
 }
 _TRANSFORMERS = {  # transformers>=4.54.1,<4.55
     "TFConv1D": "transformers.modeling_tf_utils:TFConv1D",
@@ -110,6 +112,11 @@ def fingerprint(rows: datasets.Dataset) -> str:
 def set_fingerprint(rows: datasets.Dataset, value: str) -> None:
     """Gives rows the name under which `datasets` caches what is computed from them."""
     rows._fingerprint = value
+
+
+def is_selection(rows: datasets.Dataset) -> bool:
+    """Whether rows are a list of indices into another table, as `select` and `shuffle` leave them."""
+    return rows._indices is not None
 
 
 def import_tensorflow() -> None:

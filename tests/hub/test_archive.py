@@ -249,18 +249,11 @@ answer(said)
 
 def test_serve_takes_a_revision_of_the_hubs(hub: Hub, tmp_path: Path):
     """A server that cannot be pinned to what was tested, or a flag that is passed over."""
-    (tmp_path / "run").mkdir()
     first = pushed(hub, tmp_path / "first", 1, b"old")
     pushed(hub, tmp_path / "second", 1, b"new")
-    code = f"""
-from pathlib import Path
-from tfclm import serve
-from tfclm.server.settings import ServeSettings
-found = serve._from_hub(ServeSettings(hub="me/x", hub_revision={first!r}), "me/x")
-answer((Path(found.model_base_path) / "1" / "saved_model.pb").read_text())
-"""
-    assert asked(code, hub.endpoint, tmp_path / "run")[0] == "old"
     for words, said in {
+        # The model is fetched before the other flags are looked at, and what is fetched could not be loaded.
+        ("--hub", "me/x", "--hub_revision", first, "--port=70000"): "--port 70000: give 1 to 65535",
         ("--hub", "me/x", "--hub_revision", "gone"): "me/x has no revision gone on the Hub",
         ("--model_base_path", ".", "--hub_revision", first): "--hub_revision goes with --hub",
     }.items():
@@ -274,3 +267,5 @@ answer((Path(found.model_base_path) / "1" / "saved_model.pb").read_text())
         assert done.returncode == 2
         assert done.stderr.startswith(f"tfclm.serve: {said}"), done.stderr
         assert len(done.stderr.splitlines()) == 1
+    graphs = (tmp_path / "home").rglob("saved_model.pb")
+    assert [graph.read_text() for graph in graphs] == ["old"]

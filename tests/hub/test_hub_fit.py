@@ -133,7 +133,7 @@ def card_is_complete(text: str, results: dict) -> None:
         f"{protocol['train_rows']} documents, {results['train']['corpus_tokens']} tokens",
         f"over {results['tokens']} tokens",
         "## Intended use",
-        "licence is that of base/tiny: cc-by-4.0",
+        "license is that of base/tiny: cc-by-4.0",
         'pipeline("text-generation", model="me/tiny"',
         "python -m tfclm.serve --hub me/tiny",
         "learning_rate: 0.01",

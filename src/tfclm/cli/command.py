@@ -12,7 +12,7 @@ from tfclm.cli.arguments import flag, parse
 from tfclm.compat import import_tensorflow
 from tfclm.errors import InputError, replace_names
 from tfclm.settings import fields_of
-from tfclm.terminal import abandon_stdout, log, mend_streams
+from tfclm.terminal import abandon_stdout, log, prepare_streams
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def command(
         flag: a field's flag, for messages.
     """
     prog = f"python -m tfclm.{verb}"
-    mend_streams()
+    prepare_streams()
     try:
         try:
             values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)

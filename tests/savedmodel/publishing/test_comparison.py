@@ -112,9 +112,7 @@ def make_model(seed: int) -> Any:
     from tfclm.checkpoint import create
 
     tf_keras.utils.set_random_seed(seed)
-    config = tiny_config("gpt2")
-    config.n_layer = 1
-    return create(config)
+    return create(tiny_config("gpt2"))
 
 
 @pytest.mark.long

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import LONG
 
 from tfclm.errors import InputError
 from tfclm.savedmodel.publishing.numbering import LARGEST
@@ -117,7 +118,7 @@ def test_killed_at_random_moments(tmp_path: Path):
     """A half-written version, or what is left of one that stops the next export."""
     moments = random.Random(3)
     context = multiprocessing.get_context("fork")
-    for _ in range(50):
+    for _ in range(50 if LONG else 15):
         process = context.Process(target=export, args=(tmp_path, 1000))
         process.start()
         time.sleep(moments.uniform(0.0, 0.06))

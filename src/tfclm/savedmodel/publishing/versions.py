@@ -228,7 +228,7 @@ class ServingDirectory:
                 remote.remove(self.address, version, names)
             return
         place = Path(self.address)
-        with self._named_errors(WRITABLE), disk.FolderLock(place, disk.LOCK_PATIENCE):
+        with self._named_errors(WRITABLE), disk.FolderLock(place, disk.LOCK_TIMEOUT):
             hidden = tempfile.mkdtemp(prefix=STAGING, dir=place)
             for name in names:
                 with contextlib.suppress(FileNotFoundError):  # another process has just removed it
