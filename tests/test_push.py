@@ -45,7 +45,7 @@ def called(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *
         (["--model", "run", "--repo-id", "me/x"], ("config.json",), {}, ["config.json"]),
         (["--model", "run", "--repo-id", "me/x"], ("model.safetensors",), {}, ["no weights"]),
         (["--model", "run", "--repo-id", "me/x"], ("tokenizer.json",), {}, ["no tokenizer"]),
-        (["--model", "run", "--repo-id", "me/x"], (), {"resume/state/x": b""}, ["not complete"]),
+        (["--model", "run", "--repo-id", "me/x"], (), {"resume/state/x": b""}, ["incomplete run"]),
         (["--model", "run"], (), {"unpushed.json": b"{"}, ["unpushed.json", "--repo-id"]),
         (["--model", "run", "--repo-id", "me/x", "--branch", "b", "--create-pr"], (), {}, ["--create-pr", "--branch"]),
         (["--model", "run", "--repo-id", "me/x", "--push-timeout", "0"], (), {}, ["--push-timeout 0"]),
