@@ -53,7 +53,7 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
         None, "peak learning rate; if not given, 2e-5 for a checkpoint and 1e-3 for scratch"
     )
     output_dir: str | None = setting(None, "directory of the result; runs/quickstart for the quickstart")
-    overwrite: bool = setting(False, "start again in a directory that holds a run", recorded=False)
+    overwrite: bool = setting(False, "start over, replacing the run in `output_dir`", recorded=False)
     export_to: str | None = setting(
         None,
         "model directory that the finished model is exported to, such as serving_models/eli5",
@@ -177,7 +177,7 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(settings: FitSettings) -> int:
-    """Text to token blocks to the directory of the fine-tuned model; the exit code."""
+    """Reads and packs the text, trains, exports and pushes; returns the exit code."""
     settings = settings.resolved()
     release = open_release(settings)
     if release is not None:
@@ -187,7 +187,7 @@ def run(settings: FitSettings) -> int:
 
     folder = RunFolder(Path(str(settings.output_dir)), record(settings), settings.overwrite)
     if folder.results is not None:
-        log(f"{folder.path} is complete; --overwrite starts again")
+        log(f"{folder.path} is complete; --overwrite starts over")
         hub = open_hub(settings) if is_unpushed(settings) else None
         return deliver(folder.results, settings, release, hub)
     with folder:
@@ -255,7 +255,7 @@ def fine_tune(
 def deliver(
     results: Mapping[str, Any], settings: FitSettings, release: RunRelease | None, hub: HubTarget | None
 ) -> int:
-    """Prints what a complete run came to, exports its model and pushes it, as far as asked; the exit code."""
+    """Prints the results of a complete run, exports and pushes its model if requested; returns the exit code."""
     from tfclm.savedmodel.publishing.canary import CanaryFailed
     from tfclm.savedmodel.publishing.gate import GateFailed
 

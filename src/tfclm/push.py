@@ -28,7 +28,7 @@ class PushSettings(HubSettings):
 
 
 def run(settings: PushSettings) -> int:
-    """Uploads the directory so that the repository equals it; the exit code."""
+    """Uploads the directory so that the repository equals it; returns the exit code."""
     from tfclm.hub.archive import newest_version
     from tfclm.hub.delivery import deliver, marked
     from tfclm.hub.repository import Unreachable, preflight

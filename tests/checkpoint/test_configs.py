@@ -204,7 +204,7 @@ ENCODER = {"model_type": "bert", "is_decoder": True}
         (GPT2 | {"hidden_size": 64}, "n_embd 32 and hidden_size 64"),
         (GPT2 | {"is_encoder_decoder": True}, "is_encoder_decoder=True"),
         (GPT2 | {"pruned_heads": {"0": [1]}}, "pruned_heads={"),
-        (GPT2 | {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "code of its own"),
+        (GPT2 | {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "custom code"),
         (GPT2 | {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized by bitsandbytes"),
         (GPT2 | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized by gptq"),
         (GPT2 | {"quantization": {"group_size": 64, "bits": 4}}, "quantized to 4 bits"),

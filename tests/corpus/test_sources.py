@@ -779,8 +779,8 @@ def test_source_must_be_given_once(tmp_path: Path) -> None:
     path = str(write_rows(tmp_path / "a.jsonl", ["a", "b"]))
     refused("give `dataset` or `train_file`")
     refused("give `dataset` or `file`", one=True)
-    refused("exclude each other", dataset="x", files=[path])
-    refused("exclude each other", dataset="x", validation_split="test", validation_files=[path])
+    refused("are mutually exclusive", dataset="x", files=[path])
+    refused("are mutually exclusive", dataset="x", validation_split="test", validation_files=[path])
     refused("needs `dataset`", files=[path], validation_split="test")
     assert re.search(r"is a file: give it as `train_file` .*a\.jsonl", refused(dataset=path))
 

@@ -300,7 +300,7 @@ def test_reloads_of_an_empty_folder(process, channel, predict, folder, tmp_path)
     assert codes <= {grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE}, calls
     empty.name = "empty"
     details = _refused(reload, request, grpc.StatusCode.UNKNOWN)
-    assert f"model empty has no version in {tmp_path}: no folder is named by a number" in details
+    assert f"model empty has no version in {tmp_path}: no subdirectory is named with a number" in details
     assert process.rest.get("/v1/models/empty").error.startswith("Could not find any versions of model empty: ")
     assert _half_answers(process, predict) < BUSY
     # It was taken nevertheless, and a version is taken up when it comes.
@@ -428,9 +428,8 @@ def test_sigterm_while_a_model_is_loaded(launch, folder, tmp_path):
 def test_empty_folder_is_waited_for(launch, tmp_path):
     """A server that does not listen, and does not say why, because its model has no version yet."""
     process = launch(f"--model_base_path={tmp_path}").listens()
-    assert f"model model has no version in {tmp_path}: no folder is named by a number; checked again at each poll" in (
-        process.events
-    )
+    warning = f"model model has no version in {tmp_path}: no subdirectory is named with a number"
+    assert f"{warning}; checked again at each poll" in process.events
     assert process.rest.predict({"inputs": [2.0]}, "model").status == 404
     export(HalfPlusTwo(), tmp_path, 1)
     process.says("loaded version 1 of model model")

@@ -94,7 +94,7 @@ def test_transformers_is_not_imported(models):
     ("flags", "said"),
     [
         ([], "`model_base_path` is missing"),
-        (["--model_base_path=/nowhere"], "`model_base_path` /nowhere: there is no such folder"),
+        (["--model_base_path=/nowhere"], "`model_base_path` /nowhere: there is no such directory"),
         (["--model_config_file=/nowhere"], "`model_config_file` /nowhere: No such file"),
         (["--model_base_path=.", "--port=8501"], "`rest_api_port` 8501: give another port"),
         (["--model_base_path=.", "--port=0", "--rest_api_port=0"], "nothing would listen"),
@@ -148,7 +148,7 @@ def test_user_error_is_one_line():
     command = [sys.executable, "-m", "tfclm.serve", "--model_base_path=/nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert done.stderr == "tfclm.serve: --model_base_path /nowhere: there is no such folder\n"
+    assert done.stderr == "tfclm.serve: --model_base_path /nowhere: there is no such directory\n"
 
 
 @pytest.mark.parametrize("value", ["true", "1", "false", "0"])

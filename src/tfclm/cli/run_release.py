@@ -45,7 +45,7 @@ class RunRelease:
         """
         texts = self.validation_texts(protocol)
         if texts is None and protocol is None and self.source.dataset:
-            # The dataset may have a validation split of its own, which is known once it is read.
+            # The dataset may have its own validation split, which is known once the dataset is read.
             texts = functools.partial(document_texts, self.source)
         with fields_of_fit(text=True):
             self.release.check(texts, protocol, tokens)

@@ -81,7 +81,7 @@ def scrubbed(text: str, *tokens: str | None) -> str:
 
 
 def limit_requests(seconds: float = 60.0) -> None:
-    """Sets a time limit for all requests of `huggingface_hub` in this process; many have none of their own."""
+    """Sets a time limit for all requests of `huggingface_hub` in this process; many of them have none by default."""
     import requests
     from huggingface_hub import configure_http_backend
 

@@ -33,9 +33,9 @@ class Manager:
     is unloaded once a new one is available and the last request has released it.
 
     Args:
-        load: loads a version, given the model's name, the version's number and its folder.
+        load: loads a version, given the model's name, the version's number and its directory.
         poll_seconds: time between two polls of the file system; 0 polls once.
-        max_retries: how often a version that failed to load is tried again.
+        max_retries: how many times a version that failed to load is tried again.
         retry_seconds: time between two attempts to load a version.
         labels_for_unavailable: whether a new label may name a version that is not available.
     """

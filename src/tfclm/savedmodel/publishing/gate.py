@@ -255,7 +255,7 @@ def read_record(version: str) -> dict[str, Any]:
 
 
 def record_verdict(serving_dir: str | os.PathLike[str] | ServingDirectory, verdict: Mapping[str, Any]) -> str:
-    """Writes a verdict to `.verdicts` in the serving directory; the path of the file.
+    """Writes a verdict to `.verdicts` in the model directory; returns the path of the file.
 
     Raises:
         InputError: it cannot be written there.
@@ -274,7 +274,7 @@ def record_verdict(serving_dir: str | os.PathLike[str] | ServingDirectory, verdi
 
 
 def verdicts(serving_dir: str | os.PathLike[str] | ServingDirectory) -> list[dict[str, Any]]:
-    """The verdicts recorded in a serving directory, oldest first; unreadable files are left out."""
+    """The verdicts recorded in a model directory, oldest first; unreadable files are left out."""
     folder = f"{ServingDirectory.at(serving_dir).address}/{VERDICTS}"
     found = []
     with contextlib.suppress(tf.errors.OpError):
