@@ -32,7 +32,7 @@ FURTHER = [
     "tfclm.hub.PushToHubCallback",
 ]
 
-# Where a module has the name of what it holds, the tool that reads the source would take the module.
+# Functions with the name of their module: mkdocstrings would document the module instead.
 SHADOWED = {"tfclm.perplexity": "tfclm.metrics.perplexity.perplexity"}
 
 

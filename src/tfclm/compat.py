@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
     import tf_keras
 
-# The name here, and its module and attribute there.
+# Name in this module -> module and attribute in the other library.
 _TENSORFLOW = {  # tensorflow>=2.20,<2.22
     "config_pb2": "tensorflow.core.protobuf.config_pb2:",
     "saved_model_pb2": "tensorflow.core.protobuf.saved_model_pb2:",

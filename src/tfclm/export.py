@@ -122,7 +122,7 @@ def import_from_hub(settings: ExportSettings) -> Exported:
 
 
 def open_release(settings: ExportSettings) -> Release:
-    """Where the model is published, and what it must meet.
+    """Where the model is published, and the limits that it must meet.
 
     Raises:
         InputError: a setting that has no effect, or is out of its range.

@@ -46,7 +46,7 @@ def read_tokenizer(where: str, folder: Path) -> PreTrainedTokenizerFast:
         if _is_of_version_5(settings):
             tokenizer = _read_version_5(where, folder, settings)
         else:
-            # Never runs the checkpoint's own code, and never asks at the terminal whether to.
+            # Never runs the checkpoint's own code, and never asks for permission at the terminal.
             tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except InputError:
         raise

@@ -27,7 +27,7 @@ Texts = Callable[[], Iterable[str]]
 
 @dataclass(frozen=True)
 class Release:
-    """Where a checkpoint is published, and what it must meet.
+    """Where a checkpoint is published, and the limits that it must meet.
 
     Attributes:
         directory: the model directory, which can be written.

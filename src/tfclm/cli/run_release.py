@@ -22,7 +22,7 @@ class RunRelease:
     """A release, and the validation text on which the version served now can be scored too.
 
     Attributes:
-        release: where the model is published, and what it must meet.
+        release: where the model is published, and the limits that it must meet.
         source: the run's text.
         validation_split: the split that the run validates on, if it is given.
         validation_files: the files that it validates on, if they are given.

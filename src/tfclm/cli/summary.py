@@ -41,7 +41,7 @@ def summarize(results: Mapping[str, Any], settings: TrainingSettings, output_dir
         f'  {python} -m tfclm.generate --model {folder} --prompt "…"',
         f"  {python} -m tfclm.evaluate --model {folder} {evaluating}",
     ]
-    # A model without a perplexity is not worth serving.
+    # A model that diverged should not be served.
     if not exports and results["perplexity"]:
         name = shlex.quote(Path(output_dir).resolve().name)
         lines.append(f"  {python} -m tfclm.export --model {folder} --serving-dir serving_models/{name}")

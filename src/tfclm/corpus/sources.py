@@ -79,6 +79,11 @@ def read(
 
     Raises:
         InputError: the input cannot be used; the message names the file and line, the column, the split or the setting.
+
+    Example:
+        >>> texts = read(files=["texts/*.jsonl"], text_column="body", validation_fraction=0.2)
+        >>> len(texts.train), len(texts.validation)
+        (800, 200)
     """
     _check_source(dataset, dataset_config, revision, files, "train_file")
     if validation_split and validation_files:

@@ -174,7 +174,7 @@ class PushToHubCallback(transformers.PushToHubCallback):
             self._add_state(folder)
 
     def _add_state(self, folder: Path) -> None:
-        """Adds what a run can be resumed from: its settings and, as of the same step as the weights, its state."""
+        """Adds the run's settings and its state at the step of the weights, from which it can be resumed."""
         settings, resume = self.output_dir / "fit.yaml", self.output_dir / "resume"
         if settings.is_file():
             shutil.copyfile(settings, folder / settings.name)

@@ -56,7 +56,7 @@ class ServableSettings:
         (), "with xla, the prompt lengths that are compiled; by default 32, 128, 512 and so on"
     )
     weights: Literal["float32", "bfloat16"] = setting(
-        "float32", "type that the weights are stored in; bfloat16 needs xla"
+        "float32", "type in which the weights are stored; bfloat16 needs xla"
     )
 
     def check(self) -> None:

@@ -311,7 +311,7 @@ class Manager:
         return True
 
     def _actions(self) -> Iterator[Callable[[], None]]:
-        """The loads and unloads that are due now, while states change accordingly."""
+        """Updates the states of the versions and yields the loads and unloads that are due."""
         for name, model in list(self._models.items()):
             versions = sorted(model.versions.items(), reverse=True)
             if model.config is None and all(version.state == State.END for _, version in versions):

@@ -127,7 +127,7 @@ def tensorflow_errors() -> Iterator[None]:
 
 
 def _as_array(value: Any) -> Any:
-    """An output as an array: a scalar string comes as bytes, of which NumPy would drop NULs at the end."""
+    """An output as an array: a scalar string comes as bytes, whose trailing NULs NumPy would drop."""
     if not isinstance(value, bytes):
         return np.asarray(value)
     array = np.empty((), object)

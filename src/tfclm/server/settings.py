@@ -15,7 +15,9 @@ class ServeSettings:
     """Settings of `serve`."""
 
     model_base_path: str | None = setting(None, "model directory, with one numbered subdirectory per version")
-    hub: str | None = setting(None, "Hub repository whose saved_model.zip is served, instead of a `model_base_path`")
+    hub: str | None = setting(
+        None, "Hub repository whose saved_model.zip is served, instead of `model_base_path`", metavar="REPO"
+    )
     hub_revision: str | None = setting(
         None, "branch, tag or commit of the Hub repository; a commit never changes, a branch or tag can"
     )

@@ -36,7 +36,7 @@ __all__ = [
     "verdicts",
 ]
 
-# What to do where two records cannot be compared.
+# What to do if two records cannot be compared.
 REMEDY = "give `dataset` or `file`, on which both are measured then, or leave it out once"
 VERDICTS = ".verdicts"  # servers ignore it: its name is not a number
 DIVERGED = "the model has diverged and has no perplexity: train it again"
