@@ -122,7 +122,7 @@ def save_checkpoint(folder: Path, tokenizer: Any) -> Path:
 
 
 def write_results(checkpoint: Path, perplexity: float | None = 20.0) -> None:
-    """What `fit` writes beside a checkpoint."""
+    """What `fit` writes with a checkpoint."""
     results = {"perplexity": perplexity, "tokens": 1000, "protocol": PROTOCOL}
     (checkpoint / "results.json").write_text(json.dumps(results))
 
@@ -442,7 +442,7 @@ def test_what_is_refused(console: Console, plain: Path, tmp_path: Path):
     (tmp_path / "FILE").write_text("")
     ignored = shutil.ignore_patterns("*token*", "merges.txt", "vocab.json")
     shutil.copytree(plain, tmp_path / "BARE", ignore=ignored)
-    # A version without a record, one that is named otherwise than we would, and a file where a version would be.
+    # A version without a record, one with another form of name, and a file where a version would be.
     (tmp_path / "TAKEN/1").mkdir(parents=True)
     (tmp_path / "TAKEN/007").mkdir()
     (tmp_path / "TAKEN/8").write_text("")
@@ -491,7 +491,7 @@ def test_beams_are_refused(console: Console, plain: Path, tmp_path: Path):
         (("--max-regression", 0.02), 2, "measured differently (block_size differ)"),
     ],
 )
-def test_gate_keeps_a_model_out(
+def test_gate_refuses_a_model(
     console: Console, plain: Path, tmp_path: Path, flags: tuple[object, ...], code: int, text: str
 ):
     """A worse model served, a verdict that nobody can read later, or one on perplexities that say different things."""

@@ -179,7 +179,7 @@ def test_score_is_the_signature(client, signatures):
         for ours, its in ((score.loss, row["loss"]), (score.perplexity, row["perplexity"])):
             assert np.float32(ours) == its
         assert np.array_equal(np.float32(score.token_logprobs), row["token_logprobs"][: count + 1])
-        # Alone, the same products have another shape and round otherwise.
+        # Alone, the same products have another shape and round differently.
         assert client.score(text).loss == pytest.approx(score.loss, abs=1e-5)
 
 

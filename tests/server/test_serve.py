@@ -179,7 +179,7 @@ def test_port_that_is_taken(models, server, start_server):
 
 
 def test_overload(models, start_server, client, eventually):
-    """Requests that pile up in memory; or a status probe that waits behind them."""
+    """Requests that pile up in memory; or a status probe that has to wait for them."""
     server = start_server(model_base_path=str(models / "slow"), rest_api_num_threads=1, max_queued_requests=1, port=0)
     rest = client(server)
     answers = []

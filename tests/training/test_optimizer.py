@@ -1,4 +1,4 @@
-"""The optimizer: which weights decay, and the course of the learning rate."""
+"""The optimizer: which weights decay, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_norms_and_biases_do_not_decay_and_all_else_does(make_model, architectur
     ],
 )
 def test_schedule(name: str, expected):
-    """A warm-up off by one, or a schedule that never reaches 0, or goes on below it."""
+    """A warm-up off by one, or a schedule that never reaches 0, or becomes negative."""
     schedule = WarmupSchedule(peak=2e-4, steps=100, warmup_steps=10, schedule=name)
     for step in range(10):
         assert float(schedule(step)) == pytest.approx(2e-4 * step / 10, rel=1e-6, abs=1e-12)

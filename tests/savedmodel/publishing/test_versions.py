@@ -155,7 +155,7 @@ def _export_without_room(serving_dir: Path, connection) -> None:
 
 
 def test_no_room_leaves_nothing(tmp_path: Path):
-    """A write that fails in the middle, and a version that stays behind half full."""
+    """A write that fails in the middle, and an incomplete version that it leaves."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_export_without_room, args=(tmp_path, sender))
     process.start()
@@ -200,7 +200,7 @@ def test_unwritable_place_is_named(tmp_path: Path):
         pass
 
 
-def test_folders_named_otherwise(tmp_path: Path):
+def test_directories_with_other_names(tmp_path: Path):
     """A rollback that says 7 is removed and leaves 007, which servers read as 7; or a name that none of them reads."""
     for name in ("5", "007", str(LARGEST + 1), "7" * 200):
         (tmp_path / name).mkdir()
@@ -302,7 +302,7 @@ def test_remote_exports_at_once_get_a_version_each(where: str):
     with ThreadPoolExecutor(4) as pool:
         numbers = list(pool.map(run, range(4)))
     got = sorted(number for those in numbers for number in those)
-    # Not always 1 to 20: who sees a claim that is withdrawn just then takes the number behind it.
+    # Not always 1 to 20: who sees a claim that is withdrawn just then takes the next number.
     assert got == versions(where)
     assert len(set(got)) == 20
     import tensorflow as tf
