@@ -3,43 +3,48 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
-# A file's tests share what is slow to make, so they stay in one process. "auto" would count no second thread of a core.
-PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# A file's tests share what is slow to make, so they stay in one process; tests/conftest.py decides which start first.
+# "logical", because "auto" would count cores and not their threads.
+PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: fit test check long lowest benchmarks readme clean
+.PHONY: help fit test check long lowest docs benchmarks clean
 
 fit: $(INSTALLED)  ## fine-tune a small model on Python's own documentation
 	$(BIN)/python -m tfclm.fit
 
-test: $(INSTALLED)-dev  ## run the tests but the slow ones
+test: $(INSTALLED)-dev  ## run all tests except the slow ones
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-check: $(INSTALLED)-dev  ## lint, type-check, run the tests but the long ones
+check: $(INSTALLED)-dev  ## lint, type-check, run all tests except the long ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python $(PYTEST)
 
-long: $(INSTALLED)-dev  ## the tests with all their numbers, and those that are too long for every change: some hours
+long: $(INSTALLED)-dev  ## all tests, with their largest numbers: some hours
 	TFCLM_LONG_TESTS=1 $(BIN)/python $(PYTEST)
 
+# The last two take one core each.
 lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## the journey from text to model on the lowest versions that pyproject.toml allows, and what the highest exports
-	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/test_checkpoint.py tests/savedmodel/test_detokenizer.py tests/savedmodel/test_decoding.py tests/savedmodel/test_products.py
-	.venv-lowest/bin/python $(PYTEST) tests/server/test_hostile_requests.py
-	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k stock_servers
+	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/checkpoint/test_checkpoint.py tests/savedmodel/tokenizer/test_detokenizer.py tests/savedmodel/graph/test_decoding.py tests/savedmodel/graph/test_products.py
+	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k servers_tensorflow & other=$$!; \
+	.venv-lowest/bin/python -m pytest tests/server/test_hostile_requests.py && wait $$other
 
-readme: $(INSTALLED)-dev  ## print the tables of settings for the README
-	@for verb in fit generate evaluate export push query; do $(BIN)/python -m tfclm.settings $$verb; done
+docs: $(INSTALLED)-dev  ## build the documentation into site/
+	$(BIN)/python -m mkdocs build --strict
 
-benchmarks: $(INSTALLED)-dev  ## the figures of the README
+help:  ## list what make can do
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+benchmarks: $(INSTALLED)-dev  ## the figures of the documentation
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.tokenizer
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.serving
 
 clean:  ## remove what make has made
-	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache build site src/*.egg-info
 
 CONSTRAINTS ?= constraints.txt
 
@@ -48,11 +53,12 @@ CONSTRAINTS ?= constraints.txt
 
 .PRECIOUS: %/.installed
 
+# What is never imported is not compiled either.
 %/.installed: pyproject.toml constraints.txt constraints-lowest.txt
 	test -x $*/bin/python || $(PYTHON) -m venv $*
-	$*/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	$*/bin/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
 %/.installed-dev: %/.installed
-	$*/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$*/bin/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@

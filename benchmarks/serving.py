@@ -1,10 +1,10 @@
-"""The embedded server under load: many callers beside one, many clients for minutes, more requests than it takes.
+"""The embedded server under load: throughput with 1 and 8 clients, many clients for minutes, and overload.
 
     python -m pip install 'tfclm[benchmarks]'
     python -m benchmarks.serving
 
-`python -m tfclm.serve` in a process of its own, with DistilGPT2's shape (random weights, greedy, prompts of some 16
-tokens), asked over REST by `tfclm.Client`. Throughput is a ratio within this run; the rest is counted.
+`python -m tfclm.serve` runs in its own process, with a model of DistilGPT2's shape (random weights, greedy decoding,
+prompts of some 16 tokens); `tfclm.Client` sends the requests over REST. Throughput is a ratio within one run.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from benchmarks.decoding import export, make_checkpoint
 from tfclm import Client, ServerError
 
 PROMPT = "The import statement combines two operations; it searches for the named module, then"
-NEW = 64
+NEW_TOKENS = 64
 
 
 class Server:
-    """The command, and what the kernel says of it."""
+    """`python -m tfclm.serve` in its own process, and its memory."""
 
     def __init__(self, serving: Path, *flags: str) -> None:
         command = [
@@ -48,25 +48,25 @@ class Server:
             found = re.search(r"listening on .* REST (\d+)", line)
             if found:
                 self.url = f"http://127.0.0.1:{found[1]}"
-                # Somebody has to read on, or the server would wait for it.
+                # Keep reading, because the server would block on a full pipe.
                 threading.Thread(target=self._process.stderr.read, daemon=True).start()
                 return
         raise RuntimeError("the server did not start")
 
     def memory(self) -> float:
-        """MiB that are resident."""
+        """Resident memory in MiB."""
         lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
 
     def stop(self) -> None:
-        """By SIGTERM; a server that does not end well is an error."""
+        """Stops the server by SIGTERM; raises RuntimeError if its exit code is not 0."""
         self._process.terminate()
         if self._process.wait(60):
             raise RuntimeError(f"the server ended with {self._process.returncode}")
 
 
 @contextmanager
-def served(serving: Path, *flags: str) -> Any:
+def serve(serving: Path, *flags: str) -> Any:
     """A server that is stopped at the end."""
     server = Server(serving, *flags)
     try:
@@ -75,8 +75,8 @@ def served(serving: Path, *flags: str) -> Any:
         server.stop()
 
 
-def together(count: int, call: Callable[[int], Any]) -> None:
-    """Runs `call(number)` in threads of their own and waits for all."""
+def run_in_threads(count: int, call: Callable[[int], Any]) -> None:
+    """Runs `call(number)` for each number in its own thread and waits for all."""
     threads = [threading.Thread(target=call, args=(number,)) for number in range(count)]
     for thread in threads:
         thread.start()
@@ -85,26 +85,29 @@ def together(count: int, call: Callable[[int], Any]) -> None:
 
 
 def throughput(url: str, rounds: int) -> None:
-    """Eight callers beside one, a request each, in turn."""
+    """Compares one client with eight simultaneous ones, alternating, one request each."""
     with Client(url) as client:
 
         def ask(number: int) -> None:
-            client.generate(PROMPT, max_new_tokens=NEW, temperature=0.0, seed=number)
+            client.generate(PROMPT, max_new_tokens=NEW_TOKENS, temperature=0.0, seed=number)
 
         times: dict[int, list[float]] = {1: [], 8: []}
         for number in range(rounds + 1):
-            for callers, taken in times.items():
+            for clients, elapsed in times.items():
                 start = time.perf_counter()
-                together(callers, ask)
+                run_in_threads(clients, ask)
                 if number:
-                    taken.append(time.perf_counter() - start)
-    one, eight = (statistics.median(taken) for taken in times.values())
+                    elapsed.append(time.perf_counter() - start)
+    one, eight = (statistics.median(elapsed) for elapsed in times.values())
     ratio = 8 * one / eight
-    print(f"8 clients / one, tokens a second {ratio:.2f}   target 3: {'met' if ratio >= 3 else 'NOT met'}", flush=True)
+    print(
+        f"8 clients / 1 client, tokens per second {ratio:.2f}   target 3: {'met' if ratio >= 3 else 'NOT met'}",
+        flush=True,
+    )
 
 
 def soak(server: Server, clients: int, seconds: float) -> None:
-    """Many clients, for minutes: their errors, and the server's memory once warm and at the end."""
+    """Many clients for minutes: counts their errors, and compares the server's memory after warm-up and at the end."""
     answers: Counter[str] = Counter()
     end = time.monotonic() + seconds
     memory: list[float] = []
@@ -124,18 +127,18 @@ def soak(server: Server, clients: int, seconds: float) -> None:
             memory.append(server.memory())
             time.sleep(0.5)
 
-    together(clients + 1, lambda number: watch(0) if number == clients else ask(number))
+    run_in_threads(clients + 1, lambda number: watch(0) if number == clients else ask(number))
     answered, tokens = answers.pop("answers"), answers.pop("tokens")
     print(
         f"{clients} clients for {seconds:.0f} s: {answered} answers, {tokens} tokens, errors: {dict(answers) or 'none'}"
     )
     quarter = len(memory) // 4
     first, last = max(memory[:quarter]), max(memory[-quarter:])
-    print(f"memory: {first:.0f} MiB at the most in the first quarter, {last:.0f} in the last")
+    print(f"memory: at most {first:.0f} MiB in the first quarter, {last:.0f} MiB in the last")
 
 
 def overload(server: Server, clients: int) -> None:
-    """More requests at once than may wait."""
+    """Sends more simultaneous requests than may wait in the queue."""
     answers: Counter[str] = Counter()
     before = server.memory()
 
@@ -147,10 +150,12 @@ def overload(server: Server, clients: int) -> None:
             except ServerError as error:
                 answers["503" if "HTTP 503" in str(error) else str(error)] += 1
 
-    together(clients, ask)
+    run_in_threads(clients, ask)
     with Client(server.url) as client:
         client.generate(PROMPT, max_new_tokens=4)
-    print(f"{clients} requests at once: {dict(answers)}; memory {before:.0f} MiB before, {server.memory():.0f} after")
+    print(
+        f"{clients} simultaneous requests: {dict(answers)}; memory {before:.0f} MiB before, {server.memory():.0f} after"
+    )
 
 
 def main() -> None:
@@ -164,10 +169,10 @@ def main() -> None:
         folder, serving = Path(work) / "checkpoint", Path(work) / "serving"
         make_checkpoint(folder)
         export(folder, serving)
-        with served(serving) as server:
+        with serve(serving) as server:
             throughput(server.url, arguments.rounds)
             soak(server, arguments.clients, arguments.seconds)
-        with served(serving, "--max_queued_requests=32") as server:
+        with serve(serving, "--max_queued_requests=32") as server:
             overload(server, 400)
 
 

@@ -1,9 +1,9 @@
-"""The tokenizer in the graph beside the fast (Rust) tokenizer that it has to equal: speed, size, loading.
+"""The tokenizer in the graph, compared with the fast (Rust) tokenizer: speed, size, loading.
 
     python -m benchmarks.tokenizer
 
-Python's own documentation as text, two threads; medians, one after the other in one process. GPT-2 and BERT have
-their real vocabularies; Llama's and XGLM's are trained on that text, and XGLM's table of normalization is a real one.
+The text is Python's own documentation. Two threads; medians of calls in one process. GPT-2 and BERT have their real
+vocabularies; Llama's and XGLM's are trained on that text, and XGLM's normalization table is a real one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ print(loaded - start, time.perf_counter() - loaded)
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """The median time of a call, after two that warm up."""
+    """The median time of a call, after two warm-up calls."""
     call(), call()
     times = []
     for _ in range(ROUNDS):
@@ -79,11 +79,11 @@ def other_kinds(folder: str) -> dict[str, Any]:
 
 
 def compare(name: str, fast: Any, sizes: Sequence[int]) -> tf.Module:
-    """Print the figures of a tokenizer for batches of these sizes; it and its detokenizer in a module."""
+    """Prints the figures of a tokenizer for batches of these sizes; returns it and its detokenizer in a module."""
     start = time.perf_counter()
     module = tf.Module()
     module.tokenizer, module.detokenizer = GraphTokenizer(fast), GraphDetokenizer(fast)
-    print(f"{name}, made in {time.perf_counter() - start:.1f} s")
+    print(f"{name}, built in {time.perf_counter() - start:.1f} s")
     encode = tf.function(module.tokenizer.encode, input_signature=[tf.TensorSpec([None], tf.string)])
     ids = tf.TensorSpec([None, None], tf.int32)
     decode = tf.function(module.detokenizer.decode, input_signature=[ids, tf.TensorSpec([None], tf.int32)])
@@ -98,16 +98,16 @@ def compare(name: str, fast: Any, sizes: Sequence[int]) -> tf.Module:
             assert [row[:n].tolist() for row, n in zip(found.numpy(), lengths.numpy(), strict=True)] == expected
             tokens = int(lengths.numpy().sum())
             graph, rust = seconds(lambda b=batch: encode(b)[1].numpy()), seconds(lambda t=texts: fast(t))
-            back = seconds(lambda f=found, n=lengths: decode(f, n).numpy())
+            decoding = seconds(lambda f=found, n=lengths: decode(f, n).numpy())
             print(
                 f"{size:>10} {rows:>4} {tokens:>7} {graph * 1e3:>9.2f} {tokens / graph / 1e6:>7.2f} {rust * 1e3:>8.2f} "
-                f"{back * 1e3:>9.2f}"
+                f"{decoding * 1e3:>9.2f}"
             )
     return module
 
 
 def main() -> None:
-    """Print the figures; fail if any id differs."""
+    """Prints the figures; fails if any id differs."""
     tf.config.threading.set_intra_op_parallelism_threads(2)
     tf.config.threading.set_inter_op_parallelism_threads(2)
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
 #
 #   serving/smoke.sh http://localhost:8501 [MODEL]
 #
-# One line a check. Exit code 0 if all hold, 1 if one does not, 2 if it was called wrongly.
+# One line per check. Exit code 0 if all pass, 1 if one fails, 2 for wrong arguments.
 set -u
 LC_ALL=C
 export LC_ALL
@@ -30,18 +30,18 @@ ask() {
     reply=$(curl -sS --max-time 120 -w '\n%{http_code}' "$@" "$url/v1/models/$model$path" 2>&1)
     code=${reply##*"$line"}
     reply=${reply%"$line"*}
-    # Without the blanks, in which servers differ.
+    # Without white space, in which servers differ.
     compact=$(printf '%s' "$reply" | tr -d ' \t\r\n')
 }
 
-# The text of the reply to a row, as it stands in the JSON: escapes and all.
+# The text in the reply to a row, as escaped in the JSON.
 text() {
     printf '%s' "$reply" | tr '\n' ' ' |
         sed -n -E 's/.*"(generated_text": *|predictions": *\[ *)"(([^"\\]|\\.)*)".*/\2/p'
 }
 
 failed=0
-# verdict NAME WHAT SUCCESS prints the line of a check; SUCCESS is what stands there if it holds, empty if it does not.
+# verdict NAME WHAT SUCCESS prints the line of a check; SUCCESS is its text if the check passes, empty if it fails.
 verdict() {
     if [ -n "$3" ]; then
         echo "ok      $1: $3"
@@ -55,7 +55,7 @@ found=
 ask ''
 case $code$compact in 200*'"state":"AVAILABLE"'*) found="a version of $model is AVAILABLE" ;; esac
 verdict status "no version of $model is AVAILABLE" "$found"
-# Nobody there: the other lines would say the same.
+# Without a server, the other checks would say the same.
 [ "$code" != 000 ] || exit 1
 
 missing=
@@ -65,20 +65,20 @@ for name in serving_default generate score; do
 done
 [ "$code" = 200 ] || missing=" metadata"
 found=
-[ -n "$missing" ] || found="serving_default, generate and score are there"
+[ -n "$missing" ] || found="serving_default, generate and score exist"
 verdict metadata "missing:$missing" "$found"
 
 prompt='The import statement'
 found=
 ask :predict "{\"instances\": [\"$prompt\"]}"
 if [ "$code" = 200 ]; then
-    case $(text) in "$prompt"*) found="it goes on from the prompt" ;; esac
+    case $(text) in "$prompt"*) found="it continues the prompt" ;; esac
 fi
-verdict serving_default "no text that goes on from the prompt" "$found"
+verdict serving_default "no text that continues the prompt" "$found"
 
 found=
-knobs='"max_new_tokens": 8, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "stop": ""'
-body="{\"signature_name\": \"generate\", \"instances\": [{\"prompt\": \"$prompt\", $knobs, \"seed\": 7}]}"
+params='"max_new_tokens": 8, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "stop": ""'
+body="{\"signature_name\": \"generate\", \"instances\": [{\"prompt\": \"$prompt\", $params, \"seed\": 7}]}"
 ask :predict "$body"
 if [ "$code" = 200 ]; then
     first=$(text)
@@ -96,7 +96,7 @@ verdict score "no finite perplexity" "${perplexity:+perplexity $perplexity}"
 
 found=
 ask :predict '{"instances": [1]}'
-[ "$code" != 400 ] || found="a number for a text is refused with 400"
-verdict 'bad request' "a number for a text should be refused with 400" "$found"
+[ "$code" != 400 ] || found="a number as text is refused with 400"
+verdict 'bad request' "a number as text should be refused with 400" "$found"
 
 exit $failed

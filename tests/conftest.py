@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import pydoc_data.topics
 import tempfile
@@ -17,13 +18,33 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
+# Commands in processes of their own are forked from one that has all of this imported and has computed nothing:
+# the import of TensorFlow takes longer than the rest of a start.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["tfclm.training.finetuning", "tfclm.savedmodel.exporting", "tfclm.fit", "tfclm.export", "tfclm.server.server"]
+)
+
 # TensorFlow's graphs are millions of Python objects, which the collector would walk time and again.
 gc.set_threshold(200_000, 20, 100)
+
+# The files of tests that take minutes.
+LONGEST = {
+    "test_export",
+    "test_docs",
+    "test_examples",
+    "test_signatures",
+    "test_resume",
+    "test_playground",
+    "test_process",
+    "test_hub_fit",
+}
 
 LONG = os.environ.get("TFCLM_LONG_TESTS") == "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Else one of several workers has only these left in the end, and the others nothing.
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     long = [item for item in items if item.get_closest_marker("long") and not LONG]
     config.hook.pytest_deselected(items=long)
     items[:] = [item for item in items if item not in long]
@@ -63,13 +84,18 @@ def tokenizer(tokenizer_dir: Path):
 ARCHITECTURES = ["gpt2", "opt", "mistral"]
 
 
-def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, **overrides):
-    """The config of a two-layer model of width 32; dropout stays at the architecture's default unless overridden."""
+def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, layers: int = 1, **overrides):
+    """The config of a model of width 32; dropout stays at the architecture's default unless overridden.
+
+    Tracing, compiling and training take as long again for a second layer. Where layers can be mixed up, give 2.
+    """
     from transformers import GPT2Config, MistralConfig, OPTConfig
 
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     if architecture == "gpt2":
-        return GPT2Config(vocab_size=vocab_size, n_positions=context, n_embd=32, n_layer=2, n_head=2, **ids | overrides)
+        return GPT2Config(
+            vocab_size=vocab_size, n_positions=context, n_embd=32, n_layer=layers, n_head=2, **ids | overrides
+        )
     if architecture == "opt":
         ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
         return OPTConfig(
@@ -77,7 +103,7 @@ def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, **o
             max_position_embeddings=context,
             hidden_size=32,
             ffn_dim=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             word_embed_proj_dim=32,
             **ids | overrides,
@@ -88,7 +114,7 @@ def tiny_config(architecture: str, vocab_size: int = 512, context: int = 64, **o
             max_position_embeddings=context,
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             sliding_window=None,

@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on loopback: its HTTP endpoints as the real `huggingface_hub` client calls them.
+"""A stand-in for the Hub on loopback, with the endpoints that the real `huggingface_hub` client calls, and its users.
 
 It keeps what it gets: repositories of models and datasets with branches, commits and pull requests, and large files by
 their hash, which it checks. `Faults` makes it misbehave as networks do, from a seed.
@@ -9,10 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import random
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -169,6 +172,53 @@ def hub() -> Iterator[Hub]:
         running.stop()
 
 
+def environment(endpoint: str, home: Path, token: str | None = WRITER) -> dict[str, str]:
+    """A user's, with a Hub at `endpoint`, and nothing of the machine's own settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    made = kept | {"HF_ENDPOINT": endpoint, "HOME": str(home), "HF_HOME": str(home / "hf"), "TQDM_DISABLE": "1"}
+    return made | ({"HF_TOKEN": token} if token else {})
+
+
+PRELUDE = """
+import json, sys, threading, time
+from pathlib import Path
+from tfclm.errors import InputError
+from tfclm.hub.pushing import Pusher, State
+from tfclm.hub.repository import Repository, Unreachable, list_files, preflight
+folder = Path(sys.argv[1])
+def answer(value): print(json.dumps(value))
+"""
+
+
+def asked(code: str, endpoint: str, folder: Path, token: str | None = WRITER) -> tuple[Any, str]:
+    """What a process of its own answers that runs the code with the real client, and its stderr."""
+    home = folder.parent / "home"
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code, str(folder)],
+        env=environment(endpoint, home, token),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert WRITER not in done.stdout + done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def filled(folder: Path, **files: bytes) -> Path:
+    """A folder as a run leaves one: small text, a folder in it, a large file that is no text."""
+    content = {"config.json": b"{}", "logs/events": b"\0" * 40, "model.safetensors": b"\0" + os.urandom(3000)} | files
+    for name, data in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    """What is in a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 class Refused(Exception):
     """An answer that is an error: status, message, and the Hub's name for it."""
 
@@ -178,7 +228,7 @@ class Refused(Exception):
 
 
 def is_large(content: bytes) -> bool:
-    """Whether the Hub keeps a file beside git: here, what is no text."""
+    """Whether the Hub stores a file outside git: here, what is not text."""
     return b"\0" in content[:512] or len(content) > 10 * 2**20
 
 

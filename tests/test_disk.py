@@ -42,15 +42,15 @@ def on_a_mount(code: str, *words: object, changed: str = "") -> subprocess.Compl
 
 PUBLISH = """
 from pathlib import Path
-from tfclm.savedmodel.publishing.versions import publish, staged, versions
-where = Path(sys.argv[1])
+from tfclm.savedmodel.publishing.versions import ServingDirectory
+directory = ServingDirectory.open(sys.argv[1])
 for _ in range(2):
-    with staged(where) as folder:
+    with directory.staged() as folder:
         (folder / "variables").mkdir()
         (folder / "variables" / "a.index").write_text("a")
         (folder / "saved_model.pb").write_text("graph")
-        publish(folder, where)
-print(versions(where))
+        directory.publish(folder)
+print(directory.versions())
 """
 
 
@@ -91,8 +91,9 @@ def test_versions_on_another_layer_are_removed(tmp_path: Path):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "saved_model.pb").write_text("graph")
     code = """
-from tfclm.savedmodel.publishing.versions import keep, rollback
-print(rollback(sys.argv[1]), keep(sys.argv[1], 1))
+from tfclm.savedmodel.publishing.versions import ServingDirectory
+directory = ServingDirectory.at(sys.argv[1])
+print(directory.rollback(), directory.keep(1))
 """
     done = on_a_mount(code, tmp_path, changed="os.rename = refuse(errno.EXDEV)")
     assert (done.returncode, done.stdout) == (0, "(3, 2) [1]\n"), done.stderr
@@ -169,8 +170,8 @@ def test_what_another_user_has_left_stops_nothing(public: Path):
     (left / "saved_model.pb").write_text("half")
     left.chmod(0)
     # Root may remove everything: then the export is somebody else's, once its modules are imported.
-    code = PUBLISH.replace("where = ", "if os.getuid() == 0: os.setuid(65534)\nwhere = ")
-    script = f"import os, sys\n{code.replace('staged(where)', 'staged(where, print)')}"
+    code = PUBLISH.replace("directory = ", "if os.getuid() == 0: os.setuid(65534)\ndirectory = ")
+    script = f"import os, sys\n{code.replace('staged()', 'staged(print)')}"
     try:
         command = [sys.executable, "-c", script, str(public)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -178,7 +179,7 @@ def test_what_another_user_has_left_stops_nothing(public: Path):
         left.chmod(0o755)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[1, 2]"
-    assert f"{left} was left behind and is not removed: Permission denied; remove it yourself" in done.stdout
+    assert f"{left} is a leftover that was not removed (Permission denied): remove it yourself" in done.stdout
     assert sorted(entry.name for entry in public.iterdir()) == [".staging-left", "1", "2"]
 
 
@@ -188,7 +189,7 @@ def test_a_lock_is_waited_for_only_so_long(tmp_path: Path):
     with FolderLock(tmp_path) as first:
         assert first.exclusive
         with pytest.raises(BlockingIOError):
-            FolderLock(tmp_path, patience=0.2)
+            FolderLock(tmp_path, timeout=0.2)
         assert 0.2 <= time.monotonic() - began < 10
     with FolderLock(tmp_path) as again:
         assert again.exclusive

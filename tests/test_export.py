@@ -23,6 +23,7 @@ import pytest
 from conftest import LONG, tiny_config
 
 from tfclm import export, fit
+from tfclm.cli.release import recorded_perplexity
 from tfclm.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -42,9 +43,7 @@ RECORD = "assets.extra/tfclm.json"
 PROTOCOL = {"block_size": 32, "separator": True, "split": "test"}
 Answer = tuple[int, str, str]  # the exit code, stdout and stderr
 
-# Imports TensorFlow once and forks from there, before it has computed anything.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tensorflow", "tfclm.checkpoint", "tfclm.savedmodel.exporting", "tfclm.export"])
 
 
 def _main(arguments: list[str], output: str) -> None:
@@ -117,9 +116,7 @@ def save_checkpoint(folder: Path, tokenizer: Any) -> Path:
     from tfclm.checkpoint import create, save
 
     tf_keras.utils.set_random_seed(0)
-    config = tiny_config("gpt2", context=CONTEXT)
-    config.n_layer = 1
-    save(create(config), tokenizer, folder)
+    save(create(tiny_config("gpt2", context=CONTEXT)), tokenizer, folder)
     write_results(folder)
     return folder
 
@@ -326,7 +323,7 @@ def test_list_and_rollback(console: Console, tmp_path: Path):
     assert console(export, *at, "--rollback")[:2] == (0, "version 2 removed, 1 is the newest\n")
     refuse(console(export, *at, "--rollback"), "has one version, and nothing to go back to")
     assert names(tmp_path / "m") == {"1"}
-    for flag, text in (("--list", "there is no such folder"), ("--rollback", "nothing to go back to")):
+    for flag, text in (("--list", "there is no such directory"), ("--rollback", "nothing to go back to")):
         refuse(console(export, "--serving-dir", tmp_path / "nowhere", flag), text)
 
 
@@ -346,7 +343,7 @@ def test_list_of_a_remote_folder(console: Console, tmp_path: Path):
     written = tf.io.gfile.stat(f"{at}/1/saved_model.pb").mtime_nsec / 1e9
     assert " ".join(when) == time.strftime("%Y-%m-%d %H:%M", time.gmtime(written))
     assert len(out.splitlines()) == 2
-    assert f"{at}/2 has no saved_model.pb and counts as no version" in err
+    assert f"{at}/2 has no saved_model.pb and does not count as a version" in err
     refuse(console(export, "--serving-dir", at, "--rollback"), "has one version, and nothing to go back to")
     refuse(console(export, "--serving-dir", "nowhere://x", "--list"), "'nowhere' not implemented")
 
@@ -398,10 +395,10 @@ REFUSED = [
     ("--list", "--serving-dir is missing"),
     ("--serving-dir NEW", "--model is missing"),
     ("--serving-dir NEW --model NEW", "NEW"),
-    ("--serving-dir NEW --model EMPTY", "EMPTY is an empty folder: give a checkpoint's folder"),
+    ("--serving-dir NEW --model EMPTY", "EMPTY is an empty directory: give a checkpoint directory"),
     ("--serving-dir NEW --model BARE", "BARE: no tokenizer can be read from its files"),
-    ("--serving-dir FILE --model NEW", "--serving-dir FILE: FILE is no folder; give a folder"),
-    ("--serving-dir FILE/x --model NEW", "--serving-dir FILE/x: FILE is no folder; give a folder"),
+    ("--serving-dir FILE --model NEW", "--serving-dir FILE: FILE is not a directory; give a directory"),
+    ("--serving-dir FILE/x --model NEW", "--serving-dir FILE/x: FILE is not a directory; give a directory"),
     ("--serving-dir TAKEN --model NEW --version 1", "--version 1 is in TAKEN already: give another"),
     ("--serving-dir TAKEN --model NEW --version 7", "--version 7 is in TAKEN already: give another"),
     ("--serving-dir TAKEN --model NEW --version 8", "--version 8 is in TAKEN already: give another"),
@@ -422,9 +419,12 @@ REFUSED = [
     ("--serving-dir NEW --from-hub me/x --compile xla", "leave out --compile"),
     ("--serving-dir NEW --model NEW --max-new-tokens 0", "--max-new-tokens 0: give 1 or more"),
     ("--serving-dir NEW --model NEW --max-batch-size 5000", "--max-batch-size 5000: give 4096 at most"),
-    ("--serving-dir NEW --model NEW --split dev --max-perplexity 9", "--split goes with --dataset or --file"),
-    ("--serving-dir NEW --model NEW --text-column body", "--text-column goes with --dataset or --file"),
-    ("--serving-dir NEW --model NEW --buckets 16", "--buckets goes with --compile xla"),
+    (
+        "--serving-dir NEW --model NEW --split dev --max-perplexity 9",
+        "--split applies to the text of --dataset or --file",
+    ),
+    ("--serving-dir NEW --model NEW --text-column body", "--text-column applies to the text of --dataset or --file"),
+    ("--serving-dir NEW --model NEW --buckets 16", "--buckets requires --compile xla"),
     ("--serving-dir NEW --model NEW --max-perplexity 0", "--max-perplexity 0.0: give 1 or more"),
     ("--serving-dir NEW --model UNKNOWN --max-perplexity 9", "the checkpoint has no results.json"),
     ("--serving-dir NEW --model CHECKPOINT --max-new-tokens-limit 16", "--max-new-tokens-limit 16"),
@@ -466,13 +466,13 @@ def test_record_of_a_run_is_found_and_read(plain: Path, tmp_path: Path, monkeypa
     """A gate that says there is none, because the folder was given as a shell leaves it behind an equals sign."""
     checkpoint = shutil.copytree(plain, tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
-    record = export.recorded("~/model", None)
+    record = recorded_perplexity("~/model", None)
     assert record is not None
     assert (record.perplexity, record.tokens) == (20.0, 1000)
     for damaged in ('{"perplexity": 1e999, "tokens": 1e999, "protocol": {}}', '{"perplexity": "low"}', "{", "[]"):
         (checkpoint / "results.json").write_text(damaged)
-        with pytest.raises(InputError, match=r"model/results\.json is no record of tfclm\.fit"):
-            export.recorded("~/model", None)
+        with pytest.raises(InputError, match=r"model/results\.json is not a record of tfclm\.fit"):
+            recorded_perplexity("~/model", None)
 
 
 def test_beams_are_refused(console: Console, plain: Path, tmp_path: Path):
@@ -488,7 +488,7 @@ def test_beams_are_refused(console: Console, plain: Path, tmp_path: Path):
     [
         (("--max-perplexity", 19.9), 1, "not published: perplexity 20.0000 is above 19.9"),
         (("--max-regression", 0.02), 1, "not published: perplexity 20.0000 is above 16.3200"),
-        (("--max-regression", 0.02), 2, "measured otherwise (block_size differ)"),
+        (("--max-regression", 0.02), 2, "measured differently (block_size differ)"),
     ],
 )
 def test_gate_keeps_a_model_out(
@@ -532,11 +532,11 @@ def test_run_that_diverged_is_exported_where_nothing_is_asked(diverged: Path, tm
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--export-to FILE/x", "--export-to FILE/x: FILE is no folder"),
+        ("--export-to FILE/x", "--export-to FILE/x: FILE is not a directory"),
         ("--export-to m --max-perplexity 0.5", "--max-perplexity 0.5: give 1 or more"),
-        ("--export-to m --max-regression -2", "--max-regression -2.0: give a part"),
+        ("--export-to m --max-regression -2", "--max-regression -2.0: give a fraction"),
         ("--export-to bare --max-regression 0.1", "served now has no perplexity in its record"),
-        ("--export-to m --max-regression 0.1", "measured otherwise (block_size, "),
+        ("--export-to m --max-regression 0.1", "measured differently (block_size, "),
     ],
 )
 def test_fit_refuses_before_it_trains(

@@ -54,14 +54,14 @@ def test_prompt_is_taken_literally():
 @pytest.mark.parametrize("temperature", [float("nan"), float("inf"), float("-inf"), 1e-40, 1e40, -1.0])
 def test_temperature_out_of_range(make_model, tokenizer, temperature: float):
     """A division by nearly nothing, and text drawn from logits that are no numbers."""
-    with pytest.raises(InputError, match=r"--temperature .* 0 \(greedy\) or a number from 1e-6 to 1e6"):
+    with pytest.raises(InputError, match=r"`temperature` .* 0 \(greedy\) or a number from 1e-6 to 1e6"):
         sample(make_model(), tokenizer, "The", temperature=temperature)
 
 
 @pytest.mark.parametrize("top_p", [float("nan"), float("inf"), 0.0, 1.1])
 def test_top_p_out_of_range(make_model, tokenizer, top_p: float):
     """A comparison with no number, which holds for no token."""
-    with pytest.raises(InputError, match=r"--top-p .* above 0, up to 1"):
+    with pytest.raises(InputError, match=r"`top_p` .* above 0 and up to 1"):
         sample(make_model(), tokenizer, "The", top_p=top_p)
 
 
@@ -162,7 +162,7 @@ def test_penalties_are_obeyed(make_model, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_beams": 4}, "num_beams 4, which generate does not do"),
+        ({"num_beams": 4}, "num_beams 4, which generate does not support"),
         ({"penalty_alpha": 0.6}, "penalty_alpha 0.6"),
         ({"min_p": 0.1}, "min_p 0.1"),
         ({"stop_strings": ["."]}, "stop_strings"),

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import WRITER, Hub, hub
-from test_hub import asked, filled, held
+from hub_server import WRITER, Hub, asked, filled, held, hub
 
 from tfclm import push
 from tfclm.cli.command import command
@@ -41,17 +40,22 @@ def called(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *
     ("words", "gone", "added", "said"),
     [
         ([], (), {}, ["--model"]),
-        (["--model", "nowhere"], (), {}, ["--model nowhere", "no such folder"]),
+        (["--model", "nowhere"], (), {}, ["--model nowhere", "no such directory"]),
         (["--model", "run"], (), {}, ["--repo-id", "me/eli5"]),
         (["--model", "run", "--repo-id", "me/x"], ("config.json",), {}, ["config.json"]),
         (["--model", "run", "--repo-id", "me/x"], ("model.safetensors",), {}, ["no weights"]),
         (["--model", "run", "--repo-id", "me/x"], ("tokenizer.json",), {}, ["no tokenizer"]),
-        (["--model", "run", "--repo-id", "me/x"], (), {"resume/state/x": b""}, ["not complete"]),
+        (["--model", "run", "--repo-id", "me/x"], (), {"resume/state/x": b""}, ["incomplete run"]),
         (["--model", "run"], (), {"unpushed.json": b"{"}, ["unpushed.json", "--repo-id"]),
         (["--model", "run", "--repo-id", "me/x", "--branch", "b", "--create-pr"], (), {}, ["--create-pr", "--branch"]),
         (["--model", "run", "--repo-id", "me/x", "--push-timeout", "0"], (), {}, ["--push-timeout 0"]),
         (["--model", "run", "--repo-id", "me/x", "--push-patience", "nan"], (), {}, ["--push-patience nan"]),
-        (["--model", "run", "--repo-id", "me/x", "--push-saved-model", "run"], (), {}, ["run is no exported model"]),
+        (
+            ["--model", "run", "--repo-id", "me/x", "--push-saved-model", "run"],
+            (),
+            {},
+            ["not an exported model"],
+        ),
         (["--model", "run", "--repo-id", "a/b/c"], (), {}, ["--repo-id a/b/c"]),
         (["--model", "run", "--repo-id", WRITER], (), {}, ["--repo-id: that is a token"]),
         (["--model", "run", "--repo-id", "me/x"], (), {}, ["HF_HUB_OFFLINE is set", "same command again"]),
@@ -113,7 +117,7 @@ def test_a_token_that_cannot_be_read(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     assert called(monkeypatch, capfd, "--model", "nowhere") == (
         2,
-        "tfclm.push: --model nowhere: there is no such folder",
+        "tfclm.push: --model nowhere: there is no such directory",
     )
 
     def run(settings: push.PushSettings) -> int:
@@ -128,7 +132,7 @@ def test_a_token_that_cannot_be_read(
     folder = checkpoint(tmp_path / "run")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     code, err = called(monkeypatch, capfd, "--model", folder, "--repo-id", "me/x")
-    why = "Is a directory" if content is None else "it is no text"
+    why = "Is a directory" if content is None else "it is not text"
     assert code == 2
     assert err.startswith(f"tfclm.push: the Hub's token in {file} cannot be read ({why}): run `hf auth login` again"), (
         err
@@ -204,7 +208,7 @@ answer([str(fetch_servable("me/x")), "tensorflow" in sys.modules, "transformers"
     ("repo_id", "words"),
     [
         ("me/none", "there is no me/none on the Hub"),
-        ("me/bare", "push with --push-saved-model"),
+        ("me/bare", "me/bare has no saved_model.zip: push an exported model with `push_saved_model`"),
         ("a/b/c", "owner/name"),
     ],
 )

@@ -25,7 +25,7 @@ from tensorflow_serving.config import model_server_config_pb2
 
 from tfclm.cli.arguments import parse
 from tfclm.errors import InputError
-from tfclm.serve import _as_switch
+from tfclm.serve import to_switch
 from tfclm.server.settings import ServeSettings
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def settings_of(flags: list[str]) -> ServeSettings:
     """Flags of tensorflow_model_server as our server takes them."""
     # Compose's ${NAME:-default}, where NAME is not set.
     plain = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", flag) for flag in flags]
-    return parse(ServeSettings, [_as_switch(flag) for flag in plain], prog="serve", description="")
+    return parse(ServeSettings, [to_switch(flag) for flag in plain], prog="serve", description="")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def make_liar() -> Any:
         lambda prompt: {"generated_text": tf.strings.join(["Another ", prompt])}, input_signature=[spec("prompt")]
     )
 
-    # The knobs have to be named inputs.
+    # The parameters have to be named inputs.
     def generate(prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop):
         return {
             "generated_text": tf.strings.join([prompt, tf.strings.as_string(tf.random.uniform(tf.shape(prompt)))]),
@@ -499,7 +499,7 @@ def test_every_client_is_tried():
 
 
 def test_flags_that_the_readme_calls_refused():
-    """A flag that the table calls refused and that our server takes by now, or ignores without a word."""
+    """A flag that the table lists as refused, but the server accepts or silently ignores."""
     (row,) = re.findall(r"^\| Flags it refuses \|(.*)$", README, re.MULTILINE)
     flags = re.findall(r"`--(\w+)`", row.split("|")[0])
     assert len(flags) > 15
@@ -509,7 +509,7 @@ def test_flags_that_the_readme_calls_refused():
 
 
 def test_flags_that_the_readme_calls_its_own():
-    """A flag of the table that there is not."""
+    """A flag in the table that does not exist."""
     (row,) = re.findall(r"^\| Flags of its own \|(.*)$", README, re.MULTILINE)
     flags = re.findall(r"`--(\w+)`", row)
     assert flags
@@ -517,7 +517,7 @@ def test_flags_that_the_readme_calls_its_own():
 
 
 def test_readme_names_what_there_is():
-    """A link or a path in the README that leads nowhere, or a file that it passes over."""
+    """A broken link or path in the README, or a file that it does not mention."""
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (SERVING / target).exists(), target
     for path in re.findall(r"serving/[\w./-]+\w", README):

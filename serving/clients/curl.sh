@@ -5,7 +5,7 @@ url=${1:-http://localhost:8501}
 model=${2:-quickstart}
 prompt=${3:-The import statement}
 
-# Base64 saves the escaping that JSON needs. A row names every input: REST knows no defaults.
+# Base64 avoids JSON escaping. A row has to contain every input, because REST ignores defaults.
 curl -sS --fail-with-body --data-binary @- "$url/v1/models/$model:predict" <<EOF
 {
   "signature_name": "generate",

@@ -5,7 +5,7 @@ const [url = "http://localhost:8501", model = "quickstart", prompt = "The import
 
 const reply = await fetch(`${url}/v1/models/${model}:predict`, {
   method: "POST",
-  // A row names every input: REST knows no defaults.
+  // A row has to contain every input, because REST ignores defaults.
   body: JSON.stringify({
     signature_name: "generate",
     instances: [

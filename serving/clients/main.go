@@ -12,7 +12,7 @@ import (
 )
 
 func generate(url, model, prompt string) (string, error) {
-	// A row names every input: REST knows no defaults.
+	// A row has to contain every input, because REST ignores defaults.
 	body, err := json.Marshal(map[string]any{
 		"signature_name": "generate",
 		"instances": []any{map[string]any{

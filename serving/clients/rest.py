@@ -21,7 +21,7 @@ def main(url: str = "http://localhost:8501", model: str = "quickstart", prompt: 
         "stop": "",
     }
     body: dict[str, Any] = {"signature_name": "generate", "instances": [row]}
-    # To connect may take 5 s, to answer 120.
+    # 5 s to connect, 120 s for the reply.
     reply = requests.post(f"{url}/v1/models/{model}:predict", json=body, timeout=(5, 120))
     if not reply.ok:
         sys.exit(f"HTTP {reply.status_code}: {reply.text}")

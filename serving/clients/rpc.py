@@ -10,7 +10,7 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 
 def main(address: str = "localhost:8500", model: str = "quickstart", prompt: str = "The import statement") -> None:
-    """Sends one row. A knob may be left out here: gRPC fills in the default that the model was exported with."""
+    """Sends one row. Parameters could be omitted here: with gRPC, the server uses the defaults of the export."""
     request = predict_pb2.PredictRequest()
     request.model_spec.name = model
     request.model_spec.signature_name = "generate"
@@ -25,7 +25,7 @@ def main(address: str = "localhost:8500", model: str = "quickstart", prompt: str
         ("stop", b"", tf.string),
     ):
         request.inputs[name].CopyFrom(tf.make_tensor_proto([value], dtype))
-    # The rest of the answer need not be sent.
+    # Only the output that is needed.
     request.output_filter.append("generated_text")
     with grpc.insecure_channel(address) as channel:
         try:

@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from tfclm import __version__
-from tfclm.terminal import log, mend_streams
+from tfclm.terminal import log, prepare_streams
 
 COMMANDS = {
     "fit": "fine-tune a causal language model on text",
@@ -22,7 +22,7 @@ COMMANDS = {
 
 def main() -> None:
     """Runs a command: `tfclm fit ...` is `python -m tfclm.fit ...`."""
-    mend_streams()
+    prepare_streams()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv = [f"tfclm {name}", *sys.argv[2:]]

@@ -1,4 +1,4 @@
-"""The private and undocumented API of TensorFlow, Keras, transformers and datasets that tfclm uses, all of it.
+"""All private and undocumented API of TensorFlow, Keras, transformers, datasets and huggingface_hub that tfclm uses.
 
 Each name is imported on first use, so that this module imports none of them. `tests/test_compat.py` fails by name when
 a version within the range of pyproject.toml lacks one.
@@ -40,6 +40,8 @@ _TENSORFLOW = {  # tensorflow>=2.20,<2.22
 _KERAS = {  # tf-keras>=2.20.1,<2.22
     "BaseRandomLayer": "tf_keras:__internal__.layers.BaseRandomLayer",
     "create_all_weights": "tf_keras:optimizers.legacy.Optimizer._create_all_weights",
+    # `tfclm.training.step` overrides it.
+    "load_initial_counters": "tf_keras:Model._maybe_load_initial_counters_from_ckpt",
 }
 _TRANSFORMERS = {  # transformers>=4.54.1,<4.55
     "TFConv1D": "transformers.modeling_tf_utils:TFConv1D",
@@ -51,7 +53,13 @@ _TRANSFORMERS = {  # transformers>=4.54.1,<4.55
     ),
     "pytorch_weight_name": "transformers.modeling_tf_pytorch_utils:convert_tf_weight_name_to_pt_weight_name",
 }
-PRIVATE_API = _TENSORFLOW | _KERAS | _TRANSFORMERS
+_HUGGINGFACE_HUB = {  # huggingface_hub>=0.34,<1.0
+    "UploadInfo": "huggingface_hub.lfs:UploadInfo",
+    "post_lfs_batch_info": "huggingface_hub.lfs:post_lfs_batch_info",
+    "hub_api_logger": "huggingface_hub.hf_api:logger",
+    "hub_http_logger": "huggingface_hub.utils._http:logger",
+}
+PRIVATE_API = _TENSORFLOW | _KERAS | _TRANSFORMERS | _HUGGINGFACE_HUB
 
 
 def __getattr__(name: str) -> Any:
@@ -104,6 +112,11 @@ def fingerprint(rows: datasets.Dataset) -> str:
 def set_fingerprint(rows: datasets.Dataset, value: str) -> None:
     """Gives rows the name under which `datasets` caches what is computed from them."""
     rows._fingerprint = value
+
+
+def is_selection(rows: datasets.Dataset) -> bool:
+    """Whether rows are a list of indices into another table, as `select` and `shuffle` leave them."""
+    return rows._indices is not None
 
 
 def import_tensorflow() -> None:

@@ -1,7 +1,7 @@
-"""Writing files and folders whole, and what a mount may refuse without harm.
+"""Writes files atomically, and tolerates file systems without some operations.
 
-Network and FUSE mounts refuse to flush a folder, to change a mode, or to lock. None of that loses what was written, so
-it is a line on stderr, once a process. A full disk, a failing one and everything else stays an error.
+Network and FUSE mounts may not support flushing a folder, changing a mode, or locking. None of that loses data, so it
+is a warning on stderr, once per process. A full or failing disk and all else stays an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 __all__ = [
-    "LOCK_PATIENCE",
+    "LOCK_TIMEOUT",
     "FolderLock",
     "copy_folder",
     "reason",
@@ -27,45 +27,46 @@ __all__ = [
     "staging",
     "sync",
     "sync_folder",
+    "warned",
     "write",
 ]
 
-# How file systems say that they have no such operation. EBADF: of a handle that is open, but not for writing.
+# Errors by which file systems reject an operation that they do not support. EBADF: the handle is not open for writing.
 _UNSUPPORTED = frozenset(
     getattr(errno, name)
     for name in ("EINVAL", "EPERM", "EACCES", "EROFS", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOTTY", "EBADF")
 )
 _UNLOCKABLE = _UNSUPPORTED | {errno.ENOLCK}
 _LOCK_POLL = 0.05  # seconds between two attempts to lock
-LOCK_PATIENCE = 600.0  # seconds; a lock is held while the leftovers of killed processes are removed
+LOCK_TIMEOUT = 600.0  # seconds; a lock is held while leftovers of killed processes are removed
 
-_noted: set[str] = set()
+warned: set[str] = set()  # the kinds of warnings that this process has printed
 
 
 def reason(error: OSError) -> str:
-    """What the system said, in words; an error that Python made may have no `strerror`."""
+    """The message of a system error; errors that Python raises itself may have no `strerror`."""
     return error.strerror or str(error) or type(error).__name__
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all, and onto the disk."""
-    beside = path.with_name(f".{path.name}.part")
+    """Writes a text file completely or not at all, and flushes it to the disk."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
+        with open(part, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             _flush(file.fileno(), path)
-        os.replace(beside, path)
+        os.replace(part, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a folder onto the disk, so that a rename after it never outlives the content.
+    """Flushes a file or folder to the disk, so that a power cut after a later rename does not lose the content.
 
     Raises:
-        OSError: the data could not be written; not where the file system cannot flush.
+        OSError: the data could not be written. If the file system cannot flush, that is a warning only.
     """
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -80,53 +81,55 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes everything in a folder, and the folder itself."""
+    """Flushes everything in a folder and the folder itself."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Sets the permissions of a file or folder, where the file system has any to set."""
+    """Sets the permissions of a file or folder, if the file system supports that."""
     try:
         os.chmod(path, mode)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        _note("mode", f"{path}: permissions cannot be set here ({reason(error)}); other users may not be able to read")
+        _warn_once(
+            "mode", f"{path}: permissions cannot be set here ({reason(error)}); other users may not be able to read"
+        )
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies the files of a folder, with those behind links, into a new or existing one.
+    """Copies the files of a folder into a new or existing one, following links.
 
-    Without modes and times, which `shutil.copytree` sets and some mounts refuse.
+    Unlike `shutil.copytree` it leaves out modes and times, which some mounts cannot set.
     """
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.rglob("*")):
-        place = target / path.relative_to(source)
+        copy = target / path.relative_to(source)
         if path.is_dir():
-            place.mkdir(parents=True, exist_ok=True)
+            copy.mkdir(parents=True, exist_ok=True)
         else:
-            shutil.copyfile(path, place)
+            shutil.copyfile(path, copy)
 
 
 class FolderLock:
-    """Holds a folder against other processes; the lock ends with this process, however that ends.
+    """Locks a folder against other processes; the lock ends with this process at the latest.
 
     Args:
-        folder: is locked itself: a lock file would be one file too many in a result.
-        patience: seconds to wait for another process.
+        folder: the folder, which is locked itself, without a lock file.
+        timeout: seconds to wait for another process.
 
     Attributes:
-        exclusive: whether it is held; False where the file system has no locks.
+        exclusive: whether the lock is held; False if the file system has no locks.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the lock.
     """
 
-    def __init__(self, folder: Path, patience: float = 0.0) -> None:
+    def __init__(self, folder: Path, timeout: float = 0.0) -> None:
         self.exclusive = False
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         self._handle = os.open(folder, os.O_RDONLY)
         try:
             while not self.exclusive:
@@ -134,7 +137,7 @@ class FolderLock:
                     fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self.exclusive = True
                 except BlockingIOError:
-                    # Not a lock that waits by itself: a process that is stopped may hold the folder for ever.
+                    # Not a blocking lock: a stopped process may hold the folder for ever.
                     if time.monotonic() >= deadline:
                         raise
                     time.sleep(_LOCK_POLL)
@@ -143,10 +146,10 @@ class FolderLock:
                 os.close(self._handle)
                 raise
             line = f"{folder}: no locks here ({reason(error)}); do not let two commands write there at once"
-            _note("lock", line)
+            _warn_once("lock", line)
 
     def release(self) -> None:
-        """Lets the folder go."""
+        """Releases the lock."""
         os.close(self._handle)
 
     def __enter__(self) -> FolderLock:
@@ -158,27 +161,27 @@ class FolderLock:
 
 @contextmanager
 def staging(place: Path, prefix: str, log: Callable[[str], None] | None = None) -> Iterator[Path]:
-    """An empty folder in `place` to write into; removed at the end unless it was renamed.
+    """Creates an empty folder to write into, which is removed at the end unless it was renamed.
 
-    What killed processes have left there is removed first.
+    Folders that killed processes left are removed first.
 
     Args:
-        place: a folder that is there.
-        prefix: how the names of such folders begin, and no others.
-        log: gets a line on what was left there and cannot be removed; stderr if not given.
+        place: the existing folder to create it in.
+        prefix: prefix of the names of these folders, which nothing else there has.
+        log: gets a line for each leftover that cannot be removed; stderr if not given.
 
     Raises:
-        OSError: nothing can be written there, or another process holds the place for too long.
+        OSError: `place` cannot be written, or another process locks it for too long.
     """
-    with ExitStack() as held:
-        # Between the making of a folder and its lock it looks like one that was left behind.
-        with FolderLock(place, LOCK_PATIENCE):
+    with ExitStack() as stack:
+        # Under a lock: until a new folder is locked itself, it looks like a leftover.
+        with FolderLock(place, LOCK_TIMEOUT):
             for entry in place.glob(f"{prefix}*"):
                 _remove_leftover(entry, log or _print)
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
-            held.callback(shutil.rmtree, folder, ignore_errors=True)
-            held.enter_context(FolderLock(folder))
-        set_mode(folder, 0o755)  # who reads it is often another user
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(FolderLock(folder))
+        set_mode(folder, 0o755)  # often read by another user
         yield folder
 
 
@@ -193,7 +196,7 @@ def _remove_leftover(entry: Path, log: Callable[[str], None]) -> None:
         return  # in use, or just renamed
     except OSError as error:
         problem = reason(error)
-    log(f"{entry} was left behind and is not removed: {problem}; remove it yourself")
+    log(f"{entry} is a leftover that was not removed ({problem}): remove it yourself")
 
 
 def _flush(handle: int, path: Path) -> None:
@@ -202,13 +205,15 @@ def _flush(handle: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        _note("sync", f"{path}: this file system cannot flush ({reason(error)}); a power cut may lose the newest files")
+        _warn_once(
+            "sync", f"{path}: this file system cannot flush ({reason(error)}); a power cut may lose the newest files"
+        )
 
 
-def _note(kind: str, line: str) -> None:
-    """A warning, the first one of its kind alone."""
-    if kind not in _noted:
-        _noted.add(kind)
+def _warn_once(kind: str, line: str) -> None:
+    """Prints a warning, once per kind."""
+    if kind not in warned:
+        warned.add(kind)
         _print(line)
 
 

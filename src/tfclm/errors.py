@@ -1,4 +1,4 @@
-"""The error for bad input: a command prints it as one line and exits with code 2."""
+"""The error for bad input, which commands print as one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ class InputError(ValueError):
     """Input that cannot be used; the message says what is wrong (file, line, column, field) and what would be right.
 
     The message names fields of settings and parameters of functions in backquotes: `block_size`. The command line
-    shows them as its flags: --block-size.
+    shows them as flags: --block-size.
     """
 
     def renamed(self, **names: str) -> InputError:
-        """The same error for a caller whose fields have other names: `renamed(serving_dir="export_to")`."""
+        """The error for a caller whose fields have other names.
+
+        Example:
+            >>> InputError("`serving_dir` is missing").renamed(serving_dir="export_to")
+            InputError('`export_to` is missing')
+        """
         return InputError(replace_names(str(self), names, lambda name: f"`{names[name]}`"))
 
 
 def replace_names(message: str, names: Iterable[str], write: Callable[[str], str]) -> str:
-    """A message with those of its names in backquotes that are among `names` written another way.
+    """Rewrites those names in backquotes in a message that are among `names`.
 
     Example:
         >>> replace_names("`block_size` 1: give 2 or more", ["block_size"], str.upper)
@@ -32,6 +37,6 @@ def replace_names(message: str, names: Iterable[str], write: Callable[[str], str
 
 
 def first_line(error: BaseException) -> str:
-    """The type of an error and the first line that says something, of a message that may have many."""
+    """The type of an error and the first line of its message that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tfclm.cli.command import command, name_flags
+from tfclm.cli.command import command
 from tfclm.cli.evaluation import document_texts, evaluate
 from tfclm.cli.release import Release, recorded_perplexity
 from tfclm.corpus.settings import SourceSettings
@@ -64,9 +64,9 @@ def run(settings: ExportSettings) -> int:
 
         return print_versions(settings.serving_dir)
     if settings.rollback:
-        from tfclm.savedmodel.publishing.versions import rollback
+        from tfclm.savedmodel.publishing.versions import ServingDirectory
 
-        removed, served = rollback(settings.serving_dir)
+        removed, served = ServingDirectory.at(settings.serving_dir).rollback()
         print_result(f"version {removed} removed, {served} is the newest")
         return 0
     from tfclm.savedmodel.publishing.canary import CanaryFailed
@@ -75,7 +75,7 @@ def run(settings: ExportSettings) -> int:
     try:
         exported = import_from_hub(settings) if settings.from_hub is not None else export_checkpoint(settings)
     except (GateFailed, CanaryFailed) as error:
-        log(f"tfclm.export: {name_flags(str(error), ExportSettings)}")
+        log(f"tfclm.export: {error}")
         return 1
     print_result(f"{settings.serving_dir.rstrip('/')}/{exported.version}")
     return remove_old_versions(settings, exported.version)
@@ -113,8 +113,8 @@ def import_from_hub(settings: ExportSettings) -> Exported:
     (version,) = fetch_servable(str(settings.from_hub), revision=settings.revision).iterdir()
     return publish_exported(
         version,
-        release.serving_dir,
-        version=release.version,
+        release.directory,
+        version=release.directory.version,
         limits=release.limits,
         source={"hub": settings.from_hub, "hub_revision": settings.revision},
         log=log,
@@ -136,7 +136,7 @@ def open_release(settings: ExportSettings) -> Release:
     if settings.keep_versions is not None and settings.keep_versions < 1:
         raise InputError(f"`keep_versions` {settings.keep_versions}: give 1 or more")
     limits = Gate(settings.max_perplexity, settings.max_regression)
-    return Release(str(settings.serving_dir), settings, limits, settings.version)
+    return Release.open(str(settings.serving_dir), settings, limits, settings.version)
 
 
 def has_text(settings: ExportSettings) -> bool:
@@ -168,15 +168,15 @@ def measure_perplexity(
 
 def remove_old_versions(settings: ExportSettings, version: int) -> int:
     """Removes all but the newest versions if that is asked for; the exit code."""
-    from tfclm.savedmodel.publishing.versions import keep
+    from tfclm.savedmodel.publishing.versions import ServingDirectory
 
     if settings.keep_versions is None:
         return 0
     try:
-        keep(str(settings.serving_dir), settings.keep_versions, spare=version)
+        ServingDirectory.at(str(settings.serving_dir)).keep(settings.keep_versions, spare=version)
     except InputError as error:
         left = f"version {version} is published, and older ones are left"
-        log(f"tfclm.export: {left}: {name_flags(str(error), ExportSettings)}")
+        log(f"tfclm.export: {left}: {error}")
         return 1
     return 0
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tfclm.cli.arguments import parse
-from tfclm.cli.command import command, name_flags
+from tfclm.cli.command import command
 from tfclm.cli.hub_target import Card, HubTarget
 from tfclm.cli.release import Release
-from tfclm.cli.run_release import RunRelease
+from tfclm.cli.run_release import RunRelease, fields_of_fit
 from tfclm.cli.summary import summarize
 from tfclm.corpus.settings import BLOCK_SIZE, SourceSettings
 from tfclm.errors import InputError
@@ -267,7 +267,7 @@ def deliver(
             version = release.publish(output_dir).version
             print_result(f"{str(settings.export_to).rstrip('/')}/{version}")
         except (GateFailed, CanaryFailed) as error:
-            log(f"tfclm.fit: {name_flags(str(error), FitSettings)}")
+            log(f"tfclm.fit: {error}")
             code = 1
     if hub is not None:
         pushes = version is not None and settings.push_saved_model
@@ -283,7 +283,8 @@ def open_release(settings: FitSettings) -> RunRelease | None:
     from tfclm.savedmodel.publishing.gate import Gate
 
     limits = Gate(settings.max_perplexity, settings.max_regression)
-    release = Release(settings.export_to, ServableSettings(), limits)
+    with fields_of_fit():
+        release = Release.open(settings.export_to, ServableSettings(), limits)
     return RunRelease(release, settings, settings.validation_split, settings.validation_file)
 
 

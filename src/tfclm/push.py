@@ -52,7 +52,7 @@ def run(settings: PushSettings) -> int:
     lock = Lock(folder)
     try:
         try:
-            repository = preflight(repo_id, timeout=settings.push_timeout, flag="--repo-id", **where)
+            repository = preflight(repo_id, timeout=settings.push_timeout, **where)
         except Unreachable as error:
             raise InputError(f"{error}; give the same command again when it can be reached") from error
         if not (folder / "README.md").is_file():

@@ -19,7 +19,7 @@ from tfclm.compat import disable_xla, import_tensorflow
 from tfclm.errors import InputError
 from tfclm.server.settings import ServeSettings, check
 
-STOP_SECONDS = 8.0  # beyond the grace, for what stopping takes by itself
+STOP_SECONDS = 8.0  # beyond the grace period, for stopping itself
 
 
 def run(settings: ServeSettings) -> None:
@@ -27,8 +27,8 @@ def run(settings: ServeSettings) -> None:
     if settings.hub is not None:
         settings = _from_hub(settings, settings.hub)
     elif settings.hub_revision is not None:
-        raise InputError("--hub_revision goes with --hub, the repository whose revision it is")
-    # Mistakes are told before TensorFlow's seconds.
+        raise InputError("`hub_revision` goes with `hub`: give the repository too")
+    # Before the import of TensorFlow, which takes seconds.
     check(settings)
     import_tensorflow()
     _log_to_stderr(settings.access_log)
@@ -36,8 +36,8 @@ def run(settings: ServeSettings) -> None:
         problem = disable_xla()
         if problem is not None:
             logging.getLogger("tfclm.server").warning(
-                "XLA cannot be turned off in this build of TensorFlow (%s): an export that is compiled runs here, "
-                "but not on a server without --xla_cpu_compilation_enabled",
+                "XLA cannot be disabled in this build of TensorFlow (%s): a model exported for XLA runs here, "
+                "but not on a tensorflow_model_server that was started without xla_cpu_compilation_enabled",
                 problem,
             )
     from tfclm.server.server import Server
@@ -56,7 +56,7 @@ def run(settings: ServeSettings) -> None:
 
 
 def _stop_on_signals(interrupt: Callable[[], None], seconds: float) -> None:
-    """Stops on SIGTERM and SIGINT; the process ends after `seconds` at the latest, and on a second signal at once."""
+    """Stops on SIGTERM and SIGINT; the process exits after at most `seconds`, and at once on a second signal."""
     signals = 0
 
     def stop(number: int, _: Any) -> None:
@@ -64,7 +64,7 @@ def _stop_on_signals(interrupt: Callable[[], None], seconds: float) -> None:
         signals += 1
         if signals > 1:
             os._exit(128 + number)
-        # Its thread needs nothing of the interpreter, whatever that is busy with.
+        # Its watchdog thread works even if the interpreter is blocked.
         faulthandler.dump_traceback_later(seconds, exit=True)
         interrupt()
 
@@ -76,7 +76,7 @@ def _from_hub(settings: ServeSettings, repo_id: str) -> ServeSettings:
     from tfclm.hub import fetch_servable
 
     if settings.model_base_path or settings.model_config_file:
-        raise InputError("--hub names the model: leave out --model_base_path and --model_config_file")
+        raise InputError("`hub` already names the model: omit `model_base_path` and `model_config_file`")
     fetched = fetch_servable(repo_id, revision=settings.hub_revision)
     return dataclasses.replace(settings, model_base_path=str(fetched))
 
@@ -104,8 +104,13 @@ def _log_to_stderr(access: bool) -> None:
     logging.getLogger("tfclm.server.access").disabled = not access
 
 
-def _as_switch(argument: str) -> str:
-    """`--flag=false` as tensorflow_model_server takes it, in the spelling of this project's commands."""
+def to_switch(argument: str) -> str:
+    """Converts a boolean flag of tensorflow_model_server to this project's form.
+
+    Example:
+        >>> to_switch("--enable_model_warmup=false")
+        '--no_enable_model_warmup'
+    """
     match = re.fullmatch(r"--(\w+)=(true|1|t|yes|y|false|0|f|no|n)", argument, re.IGNORECASE)
     if match is None or ServeSettings.__annotations__.get(match[1]) != "bool":
         return argument
@@ -114,11 +119,11 @@ def _as_switch(argument: str) -> str:
 
 def main() -> None:
     """The command."""
-    sys.argv[1:] = map(_as_switch, sys.argv[1:])
+    sys.argv[1:] = map(to_switch, sys.argv[1:])
     try:
         command(ServeSettings, run, verb="serve", description=__doc__ or "", tensorflow=False, flag="--{}".format)
     except SystemExit as end:
-        # The interpreter would wait for threads that cannot be ended, and C++ would take away what they use.
+        # A normal exit would wait for threads that cannot be stopped, and C++ would destroy objects that they use.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else 1)

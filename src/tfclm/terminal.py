@@ -1,4 +1,4 @@
-"""What a command prints: text from elsewhere must not steer the terminal, and a stream may be closed or full."""
+"""Prints results and messages: escapes control characters on terminals, and handles closed and full streams."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ import codecs
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 from tfclm.errors import InputError
 
-# The control characters of ASCII and of Latin-1, as JSON escapes them; a text has lines and tabs.
+# The control characters of ASCII and Latin-1, escaped as in JSON; newlines and tabs stay.
 _ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
-_closed: set[int] = set()  # descriptors of the streams that this process was started without
+_rewrite: Callable[[str], str] = str
+_closed: set[int] = set()  # descriptors of streams that were closed when this process started
 
 
-def mend_streams() -> None:
-    """Gives the process the streams that all code expects, where it was started with others."""
+def prepare_streams() -> None:
+    """Opens standard streams that are closed, and makes stdout UTF-8."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Closed (`2>&-`): the next file that is opened would have its number, and get what is printed.
+            # Closed (`2>&-`): otherwise the next file that is opened gets this number, and what is printed.
             os.open(os.devnull, os.O_RDWR)
             _closed.add(number)
-    # A closed standard input stays None: who wants to read from it can say so.
+    # A closed stdin stays None, so that commands that read it can report that.
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Prompts are read as UTF-8, and texts have characters that an ASCII or Latin-1 terminal's encoding has not.
+        # Prompts are read as UTF-8, and texts have characters that ASCII or Latin-1 cannot encode.
         if not codecs.lookup(sys.stdout.encoding).name.startswith("utf"):
             sys.stdout.reconfigure(encoding="utf-8")
         if sys.stdout.errors == "strict":
@@ -39,7 +41,7 @@ def mend_streams() -> None:
 
 
 def printable(text: str, stream: TextIO) -> str:
-    """A text as a stream may have it: with its control characters escaped if that is a terminal."""
+    """The text to print to a stream: with control characters escaped if the stream is a terminal."""
     return text.translate(_ESCAPED) if stream.isatty() else text
 
 
@@ -47,26 +49,32 @@ def print_result(text: str) -> None:
     """Prints a result to stdout.
 
     Raises:
-        InputError: stdout is closed, so that the result would be lost.
-        OSError: it cannot be written, for the disk is full or nobody reads it any more.
+        InputError: stdout is closed.
+        OSError: the result cannot be written: the disk is full, or the reader has closed the pipe.
     """
     if 1 in _closed:
         raise InputError("standard output is closed")
     print(printable(text, sys.stdout), flush=True)
 
 
+def rewrite_lines(rewrite: Callable[[str], str]) -> None:
+    """Sets what `log` applies to each line from now on; a command shows its fields as flags."""
+    global _rewrite
+    _rewrite = rewrite
+
+
 def log(line: str) -> None:
-    """Progress and errors go to stderr."""
+    """Prints a line of progress or an error to stderr."""
     stream: TextIO | None = sys.stderr
-    # Python has None for what was closed before it started, which print would take for stdout.
+    # None if it was closed when Python started; print would use stdout then.
     if stream is not None:
-        print(printable(line, stream), file=stream, flush=True)
+        print(printable(_rewrite(line), stream), file=stream, flush=True)
 
 
 def abandon_stdout() -> None:
-    """Gives up what is still to be printed, so that Python does not complain about it again while it exits."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Discards pending output, so that Python does not report the same error again at exit."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(nowhere, 1)
+        os.dup2(devnull, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import json
 import os
@@ -60,6 +61,12 @@ def refused(folder: Path) -> str:
         checkpoint.load(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.fixture
+def make_model(make_model: Callable[..., Any]) -> Callable[..., Any]:
+    """With two layers, whose weights can be taken for each other's."""
+    return functools.partial(make_model, layers=2)
 
 
 @pytest.fixture
@@ -437,7 +444,7 @@ def test_a_weight_without_a_place_is_refused(architecture: str, name: str, saved
     """A model with biases, or with more layers than its config says, loaded without them: fluent nonsense."""
     folder = saved(architecture)
     edit(folder / "model.safetensors", lambda tensors: tensors.update({name: np.ones(32, np.float32)}))
-    assert f"no place for: {name}" in refused(folder)
+    assert f"weights that the model does not have: {name}" in refused(folder)
 
 
 def test_other_heads_and_constants_do_no_harm(saved) -> None:
@@ -587,9 +594,9 @@ def test_create_depends_on_the_seed_alone() -> None:
     ("model_type", "fields", "words"),
     [
         ("llama", {}, "supported: ctrl"),
-        ("roformer", {"is_decoder": True}, "no causal LM in TensorFlow"),
+        ("roformer", {"is_decoder": True}, "not a causal LM in TensorFlow"),
         ("bert", {}, "is_decoder"),
-        ("gpt2", {"n_embd": 30, "n_head": 4}, "no gpt2 model has this config"),
+        ("gpt2", {"n_embd": 30, "n_head": 4}, "no gpt2 model can have this config"),
         ("gpt2", GPT | {"tie_word_embeddings": False}, "tie_word_embeddings to true"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("mistral", MISTRAL | {"head_dim": 16}, "head_dim"),
@@ -715,14 +722,17 @@ def only_slow(folder: Path) -> None:
     ("spoil", "words"),
     [
         (remove("config.json"), "has no config.json"),
-        (write("config.json", "{"), "config.json cannot be read: it is no JSON: line 1, column 2"),
-        (write("config.json", "[]"), "config.json is no JSON object"),
+        (write("config.json", "{"), "config.json cannot be read: it is not JSON: line 1, column 2"),
+        (write("config.json", "[]"), "config.json is not a JSON object"),
         (write("config.json", "{}"), "config.json has no model_type"),
-        (write("config.json", '{"model_type": "llama"}'), "model type llama is no causal LM in TensorFlow; supported"),
+        (
+            write("config.json", '{"model_type": "llama"}'),
+            "type llama is not a causal LM in TensorFlow; supported",
+        ),
         (write("config.json", '{"model_type": "bert"}'), "a bert model is an encoder"),
         (write("generation_config.json", '{"max_new_tokens": -1}'), "generation_config.json cannot be used"),
         (remove("tokenizer.json", "vocab.json", "merges.txt"), "no tokenizer can be read"),
-        (write("tokenizer.json", "{"), "tokenizer.json cannot be read: it is no JSON"),
+        (write("tokenizer.json", "{"), "tokenizer.json cannot be read: it is not JSON"),
         (write("tokenizer.json", "{}"), "no tokenizer can be read"),
         (only_slow, "CTRLTokenizer has no fast version"),
         (remove("model.safetensors"), "has no weights: expected one of model.safetensors"),
@@ -745,7 +755,7 @@ def test_a_spoilt_folder_is_refused_in_one_line(spoil: Callable[[Path], Any], wo
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no/such/folder", "there is no folder no/such/folder, and a Hub id looks like owner/name"),
+        ("no/such/folder", "there is no directory no/such/folder, and a Hub id looks like owner/name"),
         ("someone/something", "the Hub cannot be reached"),
     ],
 )
@@ -761,7 +771,7 @@ def test_a_file_or_a_revision_of_a_folder_is_refused(saved) -> None:
     folder = saved()
     with pytest.raises(InputError, match="Hub ids only"):
         checkpoint.load(folder, revision="v1")
-    assert "give the folder" in refused(folder / "config.json")
+    assert "give the directory" in refused(folder / "config.json")
 
 
 # Quiet, and the Hub
@@ -878,7 +888,7 @@ def test_a_sharded_hub_model_loads_quietly_then_from_the_cache(saved, hub, tmp_p
     )
     assert run.stdout.splitlines() == [
         "TFGPT2LMHeadModel 512 someone/tiny",
-        "there is no folder someone/else and no such model on the Hub, or it is private",
+        "there is no directory someone/else and no such model on the Hub, or it is private",
         "True",
     ], run.stderr
     assert run.stderr.split("--- from here on\n")[1] == ""

@@ -91,7 +91,7 @@ def saved(make_model, tokenizer, tmp_path: Path):
     """`saved("mistral", rope_theta=1e6)`: a folder, of transformers 4, and the model that is in it."""
 
     def save(architecture: str, **config: Any) -> tuple[Path, Any]:
-        model = make_model(architecture, **config)
+        model = make_model(architecture, layers=2, **config)
         generator = np.random.default_rng(0)
         for variable in model.weights:
             variable.assign(generator.normal(scale=0.3, size=variable.shape))
@@ -107,7 +107,7 @@ def test_a_mistral_of_transformers_5_has_its_own_theta(saved, make_model, tokeni
     (folder / "config.json").write_text(json.dumps(MISTRAL))
     loaded, _ = checkpoint.load(folder)
     np.testing.assert_array_equal(logits(loaded), logits(model))
-    usual = make_model("mistral")
+    usual = make_model("mistral", layers=2)
     for variable, value in zip(usual.weights, model.weights, strict=True):
         variable.assign(value)
     assert np.abs(logits(loaded) - logits(usual)).max() > 0.1

@@ -111,7 +111,7 @@ def test_a_chat_template_of_transformers_5_is_kept(original: Any, tmp_path: Path
         ("tokenizer.json", None, "TokenizersBackend of transformers 5 has no tokenizer.json"),
         ("tokenizer.json", '{"version": "1.0"}', "tokenizer.json cannot be used"),
         ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json is no JSON object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
         ("tokenizer_config.json", json.dumps(BACKEND | {"bos_token": {"text": "<s>"}}), '{"text": "<s>"}'),
         (
             "tokenizer_config.json",

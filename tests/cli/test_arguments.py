@@ -190,7 +190,8 @@ def test_help_imports_nothing_slow(verb: str):
     assert "--model" in done.stdout
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "argparse" in imported
-    assert not imported & {"tensorflow", "tf_keras", "transformers", "datasets", "numpy", "pyarrow", "grpc", "aiohttp"}
+    assert not imported & {"tensorflow", "tf_keras", "transformers", "datasets", "numpy", "pyarrow"}
+    assert not imported & {"grpc", "aiohttp", "requests"}
 
 
 def shell(command: str, **environment: str) -> tuple[int, str, str]:
@@ -347,3 +348,18 @@ def test_help_shows_the_public_names():
     assert "<function" not in package
     assert len(function.splitlines()) < 60
     assert "learning_rate: peak learning rate (default: 2e-05)" in settings
+
+
+def test_progress_names_flags():
+    """A line of the library that tells a user of the command line about `batch_size`, which is --batch-size there."""
+    code = (
+        "from dataclasses import dataclass\n"
+        "from tfclm.cli.command import command; from tfclm.settings import setting; from tfclm.terminal import log\n"
+        "@dataclass(frozen=True)\nclass Settings:\n    batch_size: int = setting(1, 'rows')\n"
+        "try:\n"
+        "    run = lambda settings: log('`batch_size` 1 and `other`')\n"
+        "    command(Settings, run, verb='x', description='', tensorflow=False)\n"
+        "except SystemExit:\n    log('`batch_size`')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "--batch-size 1 and `other`\n`batch_size`\n"

@@ -43,19 +43,19 @@ def settings(folder: Path, **more: Any) -> FitSettings:
             {"perplexity": 3.0, "protocol": OTHER},
             {},
             "0.1 of the documents, drawn with seed 0",
-            "measured otherwise (source, validation differ): give `validation_split` or `validation_file`",
+            "measured differently (source, validation differ): give `validation_split` or `validation_file`",
         ),
         (
             {"perplexity": 3.0, "protocol": OTHER},
             {"train_file": (), "dataset": "some/texts"},
             "0.1 of the documents, drawn with seed 0",
-            "measured otherwise (source, validation differ): give `validation_split` or `validation_file`",
+            "measured differently (source, validation differ): give `validation_split` or `validation_file`",
         ),
         (
             {"perplexity": 3.0, "protocol": OTHER, "signatures": ["generate_tokens"]},
             {"validation_file": ("val.txt",)},
             "files val.txt",
-            "measured otherwise",
+            "measured differently",
         ),
     ],
 )

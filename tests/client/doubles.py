@@ -17,7 +17,7 @@ from google.protobuf import json_format
 
 from tfclm.client import messages
 
-KNOBS: dict[str, tuple[str, Any]] = {
+PARAMETERS: dict[str, tuple[str, Any]] = {
     "max_new_tokens": ("DT_INT32", 5),
     "temperature": ("DT_FLOAT", 0.0),
     "top_k": ("DT_INT32", 50),
@@ -49,7 +49,7 @@ def signature_map(temperature: float = 0.0) -> Any:
     generate, score = signatures.signature_def["generate"], signatures.signature_def["score"]
     generate.inputs["prompt"].dtype = messages.DTYPES["DT_STRING"]
     score.inputs["text"].dtype = messages.DTYPES["DT_STRING"]
-    for name, (dtype, value) in (KNOBS | {"temperature": ("DT_FLOAT", temperature)}).items():
+    for name, (dtype, value) in (PARAMETERS | {"temperature": ("DT_FLOAT", temperature)}).items():
         generate.inputs[name].dtype = messages.DTYPES[dtype]
         generate.defaults[name].CopyFrom(messages.to_tensor([value], dtype))
     for signature, outputs in ((generate, GENERATED), (score, SCORED)):

@@ -27,7 +27,7 @@ from tfclm.errors import InputError
 
 PROMPTS = ["The import statement", 'A é 😀 "quoted"\n$HOME', "x"]
 # Values that are none of the defaults, and sampling that near-uniform logits would betray.
-KNOBS: dict[str, Any] = {
+PARAMETERS: dict[str, Any] = {
     "max_new_tokens": 7,
     "temperature": 0.8,
     "top_k": 40,
@@ -115,7 +115,7 @@ def client(request: pytest.FixtureRequest, served) -> Iterator[Client]:
 
 
 def called(signature: Any, **inputs: Any) -> list[dict[str, Any]]:
-    """A signature's outputs, an object a row."""
+    """A signature's outputs, one object per row."""
     import tensorflow as tf
 
     types = {name: spec.dtype for name, spec in signature.structured_input_signature[1].items()}
@@ -143,13 +143,13 @@ def as_completion(row: dict[str, Any]) -> Completion:
 
 
 def test_generate_is_the_signature(client, signatures):
-    """A knob sent under another name or type, a row mixed up, bytes decoded wrongly: the model's own answer differs."""
-    expected = called(signatures["generate"], prompt=PROMPTS, **KNOBS)
-    assert client.generate(PROMPTS, **KNOBS) == [as_completion(row) for row in expected]
-    assert client.generate(PROMPTS[1], **KNOBS) == as_completion(expected[1])
+    """A parameter sent under another name or type, rows mixed up or bytes decoded wrongly."""
+    expected = called(signatures["generate"], prompt=PROMPTS, **PARAMETERS)
+    assert client.generate(PROMPTS, **PARAMETERS) == [as_completion(row) for row in expected]
+    assert client.generate(PROMPTS[1], **PARAMETERS) == as_completion(expected[1])
 
 
-def test_knobs_of_each_row(client):
+def test_parameters_of_each_row(client):
     """One value for all rows where each has its own."""
     seeds, tokens = [1, 2, 3], [2, 4, 6]
     together = client.generate(PROMPTS, seed=seeds, max_new_tokens=tokens)
@@ -197,23 +197,23 @@ def test_any_signature(client, signatures):
     [
         (lambda client: client.generate(""), r"prompt\[0\] is empty: give a text"),
         (lambda client: client.generate(["a", ""]), r"prompt\[1\] is empty: give a text"),
-        (lambda client: client.generate([]), "prompt is empty: give a row at least"),
+        (lambda client: client.generate([]), "`prompt` is empty: give at least one row"),
         (lambda client: client.generate("a", temperature=-1), r"temperature\[0\] is -1"),
-        (lambda client: client.generate("a", temperature="hot"), "temperature is 'hot': give a number"),
-        (lambda client: client.generate("a", top_k=2.5), "top_k is 2.5: give a whole number"),
-        (lambda client: client.generate("a", top_k=2**31), "top_k is 2147483648: give a number that fits 32 bits"),
+        (lambda client: client.generate("a", temperature="hot"), "`temperature` is 'hot': give a number"),
+        (lambda client: client.generate("a", top_k=2.5), "`top_k` is 2.5: give a whole number"),
+        (lambda client: client.generate("a", top_k=2**31), "`top_k` is 2147483648: give a number that fits 32 bits"),
         (lambda client: client.generate("a", top_p=0), r"top_p\[0\] is 0"),
         (lambda client: client.generate("a", max_new_tokens=1000), r"max_new_tokens\[0\] is 1000: give 1 to 63"),
-        (lambda client: client.generate(["a", "b", "c"], seed=[1, 2]), "seed has 2 values for 3 rows"),
+        (lambda client: client.generate(["a", "b", "c"], seed=[1, 2]), "`seed` has 2 values for 3 rows"),
         (
             lambda client: client.generate("a", beams=3),
             "signature generate has no input beams; it has max_new_tokens, ",
         ),
-        (lambda client: client.generate("\udce9"), "prompt is not UTF-8"),
-        (lambda client: client.generate(3), "prompt is 3: give a text"),
+        (lambda client: client.generate("\udce9"), "`prompt` is not UTF-8"),
+        (lambda client: client.generate(3), "`prompt` is 3: give a text"),
         (lambda client: client.score("a b"[:1]), r"text\[0\] has less than 2 tokens"),
         (lambda client: client.predict("nope", {}), "no signature nope; it has generate, generate_tokens, score, "),
-        (lambda client: client.predict("score", {}), "signature score needs text"),
+        (lambda client: client.predict("score", {}), "signature score needs the input text"),
         (lambda client: client.generate("word " * 100), r"prompt\[0\] has \d+ tokens, and the context holds 64"),
     ],
 )
@@ -237,7 +237,9 @@ def test_versions_and_labels(served):
             Client(url, "tiny", version=7).generate("a")
         with pytest.raises(InputError, match="Unrecognized servable version label: canary"):
             Client(url, "tiny", version_label="canary").generate("a")
-        with pytest.raises(InputError, match="has no model other: give the name that the server was started with"):
+        with pytest.raises(
+            InputError, match="serves no model named 'other': give the name that the server was started with"
+        ):
             Client(url, "other").generate("a")
 
 
@@ -252,14 +254,14 @@ def test_threads_share_a_client(client):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"url": "localhost:8501"}, "URL localhost:8501: give http://HOST:PORT for REST, or grpc://HOST:PORT"),
+        ({"url": "localhost:8501"}, "`url` localhost:8501: give http://HOST:PORT for REST, or grpc://HOST:PORT"),
         ({"url": "http://localhost:8501/v1/models/m:predict"}, "give the server alone, such as http://localhost:8501"),
         ({"url": "http://"}, "give the server alone"),
         ({"url": "grpc://localhost"}, "give host and port, such as grpc://localhost:8500"),
-        ({"model_name": ""}, "the model's name is empty"),
-        ({"version": 1, "version_label": "stable"}, "version and label exclude each other"),
-        ({"timeout": 0}, "timeout 0: give seconds"),
-        ({"retries": -1}, "retries -1: give 0 or more"),
+        ({"model_name": ""}, "`model_name` is empty"),
+        ({"version": 1, "version_label": "stable"}, "`version` and `version_label` exclude each other"),
+        ({"timeout": 0}, "`timeout` 0: give seconds"),
+        ({"retries": -1}, "`retries` -1: give 0 or more"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str):
@@ -412,7 +414,7 @@ def test_overload_ends():
     ],
 )
 def test_not_a_serving_server(status: int, body: str, headers: dict[str, str], message: str):
-    """A traceback where another program listens, or where the answer ends in its midst."""
+    """A traceback where another program listens, or where the answer is incomplete."""
     with (
         http_server(lambda handler, number: reply(handler, status, body, **headers)) as url,
         pytest.raises(ServerError, match=message),
@@ -492,7 +494,10 @@ def test_grpc_asks_again_where_unavailable(code: str):
 def query(served, *flags: str, stdin: bytes = b"", grpc: bool = False) -> Any:
     """The command in a process of its own, where TensorFlow cannot be imported."""
     port = ["--grpc", "--url", served.urls["grpc"].removeprefix("grpc://")] if grpc else ["--url", served.urls["rest"]]
-    program = "import sys; sys.modules['tensorflow'] = None; from tfclm.query import main; main()"
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(('tensorflow', 'transformers', 'datasets'))); "
+        "from tfclm.query import main; main()"
+    )
     command = [sys.executable, "-c", program, "--model-name", "tiny", *port, *flags]
     return subprocess.run(command, input=stdin, capture_output=True, timeout=60)
 
@@ -504,14 +509,14 @@ def flags_of(params: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("over_grpc", [False, True])
 def test_the_command(served, over_grpc: bool, tmp_path: Path):
-    """A knob that is not handed on, output that a program cannot read, an import of TensorFlow."""
+    """A parameter that is not passed on, output that a program cannot read, an import of TensorFlow."""
     with Client(served.urls["rest"], "tiny") as client:
-        expected = client.generate(PROMPTS[1], **KNOBS)
+        expected = client.generate(PROMPTS[1], **PARAMETERS)
         score = client.score("The import statement")
-    run = query(served, f"--prompt={PROMPTS[1]}", *flags_of(KNOBS), grpc=over_grpc)
+    run = query(served, f"--prompt={PROMPTS[1]}", *flags_of(PARAMETERS), grpc=over_grpc)
     assert (run.returncode, run.stdout.decode(), run.stderr) == (0, expected.generated_text + "\n", b"")
     (tmp_path / "prompt.txt").write_text(PROMPTS[1] + "\n")
-    run = query(served, "--prompt-file", str(tmp_path / "prompt.txt"), "--json", *flags_of(KNOBS), grpc=over_grpc)
+    run = query(served, "--prompt-file", str(tmp_path / "prompt.txt"), "--json", *flags_of(PARAMETERS), grpc=over_grpc)
     printed = json.loads(run.stdout)
     assert printed.pop("completion_bytes").keys() == {"b64"}
     assert printed == {k: v for k, v in dataclasses.asdict(expected).items() if k != "completion_bytes"}
@@ -546,13 +551,13 @@ def test_a_batch(served):
         ),
         (["--prompt=a", "--temperature=hot"], 2, "argument --temperature: invalid float value: 'hot'"),
         (["--prompt=a", "--temprature=1"], 2, "unrecognized arguments: --temprature=1"),
-        (["--prompt=a", "--temperature=-1"], 2, "temperature[0] is -1.000000: give 0, which is greedy, or more"),
+        (["--prompt=a", "--temperature=-1"], 2, "temperature[0] is -1.000000: give 0 (greedy) or more"),
         (["--prompt=a", "--prompt-file=b"], 2, "--prompt and --prompt-file exclude each other"),
         (["--prompt-file=/no/such/file"], 2, "--prompt-file /no/such/file: No such file or directory"),
-        (["--prompt=a", "--url=localhost:8501"], 2, "URL localhost:8501: give http://HOST:PORT"),
-        (["--prompt=a", "--grpc", "--url=http://localhost:8501"], 2, "--url http://localhost:8501 is REST's"),
-        (["--signature=generate_tokens", "--prompt=a b"], 2, "the prompt of generate_tokens is token ids"),
-        (["--prompt=a", "--model-name=other"], 2, "has no model other"),
+        (["--prompt=a", "--url=localhost:8501"], 2, "--url localhost:8501: give http://HOST:PORT"),
+        (["--prompt=a", "--grpc", "--url=http://localhost:8501"], 2, "--url http://localhost:8501 is for REST"),
+        (["--signature=generate_tokens", "--prompt=a b"], 2, "the prompt of generate_tokens is not token ids"),
+        (["--prompt=a", "--model-name=other"], 2, "serves no model named 'other'"),
         (["--prompt=a", "--url=http://127.0.0.1:9"], 1, "no server answers at http://127.0.0.1:9: start one"),
     ],
 )

@@ -166,7 +166,7 @@ def test_a_certificate_that_is_not_trusted(scheme: str, pair: tuple[str, str], s
     """Such a server is taken for none: 'no server answers: start one'."""
     with secure_server(scheme, pair) as address:
         assert said(f"{scheme}://{address}").startswith("URL has a certificate that is not trusted (")
-        assert said(f"{scheme}://{address}").endswith("give the CA that signed it as ca_file")
+        assert said(f"{scheme}://{address}").endswith("give the CA that signed it as `ca_file`")
         told = said(f"{scheme}://{address}", ca_file=stranger.ca_file)
         assert f"{stranger.ca_file} did not sign it" in told
 
@@ -176,7 +176,7 @@ def test_a_certificate_for_another_name(scheme: str, authority: Authority):
     """A wrong name is called a missing server, or a missing CA."""
     with secure_server(scheme, authority.sign("elsewhere")) as address:
         told = said(f"{scheme}://{address}", ca_file=authority.ca_file)
-    assert told == "URL has a certificate for another name than 127.0.0.1: give the name that the certificate is for"
+    assert told == "URL has a certificate for another name than 127.0.0.1: give the name in the certificate"
 
 
 @SECURE
@@ -193,10 +193,10 @@ def test_client_certificates(scheme: str, authority: Authority, pair: tuple[str,
     with secure_server(scheme, pair, authority) as address:
         url = f"{scheme}://{address}"
         told = said(url, ca_file=authority.ca_file)
-        assert told.startswith("URL wants a client certificate: give cert_file and key_file (")
+        assert told.startswith("URL requires a client certificate: give `cert_file` and `key_file` (")
         certificate, key = stranger.sign("client")
         told = said(url, ca_file=authority.ca_file, cert_file=certificate, key_file=key)
-        assert told.startswith(f"URL does not accept the certificate of cert_file {certificate} (")
+        assert told.startswith(f"URL does not accept the certificate in `cert_file` {certificate} (")
         certificate, key = authority.sign("client")
         with Client(url, ca_file=authority.ca_file, cert_file=certificate, key_file=key) as client:
             assert client.generate("a").completion == " é"
@@ -208,7 +208,7 @@ def test_a_plain_client_of_a_tls_port(scheme: str, pair: tuple[str, str]):
     with secure_server(scheme, pair) as address:
         plain = scheme[:-1]
         told = said(f"{plain}://{address}")
-    assert told == f"URL speaks TLS: give {scheme}://, and the CA that signed its certificate as ca_file"
+    assert told == f"URL speaks TLS: give {scheme}://, and the CA that signed its certificate as `ca_file`"
 
 
 def test_a_plain_client_of_a_proxy_that_explains_itself(pair: tuple[str, str]):
@@ -261,10 +261,10 @@ def test_nothing_listens(scheme: str):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ca_file": "/no/such.pem"}, "ca_file /no/such.pem: No such file or directory"),
-        ({"ca_file": __file__}, "ca_file .*: give PEM, with a certificate or several"),
-        ({"cert_file": "a.pem"}, "cert_file goes with key_file"),
-        ({"key_file": "a.pem"}, "key_file goes with cert_file"),
+        ({"ca_file": "/no/such.pem"}, "`ca_file` /no/such.pem: No such file or directory"),
+        ({"ca_file": __file__}, "`ca_file` .*: give PEM with one or more certificates"),
+        ({"cert_file": "a.pem"}, "`cert_file` goes with `key_file`"),
+        ({"key_file": "a.pem"}, "`key_file` goes with `cert_file`"),
         ({"cert_file": __file__, "key_file": __file__}, "give PEM, a certificate and its own key"),
     ],
 )
@@ -280,14 +280,14 @@ def test_a_key_with_a_passphrase(authority: Authority, pair: tuple[str, str]):
     """OpenSSL asks for it at the terminal, so that a program hangs."""
     locked = str(authority.folder / "locked.key")
     run("pkey", "-in", pair[1], "-aes256", "-passout", "pass:secret", "-out", locked)
-    with pytest.raises(InputError, match=r"key_file .*locked\.key is encrypted: give one without a passphrase"):
+    with pytest.raises(InputError, match=r"`key_file` .*locked\.key is encrypted: give one without a passphrase"):
         Client("grpcs://127.0.0.1:1", cert_file=pair[0], key_file=locked)
 
 
 def test_tls_files_for_a_plain_url(authority: Authority):
     """A client that was given a CA, and asks without TLS all the same."""
     with pytest.raises(
-        InputError, match=r"URL http://127\.0\.0\.1:1: ca_file, cert_file and key_file go with https://"
+        InputError, match=r"`url` http://127\.0\.0\.1:1: `ca_file`, `cert_file` and `key_file` go with https://"
     ):
         Client("http://127.0.0.1:1", ca_file=authority.ca_file)
 
@@ -415,7 +415,7 @@ def test_the_commands_of_the_readme(tmp_path: Path):
         # The model has one signature.
         done = shell(ask_as_client.rstrip() + " --signature serving_default", port)
         assert (done.stdout, done.stderr) == ("The import world\n", "")
-        assert "wants a client certificate: give --cert-file and --key-file" in shell(ask, port).stderr
+        assert "requires a client certificate: give --cert-file and --key-file" in shell(ask, port).stderr
     pair = (str(tmp_path / "server.crt"), str(tmp_path / "server.key"))
     with secure_server("https", pair) as address:
         done = shell(ask_over_rest, int(address.rpartition(":")[2]))

@@ -70,7 +70,7 @@ def busy(connection: socket.socket) -> None:
         (lambda c: drip(c, b"", b"H"), "did not answer within 1 s"),
         (lambda c: drip(c, b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "did not answer within 1 s"),
         (lambda c: time.sleep(20), "did not answer within 1 s"),
-        (busy, "answered HTTP 503, too many requests: busy; ask again after 3600 s"),
+        (busy, "answered HTTP 503, too many requests: busy; try again after 3600 s"),
         (redirect, "redirects to /v1/models/model/metadata"),
     ],
     ids=["body", "chunks", "chunk size", "headers", "status line", "continue", "silence", "Retry-After", "redirects"],
@@ -159,7 +159,7 @@ def bomb() -> bytes:
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
-TOO_LARGE = "sent a reply of more than 33554432 bytes: ask for less, or raise max_reply_bytes"
+TOO_LARGE = "sent a reply of more than 33554432 bytes: ask for less, or raise `max_reply_bytes`"
 
 
 @pytest.mark.parametrize(

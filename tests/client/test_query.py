@@ -143,7 +143,7 @@ def test_blank_lines_of_a_batch():
         assert (done.stdout, done.stderr) == (b"The end\n", b"tfclm.query: line 2 is blank and skipped\n")
         done = run(url, "--batch", stdin=b"\n\n")
         assert done.returncode == 2
-        assert done.stderr == b"tfclm.query: --batch: every line is blank: give a prompt a line\n"
+        assert done.stderr == b"tfclm.query: --batch: every line is blank: give one prompt per line\n"
 
 
 def test_a_refused_line_of_a_batch():
@@ -162,17 +162,18 @@ def test_a_text_that_ends_at_once(flags: list[str]):
     """An answer that is the prompt alone, as if nothing had been asked."""
     with model("a", completion="") as url:
         done = run(url, *flags)
-        assert done.stderr == b"tfclm.query: the text ended at once: the end of text came first\n"
+        assert done.stderr == b"tfclm.query: the text ended at once: the end-of-text token came first\n"
         done = run(url, "--batch", "--stop=x", *flags, stdin=b"a\n\nb")
         assert done.stderr.decode().splitlines()[1:] == [
-            f"tfclm.query: line {line}: the text ended at once: the end of text or --stop came first" for line in (1, 3)
+            f"tfclm.query: line {line}: the text ended at once: the end-of-text token or --stop came first"
+            for line in (1, 3)
         ]
     with model("a b", completion=" b") as url:
         assert run(url, *flags).stderr == b""
 
 
 FLOATS = ("temperature", "top-p")
-IDLE = "tfclm.query: --top-k does nothing at temperature 0, the model's default: give --temperature, such as 0.8\n"
+IDLE = "tfclm.query: --top-k has no effect at temperature 0, the model's default: give --temperature, such as 0.8\n"
 
 
 @pytest.mark.parametrize(
@@ -185,11 +186,11 @@ IDLE = "tfclm.query: --top-k does nothing at temperature 0, the model's default:
         (
             0.7,
             ["--top-p=0.5", "--seed=7", "--temperature=0"],
-            "tfclm.query: --top-p, --seed do nothing at temperature 0: give --temperature, such as 0.8\n",
+            "tfclm.query: --top-p, --seed have no effect at temperature 0: give --temperature, such as 0.8\n",
         ),
     ],
 )
-def test_knobs_that_do_nothing(default: float, flags: list[str], said: str):
+def test_parameters_without_effect(default: float, flags: list[str], said: str):
     """A user who sets top-p, gets the same greedy text, and is not told why."""
     with model(temperature=default) as url:
         done = run(url, *flags)
@@ -204,7 +205,7 @@ def test_knobs_that_do_nothing(default: float, flags: list[str], said: str):
 
 
 def test_flags_are_handed_on(tmp_path: Path):
-    """A setting of the client that the command does not hand on; a message that names the client's argument instead."""
+    """A setting of the client that the command does not pass on; a message that names the client's argument instead."""
     with model() as url:
         done = run(url, "--max-reply-bytes=100")
         assert done.returncode == 1

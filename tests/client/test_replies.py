@@ -286,18 +286,18 @@ def test_shapes_and_values(shape: list[int], values: list[float], expected: Any)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda url: Client(url, "\udcff"), "model_name is not UTF-8"),
-        (lambda url: Client(url, version_label="\udcff"), "version_label is not UTF-8"),
-        (lambda url: Client(url, version=2**70), "version 1180591620717411303424: give the number of a version"),
-        (lambda url: Client(url, max_reply_bytes=0), "max_reply_bytes 0: give 1 or more"),
-        (lambda url: Client("http://host:99999"), "URL http://host:99999: .*give the server"),
-        (lambda url: Client("http://[::1"), "URL http://.*give the server"),
+        (lambda url: Client(url, "\udcff"), "`model_name` is not UTF-8"),
+        (lambda url: Client(url, version_label="\udcff"), "`version_label` is not UTF-8"),
+        (lambda url: Client(url, version=2**70), "`version` 1180591620717411303424: give the number of a version"),
+        (lambda url: Client(url, max_reply_bytes=0), "`max_reply_bytes` 0: give 1 or more"),
+        (lambda url: Client("http://host:99999"), "`url` http://host:99999: .*give the server"),
+        (lambda url: Client("http://[::1"), "`url` http://.*give the server"),
         (lambda url: Client("grpc://host:x"), "give host and port"),
         (lambda url: Client(url).predict("generate", {"prompt": [["a", "b"], ["c"]]}), "different lengths"),
     ],
 )
 def test_what_the_caller_gave(call: Callable[[str], Any], message: str):
-    """UnicodeEncodeError, ValueError and others from deep inside, for what the caller can mend."""
+    """UnicodeEncodeError, ValueError and others from deep inside, for what the caller can correct."""
     handlers = {"GetModelMetadata": lambda request, context: grpc_metadata()}
     with grpc_server(handlers) as port, pytest.raises(InputError, match=message):
         call(f"grpc://127.0.0.1:{port}")

@@ -131,7 +131,7 @@ def test_cache_knows_rows_block_size_and_separator() -> None:
 def test_text_shorter_than_a_block() -> None:
     """Catches a run with no blocks at all; the way out must be a block size that fits."""
     with pytest.raises(
-        InputError, match=r"the text has 5 tokens, less than one block of 6: give --block-size 5 or less"
+        InputError, match=r"the text has 5 tokens, less than one block of 6: give `block_size` 5 or less"
     ):
         pack(dataset([[1, 2], [3]]), 6, [9])
     assert len(pack(dataset([[1, 2], [3]]), 5, [9]).blocks) == 1
@@ -142,13 +142,13 @@ def test_text_shorter_than_a_block() -> None:
 @pytest.mark.parametrize("block_size", [1, 0, -5])
 def test_block_without_a_prediction(block_size: int) -> None:
     """Catches a division by zero, or a loss over no token."""
-    with pytest.raises(InputError, match=f"--block-size {block_size} "):
+    with pytest.raises(InputError, match=f"`block_size` {block_size} "):
         pack(dataset([[1, 2]]), block_size)
 
 
 def test_block_size_must_fit_the_context() -> None:
     """Catches position ids beyond the model's table, which a GPU answers with zeros instead of an error."""
-    with pytest.raises(InputError, match=r"--block-size 2048 .*context of 1024 tokens: give 1024 or less"):
+    with pytest.raises(InputError, match=r"`block_size` 2048 .*context of 1024 tokens: give 1024 or less"):
         check_block_size(2048, 1024)
     check_block_size(1024, 1024)
     check_block_size(2048, None)

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tfclm.compat import fingerprint
 from tfclm.corpus import read, read_split
 from tfclm.errors import InputError
 
@@ -200,7 +201,7 @@ def test_second_run_reads_the_cache_and_a_changed_file_does_not(tmp_path: Path) 
     first = read_split(files=[str(path)]).texts
     again = read_split(files=[str(path)]).texts
     assert first.cache_files == again.cache_files
-    assert first._fingerprint == again._fingerprint
+    assert fingerprint(first) == fingerprint(again)
     write_rows(path, ["one", "two", "three"])
     assert len(read_split(files=[str(path)]).texts) == 3
 
@@ -225,11 +226,11 @@ def test_another_text_of_the_same_size_and_time_is_read(tmp_path: Path, kind: st
         os.utime(path, (1e9, 1e9))
         where = {"dataset": str(tmp_path / kind), "split": "train"} if kind in ("folder", "saved") else {}
         texts = read_split(**where or {"files": [str(path)]}).texts
-        found.append((path.stat().st_size, path.stat().st_mtime, texts._fingerprint, "".join(texts["text"])))
-    (size, time, fingerprint, first), (same_size, same_time, other_fingerprint, second) = found
+        found.append((path.stat().st_size, path.stat().st_mtime, fingerprint(texts), "".join(texts["text"])))
+    (size, time, key, first), (same_size, same_time, other_key, second) = found
     assert (size, time, first, second) == (same_size, same_time, "one", "two")
     # What is cached of the texts, such as their tokens, is found by it.
-    assert fingerprint != other_fingerprint
+    assert key != other_key
 
 
 def test_a_text_is_known_by_its_content(tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         os.rename(tmp_path / name, tmp_path / f"{name}.done")
 
     (tmp_path / "part.jsonl").mkdir()
-    both("part.jsonl", "part.jsonl is a folder", "part.jsonl/*.txt")
+    both("part.jsonl", "part.jsonl is a directory", "part.jsonl/*.txt")
     os.mkfifo(tmp_path / "pipe.jsonl")
     both("pipe.jsonl", "pipe.jsonl is a pipe", "save its content to a file")
     with socket.socket(socket.AF_UNIX) as listening:
@@ -302,7 +303,7 @@ def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         listening.bind("socket.jsonl")  # its name may not be long
         both("socket.jsonl", "socket.jsonl is a pipe, socket or device")
     (tmp_path / "dead.jsonl").symlink_to("gone.jsonl")
-    both("dead.jsonl", "dead.jsonl links to gone.jsonl, which is not there")
+    both("dead.jsonl", "dead.jsonl links to gone.jsonl, which does not exist")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     both("loop.jsonl", "loop.jsonl")
     (tmp_path / "folder").mkdir()
@@ -381,7 +382,7 @@ def test_a_dataset_that_holds_no_text_is_named(tmp_path: Path, name: str) -> Non
 def test_compressed_text_under_another_name(tmp_path: Path) -> None:
     """Catches advice to convert the encoding of a file that is compressed."""
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"text": "one"}'))
-    refused("a.jsonl is compressed by gzip", "ends in .gz", files=[str(tmp_path / "a.jsonl")])
+    refused("a.jsonl is compressed with gzip", "ends in .gz", files=[str(tmp_path / "a.jsonl")])
 
 
 # For ENOSYS, some versions of filelock have locks of another kind to fall back on.
@@ -396,7 +397,7 @@ def test_a_cache_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "folder").mkdir()
     path = write_rows(tmp_path / "folder" / "train.jsonl", ["one"])
     assert texts_of(path) == ["one"]
-    what = ("has no file locks", "HF_DATASETS_CACHE name a folder on a local disk")
+    what = ("has no file locks", "set HF_DATASETS_CACHE to a directory on a local disk")
     refused(*what, one=True, dataset=str(path.parent), split="train")
 
 
@@ -413,7 +414,7 @@ def test_no_room_for_the_cache(tmp_path: Path) -> None:
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment)
     assert "the cache " in done.stdout, done.stderr
-    assert "HF_DATASETS_CACHE name a folder that can" in done.stdout
+    assert "HF_DATASETS_CACHE to a writable directory" in done.stdout
     assert [file.name for file in (tmp_path / "cache" / "tfclm").iterdir()] == []
 
 
@@ -591,20 +592,20 @@ def test_splits_that_overlap_are_refused(saved: str) -> None:
 
 def test_unknown_split_lists_those_there_are(saved: str) -> None:
     """Catches a KeyError where the name of the split is all that is missing."""
-    refused("--train-split train ", "train_asks, validation_asks, test_asks, extra", dataset=saved, split="train")
-    refused("--validation-split dev ", "validation_asks", dataset=saved, split="train_asks", validation_split="dev")
-    refused("--split dev ", "validation_asks", dataset=saved, split="dev", one=True)
-    refused("--train-split train_asks[: ", dataset=saved, split="train_asks[:")
+    refused("`train_split` train ", "train_asks, validation_asks, test_asks, extra", dataset=saved, split="train")
+    refused("`validation_split` dev ", "validation_asks", dataset=saved, split="train_asks", validation_split="dev")
+    refused("`split` dev ", "validation_asks", dataset=saved, split="dev", one=True)
+    refused("`train_split` train_asks[: ", dataset=saved, split="train_asks[:")
 
 
 @pytest.mark.parametrize("rows", ["[:0]", "[4:4]", "[4:3]", "[20:]", "[30:40]", "[50%:50%]"])
 def test_split_without_rows(saved: str, rows: str) -> None:
     """Catches an IndexError for rows beyond the last, and part of an expression that adds nothing."""
-    refused(f"--train-split train_asks{rows} takes none of the 20 rows", dataset=saved, split=f"train_asks{rows}")
-    refused("takes none of the 20", dataset=saved, split=f"extra+train_asks{rows}")
-    refused(f"--split train_asks{rows} takes none", dataset=saved, split=f"train_asks{rows}", one=True)
+    refused(f"`train_split` train_asks{rows} selects none of the 20 rows", dataset=saved, split=f"train_asks{rows}")
+    refused("selects none of the 20", dataset=saved, split=f"extra+train_asks{rows}")
+    refused(f"`split` train_asks{rows} selects none", dataset=saved, split=f"train_asks{rows}", one=True)
     refused(
-        f"--validation-split train_asks{rows} takes none",
+        f"`validation_split` train_asks{rows} selects none",
         dataset=saved,
         split="extra",
         validation_split=f"train_asks{rows}",
@@ -622,7 +623,7 @@ def test_saved_dataset_without_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["dataset_config", "revision"])
 def test_what_only_a_hub_dataset_has_is_refused_elsewhere(saved: str, tmp_path: Path, flag: str) -> None:
     """Catches a configuration or a revision that is silently ignored: the text would be another than was asked for."""
-    option = {"dataset_config": "--dataset-config", "revision": "--dataset-revision"}[flag]
+    option = {"dataset_config": "`dataset_config`", "revision": "`dataset_revision`"}[flag]
     for one in (True, False):
         refused(f"{option} x is for datasets of the Hub", saved, dataset=saved, **{flag: "x"}, one=one)
         refused(option, "python-docs", dataset="python-docs", **{flag: "x"}, one=one)
@@ -638,7 +639,7 @@ def test_folder_of_data_files_opens_as_a_hub_dataset_does(tmp_path: Path) -> Non
     texts = read(dataset=str(folder))
     assert list(texts.train["text"]) == ["a", "b", "c"]
     assert list(texts.validation["text"]) == ["d"]
-    refused("--dataset-revision main", dataset=str(folder), revision="main")
+    refused("`dataset_revision` main", dataset=str(folder), revision="main")
 
 
 def test_script_dataset_names_the_way_out(tmp_path: Path) -> None:
@@ -658,7 +659,7 @@ def test_dataset_that_cannot_be_reached(tmp_path: Path) -> None:
 def test_dataset_of_empty_rows(tmp_path: Path) -> None:
     """Catches a run that starts on no text at all."""
     datasets.Dataset.from_dict({"text": ["", None, " "]}).save_to_disk(tmp_path / "saved")
-    refused("every row of column text in --train-split train", dataset=str(tmp_path / "saved"))
+    refused("every row of column text in `train_split` train", dataset=str(tmp_path / "saved"))
 
 
 # What is held out
@@ -689,9 +690,9 @@ def test_hold_out_keeps_one_document_on_each_side(tmp_path: Path) -> None:
 def test_too_little_to_hold_out(tmp_path: Path) -> None:
     """Catches a validation set that is empty, or the training text itself."""
     path = str(write_rows(tmp_path / "a.jsonl", ["only"]))
-    refused("1 document", "--validation-file", files=[path])
+    refused("1 document", "`validation_file`", files=[path])
     for fraction in (0.0, 1.0, -0.5):
-        refused("--validation-fraction", files=[path], validation_fraction=fraction)
+        refused("`validation_fraction`", files=[path], validation_fraction=fraction)
 
 
 def test_validation_files(tmp_path: Path) -> None:
@@ -715,14 +716,14 @@ def test_validation_files(tmp_path: Path) -> None:
         ("a.csv", b'id,text\n1,one\n2,"t\nw\xe9o"\n', "a.csv, line 4 is not UTF-8"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "\xff"}\n', "a.jsonl, line 2 is not UTF-8"),
         ("a.jsonl", b'{"text": "one"}\n\n{"text": "two"\n', "a.jsonl, line 3 is not JSON"),
-        ("a.jsonl", b'{"text": "one"}\n["two"]\n', "a.jsonl, line 2 is no object"),
+        ("a.jsonl", b'{"text": "one"}\n["two"]\n', "a.jsonl, line 2 is not an object"),
         ("a.jsonl", b'{"text": "one"}\n{"text": 2}\n', "a.jsonl, line 2: column text is int, not text"),
         ("a.json", b'[\n{"text": "one"},\n{"text": oops}\n]', "a.json, line 3 is not JSON"),
         ("a.json", b'[\n{"text": "one"},\n{"text": "two"}\n', "a.json ends inside its array"),
-        ("a.json", b'[\n{"text": "one"},\n\n 7]', "a.json, line 4 is no object"),
-        ("a.json", b'[{"text": "one"}]\n[{"text": "two"}]', "a.json, line 2 goes on after the end of its array"),
-        ("a.json", b'[\n{"text": "one"}\n]\n\n,', "a.json, line 5 goes on after the end of its array"),
-        ("a.json", b'[{"text": "one"}]' + b" " * (3 << 20) + b"\nx", "a.json, line 2 goes on after the end"),
+        ("a.json", b'[\n{"text": "one"},\n\n 7]', "a.json, line 4 is not an object"),
+        ("a.json", b'[{"text": "one"}]\n[{"text": "two"}]', "a.json, line 2 has content after the end of the array"),
+        ("a.json", b'[\n{"text": "one"}\n]\n\n,', "a.json, line 5 has content after the end of the array"),
+        ("a.json", b'[{"text": "one"}]' + b" " * (3 << 20) + b"\nx", "a.json, line 2 has content after the end"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud83d"}\n', "a.jsonl, line 2: column text has half of a surrogate"),
         ("a.json", b'[{"text": "one"},\n{"text": "\\ude00."}]', "a.json, line 2: column text has half of a surrogate"),
         ("a.jsonl", b'{"text": "one"}\n{"text": ' + b"[" * 100_000, "a.jsonl, line 2 is nested too deeply"),
@@ -732,12 +733,12 @@ def test_validation_files(tmp_path: Path) -> None:
         ("a.csv", b"id,text\n1,one\n2,two,three\n", "a.csv, line 3 has 3 fields where the header has 2"),
         ("a.csv", b'id,text\n1,"never closed\n\n', "a.csv, line 3 is not CSV"),
         ("a.parquet", b"PAR1 no", "a.parquet is not a readable parquet file"),
-        ("a.txt.gz", b"plain", "a.txt.gz is not a whole gzip file"),
-        ("a.txt.gz", gzip.compress(b"cut off" * 99, mtime=0)[:-9], "a.txt.gz is not a whole gzip file"),
-        ("a.docx", b"x", "a.docx is of no known kind: give .txt, .jsonl"),
-        ("a", b"x", "a is of no known kind"),
-        ("a.gz", b"x", "a.gz is of no known kind"),
-        ("a.parquet.gz", b"x", "a.parquet.gz is of no known kind"),
+        ("a.txt.gz", b"plain", "a.txt.gz is not a complete gzip file"),
+        ("a.txt.gz", gzip.compress(b"cut off" * 99, mtime=0)[:-9], "a.txt.gz is not a complete gzip file"),
+        ("a.docx", b"x", "a.docx has an unknown file type: give .txt, .jsonl"),
+        ("a", b"x", "a has an unknown file type"),
+        ("a.gz", b"x", "a.gz has an unknown file type"),
+        ("a.parquet.gz", b"x", "a.parquet.gz has an unknown file type"),
         ("a.txt", b"", "a.txt has no text"),
         ("a.txt", b"\n \n", "a.txt has no text"),
         ("a.jsonl", b"", "a.jsonl has no text"),
@@ -762,7 +763,7 @@ def test_file_that_does_not_exist(tmp_path: Path) -> None:
     """Catches a glob that matches nothing and a mistyped path taken for an empty corpus."""
     refused("no such file", "gone.txt", files=[str(tmp_path / "gone.txt")])
     refused("no file matches", "*.txt", files=[str(tmp_path / "*.txt")])
-    refused("is a folder", "*.txt", files=[str(tmp_path)])
+    refused("is a directory", "*.txt", files=[str(tmp_path)])
 
 
 @pytest.mark.parametrize("home", ["file/cache", "/proc/nowhere/cache"])
@@ -776,12 +777,12 @@ def test_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_source_must_be_given_once(tmp_path: Path) -> None:
     """Catches one of two sources that is silently ignored."""
     path = str(write_rows(tmp_path / "a.jsonl", ["a", "b"]))
-    refused("give --dataset or --train-file")
-    refused("give --dataset or --file", one=True)
+    refused("give `dataset` or `train_file`")
+    refused("give `dataset` or `file`", one=True)
     refused("exclude each other", dataset="x", files=[path])
     refused("exclude each other", dataset="x", validation_split="test", validation_files=[path])
-    refused("needs --dataset", files=[path], validation_split="test")
-    assert re.search(r"is a file: give it as --train-file .*a\.jsonl", refused(dataset=path))
+    refused("needs `dataset`", files=[path], validation_split="test")
+    assert re.search(r"is a file: give it as `train_file` .*a\.jsonl", refused(dataset=path))
 
 
 def test_a_text_that_occurs_twice_is_on_one_side(tmp_path: Path) -> None:

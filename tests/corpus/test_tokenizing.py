@@ -11,8 +11,9 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
+from tfclm.compat import fingerprint
 from tfclm.corpus import tokenize
-from tfclm.corpus.tokenizing import _encoder
+from tfclm.corpus.tokenizing import fast_encoder
 
 
 @pytest.fixture
@@ -30,10 +31,10 @@ def test_what_made_the_ids_is_part_of_what_they_are_known_by(
     texts: datasets.Dataset, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches ids of an older version of the tokenizers, or of this code, that are taken from the cache."""
-    same = {tokenize(texts, tokenizer)._fingerprint for _ in range(2)}
+    same = {fingerprint(tokenize(texts, tokenizer)) for _ in range(2)}
     installed = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{installed(name)}.1")
-    assert len(same | {tokenize(texts, tokenizer)._fingerprint}) == 2
+    assert len(same | {fingerprint(tokenize(texts, tokenizer))}) == 2
 
 
 SPACES = [
@@ -145,9 +146,9 @@ def test_second_run_reads_the_cache_whatever_the_tokenizer_did_between(tmp_path:
 
 def test_encoder_is_made_once(tokenizer, texts: datasets.Dataset) -> None:
     """Catches one made in vain before the processes fork, and then again in each of them."""
-    _encoder.cache_clear()
+    fast_encoder.cache_clear()
     tokenize(texts, tokenizer)
-    assert _encoder.cache_info().misses == 1
+    assert fast_encoder.cache_info().misses == 1
 
 
 def test_long_texts_make_no_noise(tokenizer_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

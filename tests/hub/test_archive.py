@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, hub
-from test_hub import asked, environment, filled, held
+from hub_server import Hub, asked, environment, filled, held, hub
 
 from tfclm.errors import InputError
 from tfclm.hub.archive import newest_version, unpack, zip_servable
@@ -71,36 +70,39 @@ def cut_deflated() -> bytes:
 
 
 def repeated(name: str) -> dict[str | zipfile.ZipInfo, bytes]:
-    """A name that is there twice."""
+    """A name that occurs twice."""
     return {name: b"1", zipfile.ZipInfo(name): b"2"}
 
 
 LINK, DEVICE = stat.S_IFLNK | 0o777, stat.S_IFCHR | 0o666
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
-    "parent": (lambda: packed({**GRAPH, "3/../../evil": b"x"}), "'3/../../evil' that leads out of its folder"),
-    "absolute": (lambda: packed({**GRAPH, "/tmp/tfclm-evil": b"x"}), "leads out of its folder"),
-    "drive": (lambda: packed({**GRAPH, "C:/evil": b"x"}), "leads out of its folder"),
-    "backslash": (lambda: packed({**GRAPH, "3\\..\\evil": b"x"}), "leads out of its folder"),
-    "dot": (lambda: packed({**GRAPH, "3/./x": b"x"}), "leads out of its folder"),
+    "parent": (lambda: packed({**GRAPH, "3/../../evil": b"x"}), "'3/../../evil' that leads out of its directory"),
+    "absolute": (lambda: packed({**GRAPH, "/tmp/tfclm-evil": b"x"}), "leads out of its directory"),
+    "drive": (lambda: packed({**GRAPH, "C:/evil": b"x"}), "leads out of its directory"),
+    "backslash": (lambda: packed({**GRAPH, "3\\..\\evil": b"x"}), "leads out of its directory"),
+    "dot": (lambda: packed({**GRAPH, "3/./x": b"x"}), "leads out of its directory"),
     "link": (
         lambda: packed({**GRAPH, entry("3/variables", LINK): b"/etc"}),
         "'3/variables' that is a link or a device",
     ),
     "device": (lambda: packed({**GRAPH, entry("3/null", DEVICE): b""}), "is a link or a device"),
-    "twice": (lambda: packed({**GRAPH, **repeated("3/a")}), "'3/a' that is there twice"),
-    "file and folder": (lambda: packed({**GRAPH, "3/a": b"x", "3/a/b": b"x"}), "'3/a' that is a file and a folder"),
-    "file and empty folder": (lambda: packed({**GRAPH, "3/a": b"x", "3/a/": b""}), "is a file and a folder"),
-    "line end": (lambda: packed({**GRAPH, "3/a\nb": b"x"}), "'3/a\\nb' that has no usable name"),
-    "nul": (lambda: changed(packed({**GRAPH, "3/aXb": b"x"}), b"3/aXb", b"3/a\0b"), "has no usable name"),
-    "long name": (lambda: packed({**GRAPH, f"3/{'x' * 2000}": b"x"}), "has no usable name"),
+    "twice": (lambda: packed({**GRAPH, **repeated("3/a")}), "'3/a' that occurs twice"),
+    "file and folder": (
+        lambda: packed({**GRAPH, "3/a": b"x", "3/a/b": b"x"}),
+        "'3/a' that is both a file and a directory",
+    ),
+    "file and empty folder": (lambda: packed({**GRAPH, "3/a": b"x", "3/a/": b""}), "is both a file and a directory"),
+    "line end": (lambda: packed({**GRAPH, "3/a\nb": b"x"}), "'3/a\\nb' that has an unusable name"),
+    "nul": (lambda: changed(packed({**GRAPH, "3/aXb": b"x"}), b"3/aXb", b"3/a\0b"), "has an unusable name"),
+    "long name": (lambda: packed({**GRAPH, f"3/{'x' * 2000}": b"x"}), "has an unusable name"),
     "longer than the file system takes": (lambda: packed({**GRAPH, f"3/{'x' * 300}": b"x"}), "File name too long"),
     "two versions": (lambda: packed({**GRAPH, "4/saved_model.pb": b"x"}), "does not hold one version"),
     "odd digit": (lambda: packed({"²/saved_model.pb": b"x"}), "does not hold one version"),
-    "a file beside": (lambda: packed({**GRAPH, "3": b"x"}), "does not hold one version"),
+    "a file at the top": (lambda: packed({**GRAPH, "3": b"x"}), "does not hold one version"),
     "nothing": (lambda: packed({}), "does not hold one version"),
-    "no graph": (lambda: packed({"3/readme.txt": b"x"}), "holds no saved_model.pb"),
+    "no graph": (lambda: packed({"3/readme.txt": b"x"}), "has no saved_model.pb"),
     "encrypted": (lambda: encrypted(packed(dict(GRAPH))), "is encrypted"),
-    "unknown compression": (lambda: packed(dict(GRAPH), zipfile.ZIP_LZMA), "is compressed in an unknown way"),
+    "unknown compression": (lambda: packed(dict(GRAPH), zipfile.ZIP_LZMA), "is compressed by an unsupported method"),
     "many entries": (lambda: packed({**GRAPH, **{f"3/{n}": b"" for n in range(10_000)}}), "has 10001 entries"),
     "bomb": (lambda: packed({**GRAPH, "3/v": b"\0" * 100_000_000}, zipfile.ZIP_DEFLATED), "would unpack to 100 MB"),
     "wrong checksum": (lambda: changed(packed(dict(GRAPH)), b"graphgraphgraph", b"graphGRAPHgraph"), "is damaged: Bad"),
@@ -177,7 +179,7 @@ def test_newest_version_is_one_that_servers_read(tmp_path: Path):
     assert newest_version(tmp_path) == tmp_path / "10"
     assert newest_version(tmp_path / "9") == tmp_path / "9"
     for other in ("²", "notes", "nowhere"):
-        with pytest.raises(InputError, match="is no exported model"):
+        with pytest.raises(InputError, match="is not an exported model"):
             newest_version(tmp_path / other)
 
 
@@ -241,24 +243,17 @@ answer(said)
 """
     said, _ = asked(code, hub.endpoint, tmp_path / "run")
     assert len(said) == 2
-    assert all("leads out of its folder" in line for line in said)
+    assert all("leads out of its directory" in line for line in said)
     assert list((tmp_path / "home" / "hf" / "tfclm").rglob("*")) == [left.parent.parent, left.parent]
 
 
 def test_serve_takes_a_revision_of_the_hubs(hub: Hub, tmp_path: Path):
     """A server that cannot be pinned to what was tested, or a flag that is passed over."""
-    (tmp_path / "run").mkdir()
     first = pushed(hub, tmp_path / "first", 1, b"old")
     pushed(hub, tmp_path / "second", 1, b"new")
-    code = f"""
-from pathlib import Path
-from tfclm import serve
-from tfclm.server.settings import ServeSettings
-found = serve._from_hub(ServeSettings(hub="me/x", hub_revision={first!r}), "me/x")
-answer((Path(found.model_base_path) / "1" / "saved_model.pb").read_text())
-"""
-    assert asked(code, hub.endpoint, tmp_path / "run")[0] == "old"
     for words, said in {
+        # The model is fetched before the other flags are looked at, and what is fetched could not be loaded.
+        ("--hub", "me/x", "--hub_revision", first, "--port=70000"): "--port 70000: give 1 to 65535",
         ("--hub", "me/x", "--hub_revision", "gone"): "me/x has no revision gone on the Hub",
         ("--model_base_path", ".", "--hub_revision", first): "--hub_revision goes with --hub",
     }.items():
@@ -272,3 +267,5 @@ answer((Path(found.model_base_path) / "1" / "saved_model.pb").read_text())
         assert done.returncode == 2
         assert done.stderr.startswith(f"tfclm.serve: {said}"), done.stderr
         assert len(done.stderr.splitlines()) == 1
+    graphs = (tmp_path / "home").rglob("saved_model.pb")
+    assert [graph.read_text() for graph in graphs] == ["old"]

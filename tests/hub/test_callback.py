@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import WRITER, Faults, hub
-from test_hub import environment, held
+from hub_server import WRITER, Faults, environment, held, hub
 
 SCRIPT = """
 import json, sys
@@ -46,7 +45,7 @@ except ValueError as error:
 
 @pytest.mark.slow
 def test_plain_keras_training_pushes_its_last_state(tmp_path: Path, make_model, tokenizer):
-    """transformers' own callback leaves out the last weights if a push is still going on: here one hangs meanwhile."""
+    """transformers' own callback leaves out the last weights if a push is still running: here one hangs."""
     from huggingface_hub import ModelCard
 
     from tfclm.checkpoint import save

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import FAULTS, READER, WRITER, Faults, Hub, hub
+from hub_server import FAULTS, PRELUDE, READER, Faults, Hub, asked, environment, filled, held, hub
 
 
 @pytest.fixture(name="hub")
@@ -20,53 +18,6 @@ def hub_fixture() -> Iterator[Hub]:
     """A stand-in for the Hub, empty."""
     with hub() as running:
         yield running
-
-
-def environment(endpoint: str, home: Path, token: str | None = WRITER) -> dict[str, str]:
-    """A user's, with a Hub at `endpoint`, and nothing of the machine's own settings."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    made = kept | {"HF_ENDPOINT": endpoint, "HOME": str(home), "HF_HOME": str(home / "hf"), "TQDM_DISABLE": "1"}
-    return made | ({"HF_TOKEN": token} if token else {})
-
-
-PRELUDE = """
-import json, sys, threading, time
-from pathlib import Path
-from tfclm.errors import InputError
-from tfclm.hub.pushing import Pusher, State
-from tfclm.hub.repository import Repository, Unreachable, files_of, preflight
-folder = Path(sys.argv[1])
-def answer(value): print(json.dumps(value))
-"""
-
-
-def asked(code: str, endpoint: str, folder: Path, token: str | None = WRITER) -> tuple[Any, str]:
-    """What a process of its own answers that runs the code with the real client, and its stderr."""
-    home = folder.parent / "home"
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + code, str(folder)],
-        env=environment(endpoint, home, token),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert WRITER not in done.stdout + done.stderr
-    return json.loads(done.stdout), done.stderr
-
-
-def filled(folder: Path, **files: bytes) -> Path:
-    """A folder as a run leaves one: small text, a folder in it, a large file that is no text."""
-    content = {"config.json": b"{}", "logs/events": b"\0" * 40, "model.safetensors": b"\0" + os.urandom(3000)} | files
-    for name, data in content.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def held(folder: Path) -> dict[str, bytes]:
-    """What is in a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 PREFLIGHT = """
@@ -90,12 +41,12 @@ def test_preflight_names_what_is_wrong(hub: Hub, tmp_path: Path):
         ("lab/tiny", {"private": True, "branch": "run-1"}, ["lab/tiny"]),
         ("lab/tiny", {"branch": "run-1"}, ["lab/tiny"]),
         ("me/public", {"create_pr": True, "token": READER}, ["me/public"]),
-        ("a/b/c", {}, ["InputError", "--push-to-hub a/b/c"]),
+        ("a/b/c", {}, ["InputError", "`repo_id` a/b/c"]),
         ("me/tiny", {"token": "hf_" + "x" * 34}, ["InputError", "the token is not valid"]),
         ("me/tiny", {"token": READER}, ["InputError", "may only read"]),
         ("museum/tiny", {}, ["InputError", "the token of me may not write to museum/tiny"]),
         ("museum/old", {}, ["InputError", "the token of me may not write to museum/old"]),
-        ("me/public", {"private": True}, ["InputError", "public", "--private"]),
+        ("me/public", {"private": True}, ["InputError", "public", "`private`"]),
     ]
     code = f"CASES = {[(name, options) for name, options, _ in cases]!r}\n" + PREFLIGHT
     results, _ = asked(code, hub.endpoint, tmp_path / "none")
@@ -116,10 +67,10 @@ def test_preflight_without_token_or_hub(tmp_path: Path):
         unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         gone = f"http://127.0.0.1:{unused.getsockname()[1]}"
         (result,), _ = asked("CASES = [('me/x', {})]\n" + PREFLIGHT, gone, tmp_path / "none", token=None)
-        assert result.startswith("InputError: --push-to-hub me/x needs a token")
+        assert result.startswith("InputError: `repo_id` me/x needs a token")
         code = "CASES = [('me/x', {'patience': 0.5})]\n" + PREFLIGHT
         (result,), _ = asked(code, gone, tmp_path / "none")
-        assert result.startswith("Unreachable: --push-to-hub me/x: the Hub at http://127.0.0.1")
+        assert result.startswith("Unreachable: me/x: the Hub at http://127.0.0.1")
         assert "cannot be reached" in result
 
 
@@ -127,13 +78,13 @@ MIRROR = """
 results = []
 repository = preflight("me/tiny", timeout=1.0, **OPTIONS)
 for _ in range(2):
-    results.append(repository.mirror(files_of(folder), "a title", "a text"))
+    results.append(repository.mirror(list_files(folder), "a title", "a text"))
 answer(results)
 """
 
 
 def test_repository_is_made_equal_to_the_folder(hub: Hub, tmp_path: Path):
-    """Stale weights that stay beside new ones, a file that .gitignore keeps back, or a commit that changes nothing."""
+    """Stale weights that stay next to new ones, a file that .gitignore keeps back, or a commit that changes nothing."""
     folder = filled(tmp_path / "run")
     stale = {"pytorch_model.bin": b"\0old", "config.json": b"old", "same.txt": b"same", ".gitignore": b"config.json"}
     hub.make("models/me/tiny", stale)
@@ -176,7 +127,7 @@ said = []
 pusher = Pusher(repository, "a request", said.append, first_wait=FIRST_WAIT)
 def put(name, **more):
     (folder / "config.json").write_text(name)
-    pusher.put(State(files_of(folder), name, **more))
+    pusher.put(State(list_files(folder), name, **more))
 began = time.monotonic()
 """
 
@@ -255,7 +206,7 @@ answer([str(error), dropped, time.monotonic() - began, said])
     assert seconds < 20
     assert len(said) == 1
     if readable:
-        assert "asks to be left alone for 3" in error, "nobody asks a Hub again that has asked for an hour"
+        assert "asks to wait for another 3" in error, "nobody asks a Hub again that has asked for an hour"
         assert hub.model("me/tiny").titles() == []
     else:
         assert error == "None", said
@@ -342,7 +293,7 @@ def test_gives_up_when_its_time_is_over_or_there_is_no_use(hub: Hub, tmp_path: P
 
 
 def test_a_run_that_goes_on_does_not_push_what_is_there(hub: Hub, tmp_path: Path):
-    """After a kill: the commits of the first process once more, and the Hub back at an older state meanwhile."""
+    """After a kill: the commits of the first process once more, and the Hub back at an older state."""
     folder = filled(tmp_path / "run")
     for run, steps in (("abc", 100), ("abc", 200), ("abc", 100), ("abc", 200), ("abc", 300), ("xyz", 100)):
         put = f"put('{run} {steps}', run='{run}', steps={steps}, description='run {run}, step {steps}')"

@@ -17,8 +17,7 @@ import pytest
 import requests
 import yaml
 from conftest import tiny_config
-from hub_server import WRITER, Faults, Hub, hub
-from test_hub import environment, held
+from hub_server import WRITER, Faults, Hub, environment, held, hub
 
 pytestmark = pytest.mark.slow
 
@@ -134,7 +133,7 @@ def card_is_complete(text: str, results: dict) -> None:
         f"{protocol['train_rows']} documents, {results['train']['corpus_tokens']} tokens",
         f"over {results['tokens']} tokens",
         "## Intended use",
-        "licence is that of base/tiny: cc-by-4.0",
+        "license is that of base/tiny: cc-by-4.0",
         'pipeline("text-generation", model="me/tiny"',
         "python -m tfclm.serve --hub me/tiny",
         "learning_rate: 0.01",
@@ -246,7 +245,8 @@ def test_settings_that_come_with_a_state(hub: Hub, tmp_path: Path, target: str, 
     state = {"fit.yaml": yaml.safe_dump(written).encode(), "resume/state/checkpoint": b"model_checkpoint_path: 'x'"}
     hub.make("models/somebody/run", state)
     code = (
-        "import sys; from tfclm.fit import FitSettings, preset; from tfclm.settings import parse, record, to_yaml; "
+        "import sys; from tfclm.cli.arguments import parse; from tfclm.fit import FitSettings, preset; "
+        "from tfclm.settings import record, to_yaml; "
         "settings = parse(FitSettings, sys.argv[1:], prog='fit', description='', preset=preset); "
         "print(settings.overwrite, settings.export_to, settings.max_perplexity, settings.push_saved_model); "
         "print(to_yaml(record(settings)))"

@@ -12,8 +12,9 @@ import pytest
 import tensorflow as tf
 from conftest import ARCHITECTURES
 
+from tfclm.cli.evaluation import evaluate
 from tfclm.corpus import pack, read_split, tokenize
-from tfclm.evaluate import EvaluateSettings, measure
+from tfclm.corpus.settings import SourceSettings
 from tfclm.metrics.perplexity import Perplexity, TokenLoss, perplexity, token_losses
 
 
@@ -142,11 +143,11 @@ def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer, monkeypatch):
     for times in (1, 1, 40):  # what the first run makes, once and for all, is not counted
         path = tmp_path / f"{times}.txt"
         path.write_text("To be, or not to be, that is the question.\n" * 2000 * times)
-        settings = EvaluateSettings(file=(str(path),), block_size=64, batch_size=64)
-        texts = read_split(files=settings.file).texts
+        settings = SourceSettings(block_size=64)
+        texts = read_split(files=[str(path)]).texts
         pack(tokenize(texts, tokenizer), 64, settings.separator_ids(tokenizer))  # in the cache now
         tracemalloc.start()
-        result = measure(model, tokenizer, settings)
+        result = evaluate(model, tokenizer, settings, split="", files=[str(path)], batch_size=64)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert result["perplexity"] == pytest.approx(len(tokenizer), rel=1e-6)

@@ -7,12 +7,15 @@ import fcntl
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tfclm.errors import InputError
-from tfclm.runs.card import curve, model_card
+from tfclm.runs.card import model_card
+from tfclm.runs.curve import make_figure
 from tfclm.runs.folder import RunFolder
 from tfclm.training.finetuning import TrainingRecord
 
@@ -61,7 +64,7 @@ def interrupted(path: Path) -> None:
 def test_a_folder_without_a_run_is_left_alone(tmp_path: Path, name: str, overwrite: bool):
     """A user's own settings file that makes a folder of other things count as a run, and be written into."""
     (tmp_path / name).write_text("epochs: 3\n")
-    with pytest.raises(InputError, match="holds no run: give another folder, or empty this one"):
+    with pytest.raises(InputError, match="holds no run: give another directory, or empty this one"):
         RunFolder(tmp_path, SETTINGS, overwrite)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -70,7 +73,7 @@ def test_a_run_is_one_from_its_begin_on(tmp_path: Path):
     """A run that was killed before its first step, and whose folder is refused afterwards."""
     interrupted(tmp_path)
     interrupted(tmp_path)
-    with pytest.raises(InputError, match="epochs 3 there, 4 now"):
+    with pytest.raises(InputError, match="`epochs` 3 there, 4 now"):
         RunFolder(tmp_path, SETTINGS | {"epochs": 4}, overwrite=False)
 
 
@@ -79,7 +82,7 @@ def test_broken_settings_of_a_run(tmp_path: Path, text: bytes):
     """A traceback from a fit.yaml that a full disk has cut short."""
     interrupted(tmp_path)
     (tmp_path / "fit.yaml").write_bytes(text)
-    with pytest.raises(InputError, match=r"fit\.yaml .*--overwrite starts afresh"):
+    with pytest.raises(InputError, match=r"fit\.yaml .*use `overwrite` to start over"):
         RunFolder(tmp_path, SETTINGS, overwrite=False)
     assert complete(tmp_path, overwrite=True)["loss"] == 2.0
 
@@ -89,7 +92,7 @@ def test_broken_results(tmp_path: Path, text: str, capfd: pytest.CaptureFixture[
     """A traceback from a results.json that is no run's; and --overwrite must not need it."""
     complete(tmp_path, "config.json")
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(InputError, match=r"results\.json .*--overwrite starts afresh"):
+    with pytest.raises(InputError, match=r"results\.json .*use `overwrite` to start over"):
         RunFolder(tmp_path, SETTINGS, overwrite=False)
     complete(tmp_path, "config.json", overwrite=True)
     assert "files of its checkpoint may be left" in capfd.readouterr().err
@@ -123,21 +126,34 @@ def test_only_files_inside_of_the_folder_are_removed(tmp_path: Path):
     assert outside.read_text() == "mine"
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_a_filesystem_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
-):
+# The file system is the collaborator here: its locks fail as those of networks do.
+WITHOUT_LOCKS = """
+import errno, fcntl, os, sys
+from pathlib import Path
+from tfclm.runs.folder import RunFolder
+numbers = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF]
+def flock(handle, operation):
+    raise OSError(numbers[0], os.strerror(numbers[0]))
+fcntl.flock = flock
+for path in sys.argv[1:]:
+    with RunFolder(Path(path), {"model": "m"}, overwrite=False) as folder:
+        folder.begin()
+        folder.record({"perplexity": 2.5})
+    del numbers[0]
+assert not numbers
+"""
+
+
+def test_a_filesystem_without_locks(tmp_path: Path):
     """A run that cannot be had on a network's filesystem, or one that is not told what is not checked there."""
-
-    def flock(handle: int, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr("tfclm.disk._noted", set())  # it is said once a process
-    complete(tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["perplexity"] == pytest.approx(math.exp(2.0))
-    (said,) = capfd.readouterr().err.splitlines()
-    assert said.startswith(f"tfclm: {tmp_path / 'run'}: no locks here ({os.strerror(number)}); do not let two commands")
+    folders = [tmp_path / str(number) for number in range(4)]
+    command = [sys.executable, "-c", WITHOUT_LOCKS, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads((folder / "results.json").read_text())["perplexity"] for folder in folders] == [2.5] * 4
+    (said,) = done.stderr.splitlines()  # printed once per process
+    words = f"{folders[0]}: no locks here ({os.strerror(errno.ENOLCK)}); do not let two commands"
+    assert said.startswith(f"tfclm: {words}")
 
 
 def test_a_lock_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -188,7 +204,7 @@ def test_the_curve_of_the_perplexity_can_be_read():
     """A fall from 5000 to 5 on a linear axis, along which everything after the first epoch is flat."""
     losses = [math.log(value) for value in (500, 50, 20, 5)]
     epochs = [{"epoch": i + 1, "step": 8 * (i + 1), "loss": loss, "val_loss": loss} for i, loss in enumerate(losses)]
-    figure = curve(done(initial_loss=math.log(5000), epochs=epochs))
+    figure = make_figure(done(initial_loss=math.log(5000), epochs=epochs))
     axes = {each.get_title(): each for each in figure.axes}
     below = axes["Validation perplexity"]
     assert below.get_yscale() == "log"
@@ -222,14 +238,15 @@ def test_card_of_local_files_is_fit_to_be_seen():
         "Fine-tuned from the local model first on the file tickets.jsonl.",
         "* Source: the file tickets.jsonl, column text.",
         "* Validation: 2 files: a.jsonl, b.jsonl; 1 document.",
-        "The card of the local model first names no licence",
+        "The card of the local model first names no license",
         "name: the file tickets.jsonl",
         "model: first\n",
         "train_file:\n- tickets.jsonl\n",
         "output_dir: second\n",
         'pipeline("text-generation", model="second"',
-        "`python -m tfclm.export --model second --serving-dir serving_models/second` makes a version that a stock "
-        "server hosts, or `python -m tfclm.serve --model_name=second --model_base_path=serving_models/second`.",
+        "`python -m tfclm.export --model second --serving-dir serving_models/second` makes a version that an "
+        "unmodified server hosts, or `python -m tfclm.serve --model_name=second "
+        "--model_base_path=serving_models/second`.",
     ):
         assert words in text, words
     for words in ("/home", "None", "['", "--hub", "saved_model.zip"):
@@ -246,7 +263,7 @@ def test_card_names_some_of_many_files_and_a_dataset_as_it_is():
         {"dataset": "some/texts", "model": "base/tiny"}, protocol, {"base_model": "base/tiny", "license": "mit"}
     )
     assert "Fine-tuned from base/tiny on some/texts, split train[:9]." in text
-    assert "The licence is that of base/tiny: mit." in text
+    assert "The license is that of base/tiny: mit." in text
     assert "model: base/tiny\n" in text
     assert "* Validation: split test (the dataset's own); 1 document." in text
     assert "Python's own documentation (python-docs), split" in card({"model": "scratch"}, {"source": "python-docs"})
@@ -256,10 +273,10 @@ def test_card_names_some_of_many_files_and_a_dataset_as_it_is():
     ("changes", "text"),
     [
         ({}, "The weights are those after epoch 1 (step 8)."),
-        ({"best_step": 0, "best_epoch": 0}, "The weights are those that training began with."),
+        ({"best_step": 0, "best_epoch": 0}, "The weights are the initial ones."),
         (
             {"best_step": 10, "best_epoch": None, "diverged": "the loss is not finite at step 12"},
-            "The weights are those after step 10, inside an epoch; training ended early: the loss is not finite at "
+            "The weights are those after step 10, within an epoch; training ended early: the loss is not finite at "
             "step 12.",
         ),
     ],

@@ -1,6 +1,8 @@
-"""Asks an exported version as TensorFlow Serving does, with time-outs; `python cancelling.py VERSION TIMES SECONDS`.
+"""Calls an exported version as TensorFlow Serving does, with timeouts.
 
-Prints as JSON how often each outcome was seen. Exits with 1 if an answer is not the one that its row has alone.
+    python cancelling.py VERSION_DIR REPEATS SECONDS MAX_NEW_TOKENS
+
+Prints the number of each outcome as JSON. Exits with 1 if an answer differs from that to its row alone.
 """
 
 from __future__ import annotations
@@ -32,25 +34,25 @@ Row = dict[str, Any]
 
 
 class Version:
-    """A version in a session of its own, and the answers to some rows that were each asked alone."""
+    """A version in its own session, and the answer to each of some rows alone."""
 
-    def __init__(self, folder: str, longest: int) -> None:
+    def __init__(self, folder: str, max_new_tokens: int) -> None:
         graph = tf.Graph()
         self._session = tf.compat.v1.Session(graph=graph)
         with graph.as_default():
             meta = tf.compat.v1.saved_model.load(self._session, ["serve"], folder)
         self._signature = meta.signature_def["generate"]
-        self.longest = longest
+        self.max_new_tokens = max_new_tokens
         self.rows = [self.row(number) for number in range(ROWS)]
         self.alone = [self.ask([row])[0] for row in self.rows]
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[str] = []
 
-    def row(self, number: int, new: int | None = None) -> Row:
+    def row(self, number: int, new_tokens: int | None = None) -> Row:
         rng = random.Random(number)
         return {
             "prompt": "".join(rng.choices("abc def\n", k=rng.randrange(1, 30))),
-            "max_new_tokens": new or rng.choice([1, 3, 20, self.longest]),
+            "max_new_tokens": new_tokens or rng.choice([1, 3, 20, self.max_new_tokens]),
             "temperature": rng.choice([0.0, 1.0]),
             "top_k": 0,
             "top_p": 1.0,
@@ -69,7 +71,7 @@ class Version:
         return list(answer)
 
     def try_to_ask(self, numbers: list[int], timeout_ms: int) -> None:
-        """Counts what comes of a request, and compares each answer."""
+        """Counts the outcome of a request, and compares the answers."""
         for _ in range(100):
             try:
                 answers = self.ask([self.rows[number] for number in numbers], timeout_ms)
@@ -77,10 +79,10 @@ class Version:
                 self.outcomes["timed out"] += 1
                 return
             except (tf.errors.CancelledError, tf.errors.InternalError) as error:
-                # TensorFlow cancels a batch together with the last request in it: the others are to be asked again.
+                # TensorFlow cancels a batch together with the last request in it: the others have to be sent again.
                 if isinstance(error, tf.errors.InternalError) and "Missing 0-th output" not in error.message:
                     raise
-                self.outcomes["cancelled with a neighbour"] += 1
+                self.outcomes["cancelled with another"] += 1
                 continue
             self.outcomes["answered"] += 1
             if answers != [self.alone[number] for number in numbers]:
@@ -88,9 +90,9 @@ class Version:
             return
         self.wrong.append(f"rows {numbers} were not answered")
 
-    def time_out_beside_a_neighbour(self, seconds: float) -> None:
-        """Eight long rows and a short one, which time out; a row of another request shares the short one's batch."""
-        long = [self.row(number, self.longest) for number in range(8)]
+    def time_out_next_to_another(self, seconds: float) -> None:
+        """A request of eight long rows and a short one times out; another request shares the short row's batch."""
+        long = [self.row(number, self.max_new_tokens) for number in range(8)]
 
         def first() -> None:
             try:
@@ -106,7 +108,7 @@ class Version:
         thread.join()
 
     def mix(self, until: float, seed: int, seconds: float) -> None:
-        """Requests of all sizes, two thirds of which time out at any moment of their way."""
+        """Sends requests of all sizes, two thirds of which time out, some early and some late."""
         rng = random.Random(seed)
         while time.monotonic() < until:
             numbers = [rng.randrange(ROWS) for _ in range(rng.choice([1, 1, 2, 5, 9, 20]))]
@@ -114,15 +116,15 @@ class Version:
 
 
 def main() -> None:
-    """Runs both, then asks every row again."""
-    folder, times, load_seconds, longest = sys.argv[1], *map(int, sys.argv[2:])
-    version = Version(folder, longest)
-    long = [version.row(number, longest) for number in range(8)]
+    """Runs both, then compares every row again."""
+    folder, repeats, load_seconds, max_new_tokens = sys.argv[1], *map(int, sys.argv[2:])
+    version = Version(folder, max_new_tokens)
+    long = [version.row(number, max_new_tokens) for number in range(8)]
     began = time.monotonic()
     version.ask(long)
     seconds = time.monotonic() - began
-    for _ in range(times):
-        version.time_out_beside_a_neighbour(seconds)
+    for _ in range(repeats):
+        version.time_out_next_to_another(seconds)
     until = time.monotonic() + load_seconds
     threads = [threading.Thread(target=version.mix, args=(until, seed, 2 * seconds)) for seed in range(8)]
     for thread in threads:

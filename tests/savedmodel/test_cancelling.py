@@ -1,4 +1,4 @@
-"""Requests that end while their rows are decoded: in TensorFlow's C++ session, which every server runs, and here."""
+"""Requests that end while their rows are decoded, in TensorFlow's C++ session and in tfclm's own server."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tfclm.savedmodel.graph.signatures import GenerationModule
 from tfclm.savedmodel.settings import ServableSettings
 
 CONTEXT = 192
-LONGEST = 120  # tokens
+MAX_NEW_TOKENS = 120
 PROGRAM = Path(__file__).with_name("cancelling.py")
 
 
 @pytest.fixture(scope="module")
 def version(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has no EOS, so that rows take as long as they are asked to."""
+    """A model without EOS, so that rows always reach their max_new_tokens."""
     import tf_keras
     from conftest import tiny_config
     from transformers import AutoTokenizer
@@ -52,11 +52,11 @@ def version(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def ask(version: Path) -> Callable[[int, int], Any]:
-    """Repeats the time-out beside a neighbour, then runs a mixed load, in a separate process; gives the outcomes."""
+    """Runs `cancelling.py` in a separate process; returns the number of each outcome."""
 
-    def run(times: int, seconds: int) -> dict[str, int]:
+    def run(repeats: int, seconds: int) -> dict[str, int]:
         done = subprocess.run(
-            [sys.executable, str(PROGRAM), str(version), str(times), str(seconds), str(LONGEST)],
+            [sys.executable, str(PROGRAM), str(version), str(repeats), str(seconds), str(MAX_NEW_TOKENS)],
             env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
             capture_output=True,
             text=True,
@@ -70,21 +70,21 @@ def ask(version: Path) -> Callable[[int, int], Any]:
 
 
 @pytest.mark.slow
-def test_time_outs(ask: Callable[[int, int], Any]) -> None:
-    """A process that ends when a request times out while its rows are in several batches; wrong text after it."""
+def test_timeouts(ask: Callable[[int, int], Any]) -> None:
+    """A crash when a request times out while its rows are in several batches, or wrong text afterwards."""
     outcomes = ask(20, 8)
     assert outcomes["timed out"] >= 15
     assert outcomes["answered"] >= 40
 
 
 @pytest.mark.long
-def test_a_minute_of_time_outs(ask: Callable[[int, int], Any]) -> None:
-    """The same with more time for what is seldom."""
+def test_a_minute_of_timeouts(ask: Callable[[int, int], Any]) -> None:
+    """The same, with more time for rare failures."""
     assert ask(20, 60)["answered"] >= 100
 
 
 class MixedLoad:
-    """Clients of one server: some of them wait for their answers, others time out, cancel or disconnect."""
+    """Clients of one server: some wait for their answers, others time out, cancel or disconnect."""
 
     def __init__(self, server: Any) -> None:
         self.server = server
@@ -94,10 +94,10 @@ class MixedLoad:
         self.expected = [self.wait_for([number])[0] for number in range(12)]
 
     def body(self, numbers: list[int]) -> dict[str, Any]:
-        """A request for these prompts, with 3 to 120 tokens each."""
+        """The inputs for these prompts, with 3 to 120 new tokens each."""
         return {
             "prompt": [self.prompts[number] for number in numbers],
-            "max_new_tokens": [(3, 20, LONGEST)[number % 3] for number in numbers],
+            "max_new_tokens": [(3, 20, MAX_NEW_TOKENS)[number % 3] for number in numbers],
             "temperature": [number % 2 for number in numbers],
             "seed": numbers,
         }
@@ -106,7 +106,7 @@ class MixedLoad:
         with Client(f"http://127.0.0.1:{self.server.rest_port}", "model", timeout=120) as client:
             return [text.decode() for text in client.predict("generate", self.body(numbers))["completion"]]
 
-    def patient(self, numbers: list[int], rng: random.Random) -> None:
+    def waiting(self, numbers: list[int], rng: random.Random) -> None:
         answers = self.wait_for(numbers)
         if answers != [self.expected[number] for number in numbers]:
             self.problems.append(f"{numbers}: {answers}")
@@ -131,14 +131,14 @@ class MixedLoad:
             except grpc.RpcError as error:
                 self.outcomes[error.code().name] += 1
 
-    def that_cancels(self, numbers: list[int], rng: random.Random) -> None:
+    def cancelling(self, numbers: list[int], rng: random.Random) -> None:
         with grpc.insecure_channel(f"127.0.0.1:{self.server.grpc_port}") as channel:
             stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
             future = stub.Predict.future(self.call(numbers), timeout=60)
             time.sleep(rng.uniform(0, 0.2))
             self.outcomes["cancelled"] += future.cancel()
 
-    def that_disconnects(self, numbers: list[int], rng: random.Random) -> None:
+    def disconnecting(self, numbers: list[int], rng: random.Random) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.rest_port, timeout=60)
         params = {"top_k": [0], "top_p": [1.0], "repetition_penalty": [1.0], "stop": [""]}
         body = {"signature_name": "generate", "inputs": self.body(numbers) | params}
@@ -149,10 +149,10 @@ class MixedLoad:
 
     def ask_until(self, seed: int, until: float) -> None:
         rng = random.Random(seed)
-        kinds = [self.patient, self.with_deadline, self.that_cancels, self.that_disconnects]
+        kinds = [self.waiting, self.with_deadline, self.cancelling, self.disconnecting]
         while time.monotonic() < until:
-            # Two of the clients are patient all the time.
-            kind = self.patient if seed < 2 else rng.choice(kinds)
+            # Two of the clients always wait.
+            kind = self.waiting if seed < 2 else rng.choice(kinds)
             try:
                 kind([rng.randrange(12) for _ in range(rng.choice([1, 1, 3, 9]))], rng)
             except Exception as error:
@@ -160,7 +160,7 @@ class MixedLoad:
 
 
 def run_mixed_load(version: Path, folder: Path, seconds: float) -> Counter[str]:
-    """Runs the load on a server process; gives the outcomes, once every client that waited has its right answer."""
+    """Runs the load on a server process, checks all answers, and returns the number of each outcome."""
     (folder / "model").mkdir()
     (folder / "model" / "1").symlink_to(version)
     with launcher() as launch:
@@ -181,7 +181,7 @@ def run_mixed_load(version: Path, folder: Path, seconds: float) -> Counter[str]:
 
 @pytest.mark.slow
 def test_deadlines_cancels_and_disconnects(version: Path, tmp_path: Path) -> None:
-    """A request that fails, or gets another text, because of one that shares its batch and whose client has gone."""
+    """A request that fails, or gets another text, because a request in its batch was cancelled."""
     outcomes = run_mixed_load(version, tmp_path, 10)
     assert outcomes["answered"] >= 10
     assert min(outcomes[kind] for kind in ("cancelled", "disconnected", "DEADLINE_EXCEEDED")) >= 3
@@ -189,5 +189,5 @@ def test_deadlines_cancels_and_disconnects(version: Path, tmp_path: Path) -> Non
 
 @pytest.mark.long
 def test_a_minute_of_deadlines_cancels_and_disconnects(version: Path, tmp_path: Path) -> None:
-    """The same with more time for what is seldom."""
+    """The same, with more time for rare failures."""
     assert run_mixed_load(version, tmp_path, 60)["answered"] >= 50

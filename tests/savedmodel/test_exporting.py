@@ -24,11 +24,11 @@ from tfclm.savedmodel.graph.signatures import GenerationModule
 from tfclm.savedmodel.publishing import canary
 from tfclm.savedmodel.publishing.canary import CanaryFailed
 from tfclm.savedmodel.publishing.gate import Gate, GateFailed
-from tfclm.savedmodel.publishing.versions import versions
+from tfclm.savedmodel.publishing.versions import ServingDirectory
 from tfclm.savedmodel.settings import ServableSettings, defaults
 
 TEXT, INT, LONG, FLOAT = "string", "int32", "int64", "float32"
-KNOBS = {
+PARAMETERS = {
     "max_new_tokens": (INT, 1),
     "temperature": (FLOAT, 1),
     "top_k": (INT, 1),
@@ -40,7 +40,7 @@ KNOBS = {
 SIGNATURES: dict[str, tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int]]]] = {
     "serving_default": ({"prompt": (TEXT, 1)}, {"generated_text": (TEXT, 1)}),
     "generate": (
-        {"prompt": (TEXT, 1), **KNOBS, "stop": (TEXT, 1)},
+        {"prompt": (TEXT, 1), **PARAMETERS, "stop": (TEXT, 1)},
         {
             "generated_text": (TEXT, 1),
             "completion": (TEXT, 1),
@@ -51,7 +51,7 @@ SIGNATURES: dict[str, tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int
         },
     ),
     "generate_tokens": (
-        {"input_ids": (INT, 2), "attention_mask": (INT, 2), **KNOBS},
+        {"input_ids": (INT, 2), "attention_mask": (INT, 2), **PARAMETERS},
         {"output_ids": (INT, 2), "completion_tokens": (INT, 1)},
     ),
     "score": (
@@ -95,7 +95,7 @@ def write(servable: GenerationModule, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
-    """All signatures, with the knobs' defaults from generation_config but for one."""
+    """All signatures, with the parameters' defaults from generation_config, except one."""
     model = make_model(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.25, max_new_tokens=12)
     servable = GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings(top_k=7))
     return write(servable, tmp_path_factory.mktemp("texts"))
@@ -169,8 +169,8 @@ def test_signatures(texts: Path):
     assert {each.method_name for each in signatures.values()} == {"tensorflow/serving/predict"}
 
 
-def test_defaults_of_the_knobs(texts: Path):
-    """A knob that gRPC clients must give, or whose default is not the checkpoint's or the flag's."""
+def test_defaults_of_the_parameters(texts: Path):
+    """A parameter that gRPC clients must give, or whose default is neither the checkpoint's nor the setting's."""
     signatures = read(texts)
     params = {
         "max_new_tokens": 12,
@@ -217,10 +217,10 @@ def test_what_generation_config_asks_in_vain():
     """Beam search, or a shorter answer than was asked for, without a word."""
     with pytest.raises(InputError, match="num_beams 4"):
         defaults(ServableSettings(), GenerationConfig(num_beams=4), 63)
-    with pytest.raises(InputError, match="--max-new-tokens 64: the limit is 63"):
+    with pytest.raises(InputError, match="`max_new_tokens` 64: the limit is 63"):
         defaults(ServableSettings(max_new_tokens=64), GenerationConfig(), 63)
     for name, value, message in [
-        ("top_k", 2**31, "--top-k 2147483648"),
+        ("top_k", 2**31, "`top_k` 2147483648"),
         ("top_k", "many", "top_k is 'many', no whole number"),
         ("top_k", 0.5, "top_k is 0.5"),
         ("top_k", True, "top_k is True"),
@@ -228,8 +228,8 @@ def test_what_generation_config_asks_in_vain():
         ("max_new_tokens", 2.5, "max_new_tokens is 2.5"),
         ("temperature", "hot", "temperature is 'hot', no number"),
         ("temperature", 10**400, "too large"),
-        ("temperature", 1e39, r"--temperature 1e\+39"),
-        ("top_p", 1.5, "--top-p 1.5"),
+        ("temperature", 1e39, r"`temperature` 1e\+39"),
+        ("top_p", 1.5, "`top_p` 1.5"),
     ]:
         with pytest.raises(InputError, match=f"has a value that no request may have: .*{message}"):
             defaults(ServableSettings(), GenerationConfig(do_sample=True, **{name: value}), 63)
@@ -273,7 +273,7 @@ def test_canary_passes_what_is_whole(tokens: tuple[Path, list[canary.Prompt]]):
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer_dir: Path):
-    """A prompt with the added token that reads beyond the embeddings, for whoever is decoded beside it too."""
+    """A prompt with the added token that reads beyond the embeddings, for the other rows of the batch, too."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.add_tokens(["<one more>"])
     with pytest.raises(InputError, match="the tokenizer has 513 entries but the model's vocab_size is 512"):
@@ -324,8 +324,19 @@ def spoil_record(version: Path, target: Path) -> Path:
 def test_canary_says_what_a_warmup_record_met(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
     """A record that stops a server's start, or a message that names a node of the graph alone."""
     folder = spoil_record(tokens[0], tmp_path / "broken")
-    with pytest.raises(CanaryFailed, match="give 0, which is greedy, or more"):
+    with pytest.raises(CanaryFailed, match=r"give 0 \(greedy\) or more"):
         canary.validate(folder, tokens[1], xla=False)
+
+
+@pytest.mark.slow
+def test_canary_says_that_xla_cannot_be_turned_off(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
+    """Another build of TensorFlow: an export that cannot be checked, or that is checked less without a word."""
+    lines: list[str] = []
+    result = canary.validate(*tokens, xla=False, library=tmp_path, log=lines.append)
+    assert result["records"] == 1
+    (line,) = lines
+    assert line.startswith(f"XLA cannot be turned off in this build of TensorFlow ({tmp_path} has no libtensorflow_cc")
+    assert "warning" not in result
 
 
 def test_canary_does_not_wait_for_ever(tokens: tuple[Path, list[canary.Prompt]]):
@@ -367,7 +378,7 @@ def test_version_from_elsewhere(tokens: tuple[Path, list[canary.Prompt]], tmp_pa
         publish_exported(broken, serving, source={"hub": "me/eli5"})
     with pytest.raises(GateFailed, match=r"not published: perplexity 20\.0000 is above 19"):
         publish_exported(version, serving, limits=Gate(max_perplexity=19.0))
-    assert versions(serving) == []
+    assert ServingDirectory.at(serving).versions() == []
     assert publish_exported(version, serving, version=3, limits=Gate(max_perplexity=21.0)).path == f"{serving}/3"
     assert {path.name: path.is_dir() or path.read_bytes() for path in (serving / "3").rglob("*")} == {
         path.name: path.is_dir() or path.read_bytes() for path in version.rglob("*")
@@ -392,7 +403,7 @@ def test_nothing_is_published_that_the_canary_refuses(tokens: tuple[Path, list[c
 
     with pytest.raises(CanaryFailed, match=r"canary prompt \d: new token \d is \d+, where the Python model gives \d+"):
         export_saved_model(make_model(seed=1), make_wordpiece(), tmp_path, source={"checkpoint": "a"}, log=swap)
-    assert versions(tmp_path) == []
+    assert ServingDirectory.at(tmp_path).versions() == []
     assert list(tmp_path.glob(".staging-*")) == []
     # Written down, as the gate's refusals are.
     (verdict,) = (json.loads(path.read_text()) for path in (tmp_path / ".verdicts").iterdir())

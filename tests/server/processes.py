@@ -4,35 +4,52 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from server.conftest import Client
 
 STARTS = 120  # seconds
 
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def _serve(flags: list[str], stderr: Connection, first: Callable[[], None] | None) -> None:
+    os.dup2(stderr.fileno(), 2)
+    stderr.close()
+    if first is not None:
+        first()
+    from tfclm.serve import main
+
+    sys.argv = ["tfclm.serve", *flags]
+    main()
+
 
 class ServerProcess:
-    """`python -m tfclm.serve` with some flags, on free ports."""
+    """`python -m tfclm.serve` with some flags, on free ports. `first` is called in its process before."""
 
-    def __init__(self, *flags: object, preexec: Callable[[], None] | None = None) -> None:
-        command = [sys.executable, "-m", "tfclm.serve", "--port=-1", "--rest_api_port=-1", *map(str, flags)]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=preexec)
+    def __init__(self, *flags: object, first: Callable[[], None] | None = None) -> None:
+        words = ["--port=-1", "--rest_api_port=-1", *map(str, flags)]
+        self._stderr, writer = FORKS.Pipe(duplex=False)
+        self.process = FORKS.Process(target=_serve, args=(words, writer, first), daemon=True)
+        self.process.start()
+        writer.close()
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        for line in self.process.stderr:
-            self.lines.append(line)
+        with open(self._stderr.fileno(), encoding="utf-8", closefd=False) as lines:
+            for line in lines:
+                self.lines.append(line)
 
     @property
     def log(self) -> str:
@@ -80,12 +97,20 @@ class ServerProcess:
 
     def ends(self, seconds: float) -> int:
         """Its exit code, once it has ended by itself."""
-        code = self.process.wait(seconds)
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"the server has not ended within {seconds} s: {self.log}"
         self._reader.join(10)
-        return code
+        return self.process.exitcode
 
     def terminate(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
+        os.kill(self.process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends it if it still runs."""
+        self.process.kill()
+        self.process.join()
+        self._reader.join(10)
+        self._stderr.close()
 
 
 @contextlib.contextmanager
@@ -93,15 +118,12 @@ def launcher() -> Iterator[Callable[..., ServerProcess]]:
     """Gives what starts servers; those that still run at the end are killed."""
     started: list[ServerProcess] = []
 
-    def launch(*flags: object, preexec: Callable[[], None] | None = None) -> ServerProcess:
-        started.append(ServerProcess(*flags, preexec=preexec))
+    def launch(*flags: object, first: Callable[[], None] | None = None) -> ServerProcess:
+        started.append(ServerProcess(*flags, first=first))
         return started[-1]
 
     try:
         yield launch
     finally:
         for server in started:
-            server.process.kill()
-            server.process.wait()
-            server._reader.join(10)
-            server.process.stderr.close()
+            server.kill()

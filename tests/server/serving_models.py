@@ -26,7 +26,7 @@ class Text(tf.Module):
             tf.TensorSpec([None], tf.float32, name="temp"),
         ]
     )
-    def params(self, prompt, n=tf.constant([7]), temp=tf.constant([0.5])):
+    def knobs(self, prompt, n=tf.constant([7]), temp=tf.constant([0.5])):
         return {"text": prompt + "!", "n": n, "temp": temp}
 
     @tf.function(input_signature=[_strings("prompt")])
@@ -56,7 +56,7 @@ class Text(tf.Module):
 
     def signatures(self) -> dict:
         """By their names in the SavedModel."""
-        names = ("knobs", "scalar", "twice", "raw", "guarded", "nothing", "number")
+        names = ("params", "scalar", "twice", "raw", "guarded", "nothing", "number")
         return {"serving_default": self.complete, **{name: getattr(self, name) for name in names}}
 
 
@@ -89,7 +89,7 @@ class HalfPlusTwo(tf.Module):
 
 
 class Same(tf.Module):
-    """One signature a type, each giving back its input; of two columns under the type's name with "_2"."""
+    """One signature per type, each returning its input; of two columns under the type's name with "_2"."""
 
     TYPES = (tf.float32, tf.float64, tf.int32, tf.int64, tf.uint8, tf.uint32, tf.uint64, tf.bool, tf.string)
 

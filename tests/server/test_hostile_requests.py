@@ -157,7 +157,7 @@ def test_limit_on_a_body_is_one_on_what_it_inflates_to(models, start_server, cli
 
 @pytest.mark.slow
 def test_connections_that_never_read(server):
-    """Places that are held for ever by who sends requests and takes no reply: everybody else got 503."""
+    """Connections that clients who never read a reply keep for ever, so that others get 503."""
     most = 1005
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2 * most, hard)), hard))

@@ -166,9 +166,9 @@ def test_page_is_whole_and_only_where_it_is_asked_for(start, server):
 
 @pytest.mark.slow
 def test_completion_is_the_servers(page, asked):
-    """Another text than the server's, knobs that do not arrive, or a default that is not the model's."""
+    """Another text than the server's, parameters that do not arrive, or a default that is not the model's."""
     page.wait(lambda: "version 1 is served" in page.text("#state"))
-    shown = {knob: page.find(f"#{knob}").get_attribute("placeholder") for knob in ("top_k", "top_p", "seed", "stop")}
+    shown = {name: page.find(f"#{name}").get_attribute("placeholder") for name in ("top_k", "top_p", "seed", "stop")}
     assert shown == {"top_k": "50", "top_p": "0.95", "seed": "-1", "stop": "none"}
     page.fill(prompt=PROMPT, temperature=".9", seed="9223372036854775807", max_new_tokens="12", stop="zz")
     page.submit("generate")
@@ -226,7 +226,7 @@ def test_curl_does_the_same(page, asked):
         ({"max_new_tokens": "100000"}, r"max_new_tokens"),
     ],
 )
-def test_wrong_knobs(page, asked, params, said):
+def test_wrong_parameters(page, asked, params, said):
     """A mistake without a word, or beside which the text of another request still stands."""
     page.fill(prompt="The", temperature="0")
     page.submit("generate")

@@ -76,9 +76,9 @@ def _config(folder, *entries):
     return f"--model_config_file={config}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def launch():
-    """`launch(*flags)`: a server in its own process."""
+    """`launch(*flags)`: a server in its own process, killed after the test, with what still runs in it."""
     with launcher() as launch:
         yield launch
 
@@ -94,19 +94,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def process(launch, folder):
+def process(folder):
     """The server that most tests here ask: few threads, so that few requests could take them all."""
     (folder / "monitoring.config").write_text("prometheus_config { enable: true }")
     entries = [_entry(name, folder / name) for name in ("half", "slow", "heavy")]
-    return launch(
-        _config(folder, *entries),
-        f"--monitoring_config_file={folder / 'monitoring.config'}",
-        "--grpc_max_threads=2",
-        "--rest_api_num_threads=4",
-        "--tensorflow_inter_op_parallelism=1",
-        "--rest_api_timeout_in_ms=5000",
-        "--no_access_log",
-    ).listens()
+    with launcher() as launch:
+        yield launch(
+            _config(folder, *entries),
+            f"--monitoring_config_file={folder / 'monitoring.config'}",
+            "--grpc_max_threads=2",
+            "--rest_api_num_threads=4",
+            "--tensorflow_inter_op_parallelism=1",
+            "--rest_api_timeout_in_ms=5000",
+            "--no_access_log",
+        ).listens()
 
 
 @pytest.fixture(scope="module")
@@ -314,8 +315,11 @@ def test_reloads_of_an_empty_folder(process, channel, predict, folder, tmp_path)
 
 def _drop_capabilities():
     """Lets permissions hold for root too. Has no effect, and needs none, for anybody else."""
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for number in range(3):  # effective, permitted and inheritable
+        sets[number] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
 
 
 @pytest.mark.slow
@@ -329,7 +333,7 @@ def test_unreadable_version_folder(launch, folder, tmp_path, kind):
     else:
         (version / "saved_model.pb").symlink_to("saved_model.pb")
     entries = [_entry("bad", tmp_path / "bad"), _entry("half", folder / "half")]
-    process = launch(_config(tmp_path, *entries), "--no_access_log", preexec=_drop_capabilities).listens()
+    process = launch(_config(tmp_path, *entries), "--no_access_log", first=_drop_capabilities).listens()
     assert process.rest.predict({"inputs": [2.0]}, "half").json == {"outputs": [3.0]}
     (status,) = process.rest.get("/v1/models/bad").json["model_version_status"]
     reason = "Permission denied" if kind == "permission" else "Too many levels of symbolic links"
@@ -338,7 +342,7 @@ def test_unreadable_version_folder(launch, folder, tmp_path, kind):
     time.sleep(3)
     said = [event for event in process.events if reason in event]
     assert len(said) == 1, process.log
-    assert re.search(r"version 1 of model bad cannot be read: .*; it is tried at each poll", said[0])
+    assert re.search(r"version 1 of model bad cannot be read: .*; tried again at each poll", said[0])
     assert "traceback" not in process.log
     # It is served once it can be read.
     version.chmod(0o700)
@@ -352,7 +356,7 @@ def test_unreadable_version_folder(launch, folder, tmp_path, kind):
 
 @pytest.mark.slow
 def test_sigterm_ends_it_whatever_runs(launch, folder):
-    """A process that lives on after SIGTERM for as long as a kernel runs that nobody waits for."""
+    """A process that keeps running after SIGTERM until an abandoned kernel ends."""
     process = launch(
         f"--model_base_path={folder / 'heavy'}", "--shutdown_grace_seconds=1", "--rest_api_timeout_in_ms=500"
     ).listens()
@@ -361,13 +365,13 @@ def test_sigterm_ends_it_whatever_runs(launch, folder):
     process.terminate()
     assert process.ends(30) == 0
     assert time.monotonic() - began < 30
-    assert "1 run(s) have not ended within the grace of 1 s; they are given up" in process.events
+    assert "1 run(s) did not end within the grace period of 1 s; not waiting for them" in process.events
     assert "traceback" not in process.log
 
 
 @pytest.mark.slow
 def test_versions_change_while_a_run_goes_on(launch, folder, tmp_path):
-    """A run that nobody waits for and that holds up the loading of all versions, because its own is to be unloaded."""
+    """An abandoned run that blocks the loading of all versions, because its own version is to be unloaded."""
     shutil.copytree(folder / "heavy", tmp_path / "heavy")
     process = launch(f"--model_base_path={tmp_path / 'heavy'}", "--rest_api_timeout_in_ms=500").listens()
     assert process.rest.predict({"inputs": 8000}, "model").status == 504
@@ -382,7 +386,7 @@ def test_versions_change_while_a_run_goes_on(launch, folder, tmp_path):
 
 @pytest.mark.slow
 def test_second_signal_ends_it_at_once(launch, folder):
-    """An operator who has to wait out the grace period, or to kill."""
+    """An operator who must wait for the grace period, or kill the process."""
     process = launch(f"--model_base_path={folder / 'slow'}", "--shutdown_grace_seconds=600").listens()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(process.rest.predict, {"inputs": 2**31 - 1}, "model")
@@ -390,7 +394,7 @@ def test_second_signal_ends_it_at_once(launch, folder):
         process.terminate()
         process.says('"stopping"')
         time.sleep(1)
-        assert process.process.poll() is None
+        assert process.process.is_alive()
         process.terminate()
         assert process.ends(20) == 128 + signal.SIGTERM
         assert answer.exception() is not None
@@ -398,7 +402,7 @@ def test_second_signal_ends_it_at_once(launch, folder):
 
 @pytest.mark.slow
 def test_sigterm_while_a_model_is_loaded(launch, folder, tmp_path):
-    """A process that outlives its grace by the rest of a load, or that says that it listens on the ports 0."""
+    """A process that runs beyond its grace period until a load ends, or that claims to listen on port 0."""
     version = export(Heavy(), tmp_path / "model", 1)
     (version / "assets.extra").mkdir()
     with tf.io.TFRecordWriter(str(version / "assets.extra" / "tf_serving_warmup_requests")) as writer:
@@ -415,7 +419,7 @@ def test_sigterm_while_a_model_is_loaded(launch, folder, tmp_path):
     time.sleep(2)
     process.terminate()
     assert process.ends(30) == 0
-    assert "a version is still being loaded; that is given up" in process.events
+    assert "a version is still loading; not waiting for it" in process.events
     assert "listening" not in process.log
     assert "traceback" not in process.log
 
@@ -424,9 +428,8 @@ def test_sigterm_while_a_model_is_loaded(launch, folder, tmp_path):
 def test_empty_folder_is_waited_for(launch, tmp_path):
     """A server that does not listen, and does not say why, because its model has no version yet."""
     process = launch(f"--model_base_path={tmp_path}").listens()
-    assert (
-        f"model model has no version in {tmp_path}: no folder is named by a number; it is looked for at each poll"
-        in (process.events)
+    assert f"model model has no version in {tmp_path}: no folder is named by a number; checked again at each poll" in (
+        process.events
     )
     assert process.rest.predict({"inputs": [2.0]}, "model").status == 404
     export(HalfPlusTwo(), tmp_path, 1)
@@ -437,7 +440,7 @@ def test_empty_folder_is_waited_for(launch, tmp_path):
 
 
 def test_taken_port_is_noticed_before_loading(folder, start_server, caplog):
-    """Minutes of loading, and only then the word that the port is another server's."""
+    """Minutes of loading before the message that the port is in use."""
     from tfclm.errors import InputError
 
     caplog.set_level(logging.INFO, "tfclm.server")
@@ -445,7 +448,7 @@ def test_taken_port_is_noticed_before_loading(folder, start_server, caplog):
         port = other.getsockname()[1]
         for flag in ("port", "rest_api_port"):
             settings = {"port": 0, "rest_api_port": 0, flag: port}
-            with pytest.raises(InputError, match=f"--{flag}: cannot listen on 127.0.0.1:{port}"):
+            with pytest.raises(InputError, match=f"`{flag}`: cannot listen on 127.0.0.1:{port}"):
                 start_server(model_base_path=str(folder / "half"), **settings)
     assert not [record for record in caplog.records if "loaded version" in record.getMessage()]
 

@@ -8,7 +8,7 @@ import pytest
 
 
 def test_predict_by_version_label_and_latest(rest):
-    """A version or label in the path that is not heeded."""
+    """A version or label in the path that is ignored."""
     for part in ("", "/versions/1", "/versions/2", "/labels/old"):
         answer = rest.ask("POST", f"/v1/models/half_plus_two{part}:predict", {"instances": [0, 1, 4]})
         assert answer.json == {"predictions": [2.0, 2.5, 4.0]}, part
@@ -151,7 +151,7 @@ def test_get_metadata(rest):
     assert prompt["dtype"] == "DT_STRING"
     assert prompt["tensor_shape"] == {"dim": [{"size": "-1", "name": ""}], "unknown_rank": False}
     assert signatures["serving_default"]["method_name"] == "tensorflow/serving/predict"
-    assert signatures["knobs"]["defaults"]["n"]["int_val"] == [7]
+    assert signatures["params"]["defaults"]["n"]["int_val"] == [7]
     assert rest.get("/v1/models/half_plus_two/labels/old/metadata").json["model_spec"]["version"] == "1"
     assert rest.get("/v1/models/foo/metadata").error == "Servable not found for request: Latest(foo)"
 

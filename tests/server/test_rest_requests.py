@@ -170,20 +170,20 @@ def test_base64_shapes(rest):
 
 def test_defaults_are_not_for_rest(rest):
     """Defaults of a signature filled in over REST: the request would then fail on the real server."""
-    row = rest.predict({"signature_name": "knobs", "instances": [{"prompt": "a", "n": 1}]})
+    row = rest.predict({"signature_name": "params", "instances": [{"prompt": "a", "n": 1}]})
     assert (row.status, row.error) == (
         400,
         "Failed to process element: 0 of 'instances' list. JSON object: "
         '{\n    "prompt": "a",\n    "n": 1\n} keys must be equal to: n,prompt,temp',
     )
-    columnar = rest.predict({"signature_name": "knobs", "inputs": {"prompt": ["a"], "n": [1]}})
+    columnar = rest.predict({"signature_name": "params", "inputs": {"prompt": ["a"], "n": [1]}})
     assert columnar.error == "Missing named input: temp in 'inputs' object."
-    plain = rest.predict({"signature_name": "knobs", "instances": ["a"]})
+    plain = rest.predict({"signature_name": "params", "instances": ["a"]})
     assert plain.error == (
         "instances is a plain list, but expecting list of objects as multiple input tensors required as per "
         "tensorinfo_map"
     )
-    plain = rest.predict({"signature_name": "knobs", "inputs": ["a"]})
+    plain = rest.predict({"signature_name": "params", "inputs": ["a"]})
     assert plain.error == (
         "inputs is a plain value/list, but expecting an object as multiple input tensors required as per tensorinfo_map"
     )
@@ -191,9 +191,9 @@ def test_defaults_are_not_for_rest(rest):
 
 def test_several_inputs(rest):
     """Columns that get into each other's place, or mixed shapes refused in columnar format."""
-    row = rest.predict({"signature_name": "knobs", "instances": [{"prompt": "a", "n": 1, "temp": 0.25}] * 2})
+    row = rest.predict({"signature_name": "params", "instances": [{"prompt": "a", "n": 1, "temp": 0.25}] * 2})
     assert row.json == {"predictions": [{"text": "a!", "n": 1, "temp": 0.25}] * 2}
-    columnar = rest.predict({"signature_name": "knobs", "inputs": {"prompt": ["a", "b"], "n": [1], "temp": 0.5}})
+    columnar = rest.predict({"signature_name": "params", "inputs": {"prompt": ["a", "b"], "n": [1], "temp": 0.5}})
     assert columnar.json == {"outputs": {"text": ["a!", "b!"], "n": [1], "temp": 0.5}}
 
 

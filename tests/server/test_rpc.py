@@ -89,7 +89,7 @@ def test_predict_strings(prediction):
 
 
 def test_predict_by_version_and_label(prediction):
-    """A version or a label in the ModelSpec that is not heeded."""
+    """A version or a label in the ModelSpec that is ignored."""
     request = _request("half_plus_two", x=[2.0])
     request.model_spec.version_label = "old"
     assert prediction.Predict(request, timeout=TIMEOUT).model_spec.version.value == 1
@@ -102,18 +102,18 @@ def test_predict_by_version_and_label(prediction):
 
 def test_signature_defaults(prediction):
     """Defaults of a signature ignored over gRPC, where the real server fills them in."""
-    outputs = prediction.Predict(_request("m", "knobs", prompt=["a"]), timeout=TIMEOUT).outputs
+    outputs = prediction.Predict(_request("m", "params", prompt=["a"]), timeout=TIMEOUT).outputs
     assert list(outputs["n"].int_val) == [7]
     assert list(outputs["temp"].float_val) == [0.5]
-    outputs = prediction.Predict(_request("m", "knobs", prompt=["a"], n=[1]), timeout=TIMEOUT).outputs
+    outputs = prediction.Predict(_request("m", "params", prompt=["a"], n=[1]), timeout=TIMEOUT).outputs
     assert list(outputs["n"].int_val) == [1]
-    details = _fails(prediction.Predict, _request("m", "knobs", n=[1]), grpc.StatusCode.INVALID_ARGUMENT)
+    details = _fails(prediction.Predict, _request("m", "params", n=[1]), grpc.StatusCode.INVALID_ARGUMENT)
     assert "prompt" in details
 
 
 def test_output_filter(prediction):
     """A filter that does not filter, or that takes any name."""
-    request = _request("m", "knobs", prompt=["a"])
+    request = _request("m", "params", prompt=["a"])
     request.output_filter.append("n")
     assert list(prediction.Predict(request, timeout=TIMEOUT).outputs) == ["n"]
     request.output_filter.append("n")

@@ -1,13 +1,11 @@
-"""The command and the server under strain: flags, ports, XLA, overload, slow senders, SIGTERM."""
+"""The command, and the server under load: flags, ports, XLA, overload, slow senders, SIGTERM."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -17,72 +15,50 @@ from contextlib import ExitStack
 
 import pytest
 
+from server.processes import launcher
 from tfclm.cli.arguments import parse
 from tfclm.errors import InputError
-from tfclm.serve import _as_switch
+from tfclm.serve import to_switch
 from tfclm.server.server import Server
 from tfclm.server.settings import ServeSettings, check
 
 
 @pytest.fixture
-def serve(client):
-    """`serve(*flags)`: the command in a process of its own; gives it and its client."""
-    processes = []
-
-    def start(*flags):
-        command = [sys.executable, "-m", "tfclm.serve", "--port=-1", "--rest_api_port", "-1", *map(str, flags)]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        processes.append(process)
-        lines = []
-        watchdog = threading.Timer(60, process.kill)
-        watchdog.start()
-        for line in process.stderr:
-            lines.append(line)
-            found = re.search(r"gRPC (\d+), REST (\d+)", line)
-            if found:
-                watchdog.cancel()
-                process.grpc_port, process.rest_port = int(found[1]), int(found[2])
-                return process, client(process)
-        raise AssertionError("".join(lines))
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+def launch():
+    """`launch(*flags)`: the command in a process of its own."""
+    with launcher() as launch:
+        yield launch
 
 
 @pytest.mark.slow
-def test_xla_is_off_unless_asked_for(models, serve):
-    """A model that runs here and fails on every stock server."""
-    _, rest = serve(f"--model_base_path={models / 'compiled'}")
+def test_xla_is_off_unless_asked_for(models, launch):
+    """A model that runs here and fails on every unmodified server."""
+    rest = launch(f"--model_base_path={models / 'compiled'}").listens().rest
     answer = rest.predict({"inputs": [1]}, "model")
     assert answer.status == 500
     assert answer.error.startswith(
         "XLA compilation disabled: this export needs a server that is started with --xla_cpu_compilation_enabled\n\t [["
     )
-    _, rest = serve(f"--model_base_path={models / 'compiled'}", "--xla_cpu_compilation_enabled=true")
+    rest = launch(f"--model_base_path={models / 'compiled'}", "--xla_cpu_compilation_enabled=true").listens().rest
     assert rest.predict({"inputs": [1]}, "model").json == {"outputs": [2.0]}
 
 
 @pytest.mark.slow
-def test_sigterm_lets_requests_finish(models, serve):
+def test_sigterm_lets_requests_finish(models, launch):
     """A deployment that breaks the requests which run, or a server that does not end."""
-    process, rest = serve(f"--model_base_path={models / 'slow'}", "--model_name", "slow")
+    process = launch(f"--model_base_path={models / 'slow'}", "--model_name", "slow").listens()
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(rest.predict({"inputs": 500_000}, "slow")))
+    thread = threading.Thread(target=lambda: answers.append(process.rest.predict({"inputs": 500_000}, "slow")))
     thread.start()
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=30)
+    process.terminate()
+    assert process.ends(30) == 0
     thread.join()
-    assert process.returncode == 0
     assert answers[0].json == {"outputs": 500_000}
-    events = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    events = [json.loads(line) for line in process.lines if line.startswith("{")]
     (access,) = [event for event in events if event["event"] == "request"]
     assert (access["method"], access["path"], access["status"]) == ("POST", "/v1/models/slow:predict", 200)
-    assert "traceback" not in log
+    assert "traceback" not in process.log
 
 
 @pytest.mark.slow
@@ -117,30 +93,30 @@ def test_transformers_is_not_imported(models):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "--model_base_path is missing"),
-        (["--model_base_path=/nowhere"], "--model_base_path /nowhere: there is no such folder"),
-        (["--model_config_file=/nowhere"], "--model_config_file /nowhere: No such file"),
-        (["--model_base_path=.", "--port=8501"], "--rest_api_port 8501: give another port"),
+        ([], "`model_base_path` is missing"),
+        (["--model_base_path=/nowhere"], "`model_base_path` /nowhere: there is no such folder"),
+        (["--model_config_file=/nowhere"], "`model_config_file` /nowhere: No such file"),
+        (["--model_base_path=.", "--port=8501"], "`rest_api_port` 8501: give another port"),
         (["--model_base_path=.", "--port=0", "--rest_api_port=0"], "nothing would listen"),
-        (["--model_base_path=.", "--rest_api_port=70000"], "--rest_api_port 70000: give 1 to 65535"),
-        (["--model_base_path=.", "--ssl_config_file=/nowhere"], "--ssl_config_file /nowhere: No such file"),
-        (["--model_base_path=.", "--playground", "--rest_api_port=0"], "--playground: --rest_api_port is 0"),
+        (["--model_base_path=.", "--rest_api_port=70000"], "`rest_api_port` 70000: give 1 to 65535"),
+        (["--model_base_path=.", "--ssl_config_file=/nowhere"], "`ssl_config_file` /nowhere: No such file"),
+        (["--model_base_path=.", "--playground", "--rest_api_port=0"], "`playground`: `rest_api_port` is 0"),
         (["--enable_bathing"], "unrecognized arguments: --enable_bathing"),
     ],
 )
 def test_user_errors(flags, said):
-    """A mistake in the flags that is found only once requests come, or that is told as a fault of the program."""
+    """A mistake in the flags that is found only when requests arrive, or that is reported as an internal error."""
     with pytest.raises(InputError, match=re.escape(said)):
         Server(parse(ServeSettings, flags, prog="serve", description=""))
 
 
 def test_folder_that_holds_no_versions(tmp_path, models):
-    """A wrong folder told by one warning and a port that never opens, with no word of which would be right."""
+    """A wrong folder that causes one warning and a port that never opens, without naming the right folder."""
     version = models / "m" / "1"
     for given, right in (
-        (version, f"--model_base_path {version} is a version of a model, .*: give {models / 'm'}"),
-        (tmp_path / "plain", f"--model_base_path {tmp_path}/plain is a SavedModel, .*: move it to {tmp_path}/plain/1"),
-        (tmp_path / "tuned", f"--model_base_path {tmp_path}/tuned is a checkpoint, .* tfclm.export --model {tmp_path}"),
+        (version, f"`model_base_path` {version} is a version of a model, .*: give {models / 'm'}"),
+        (tmp_path / "plain", f"`model_base_path` {tmp_path}/plain is a SavedModel, .*: move it to {tmp_path}/plain/1"),
+        (tmp_path / "tuned", f"`model_base_path` {tmp_path}/tuned is a checkpoint, .* tfclm.export --model {tmp_path}"),
     ):
         given.mkdir(exist_ok=True)
         if given.name == "plain":
@@ -178,7 +154,7 @@ def test_user_error_is_one_line():
 @pytest.mark.parametrize("value", ["true", "1", "false", "0"])
 def test_switches_as_tensorflow_model_server_takes_them(value):
     """`--flag=false` of an existing deployment refused, or taken for true."""
-    flag = _as_switch(f"--enable_model_warmup={value}")
+    flag = to_switch(f"--enable_model_warmup={value}")
     settings = parse(ServeSettings, [flag], prog="serve", description="")
     assert settings.enable_model_warmup is (value in ("true", "1"))
 
@@ -187,7 +163,7 @@ def test_bad_model_config(tmp_path, start_server):
     """A config file with a mistake being served in part."""
     config = tmp_path / "models.config"
     config.write_text("improper model config")
-    with pytest.raises(InputError, match="no ModelServerConfig in protobuf's text format"):
+    with pytest.raises(InputError, match="not a ModelServerConfig in protobuf text format"):
         start_server(model_config_file=str(config))
     entry = 'config { name: "a" base_path: "/a" model_platform: "tensorflow" }'
     config.write_text(f"model_config_list {{ {entry} {entry} }}")
@@ -196,9 +172,9 @@ def test_bad_model_config(tmp_path, start_server):
 
 
 def test_port_that_is_taken(models, server, start_server):
-    """Two servers that share a port without a word, each getting half of the requests."""
+    """Two servers that silently share a port, each getting half of the requests."""
     for flag, port in (("port", server.grpc_port), ("rest_api_port", server.rest_port)):
-        with pytest.raises(InputError, match=rf"--{flag}: cannot listen on 127.0.0.1:{port}"):
+        with pytest.raises(InputError, match=rf"`{flag}`: cannot listen on 127.0.0.1:{port}"):
             start_server(**{"model_base_path": str(models / "m"), "port": 0, "rest_api_port": 0, flag: port})
 
 
@@ -222,7 +198,7 @@ def test_overload(models, start_server, client, eventually):
 
 
 def test_slow_senders(models, start_server):
-    """Connections that are held open for ever by who sends nothing, half a head or half a body."""
+    """Connections that stay open for ever although the client sends nothing, half a header or half a body."""
     server = start_server(model_base_path=str(models / "m"), request_read_seconds=0.5, port=0)
     address = ("127.0.0.1", server.rest_port)
     for sent in (b"", b"POST /v1/models/model:predict HTTP/1.1\r\nHost: x\r\n"):
@@ -250,7 +226,7 @@ def test_large_bodies(models, start_server, client):
 
 
 def test_expect_continue(rest):
-    """A client such as curl that waits for leave to send a large body."""
+    """A client such as curl that waits for permission to send a large body."""
     body = b'{"inputs":["a"]}'
     with socket.create_connection((rest.host, rest.port), timeout=10) as connection:
         head = f"POST /v1/models/m:predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
@@ -261,7 +237,7 @@ def test_expect_continue(rest):
 
 
 def test_keep_alive(rest):
-    """A connection that is of no more use after an error."""
+    """A connection that cannot be used after an error."""
     connection = http.client.HTTPConnection(rest.host, rest.port, timeout=10)
     for body, status in ((b"{", 400), (b'{"inputs":["a"]}', 200), (b"{", 400)):
         connection.request("POST", "/v1/models/m:predict", body)
@@ -272,7 +248,7 @@ def test_keep_alive(rest):
 
 
 def test_thousand_connections(models, start_server, client):
-    """Connections without a limit, each of which takes memory; or a server that is no more use once they are gone."""
+    """Connections without a limit, each of which takes memory; or a server that stays unusable afterwards."""
     most = 1000
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Both ends of each are in this process.

@@ -30,7 +30,7 @@ def base(tmp_path, half):
 
 
 def publish(half, base, name):
-    """Puts a version in place as a deployment does: written beside, then renamed."""
+    """Publishes a version as a deployment does: written under a hidden name, then renamed."""
     shutil.copytree(half, base / ".writing")
     (base / ".writing").rename(base / name)
 
@@ -146,13 +146,13 @@ def _warm_up(version, *requests):
 
 def test_warm_up_is_replayed(tmp_path, start_server):
     """Warm-up records that are not run, or that must name inputs which have a default."""
-    _warm_up(export(Text(), tmp_path, 1), ("knobs", {"prompt": ["a"]}), ("", {"prompt": ["a"]}))
+    _warm_up(export(Text(), tmp_path, 1), ("params", {"prompt": ["a"]}), ("", {"prompt": ["a"]}))
     server = start_server(model_base_path=str(tmp_path), **QUICK)
     assert server.metrics.value("/tensorflow/serving/model_warmup_records_read") == 2
 
 
 def test_failing_warm_up_refuses_the_version(tmp_path, start_server, client):
-    """A version that is served though its own warm-up fails; or the flag without effect."""
+    """A version that is served although its warm-up fails, or a flag without effect."""
     _warm_up(export(Text(), tmp_path, 1), ("guarded", {"prompt": ["a"] * 3}))
     with pytest.raises(InputError, match=r"1 servable\(s\) did not become available: .*at most 2 prompts"):
         start_server(model_base_path=str(tmp_path), **QUICK)
@@ -161,7 +161,7 @@ def test_failing_warm_up_refuses_the_version(tmp_path, start_server, client):
 
 
 def test_warm_up_of_another_format(tmp_path, start_server):
-    """A warm-up file that is no TFRecord being passed over."""
+    """A warm-up file that is not a TFRecord and is silently ignored."""
     version = export(Text(), tmp_path, 1)
     (version / "assets.extra").mkdir()
     (version / "assets.extra" / "tf_serving_warmup_requests").write_bytes(b"not records at all")
@@ -188,13 +188,15 @@ def test_version_policy(base, half, start_server, client, tmp_path, policy, serv
     assert states(rest) == dict.fromkeys(served, "AVAILABLE")
 
 
-def test_config_file_is_polled(base, half, start_server, client, tmp_path, eventually):
+def test_config_file_is_polled(base, half, start_server, client, tmp_path, eventually, caplog):
     """A changed config file that is never read again, or a broken one that takes the models away."""
     config = tmp_path / "models.config"
     entry = f'config {{ name: "%s" base_path: "{base}" model_platform: "tensorflow" }}'
     config.write_text(f"model_config_list {{ {entry % 'model'} }}")
     rest = client(start_server(model_config_file=str(config), model_config_file_poll_wait_seconds=1, **QUICK))
     config.write_text("model_config_list { nonsense }")
+    eventually(lambda: "the models stay as they are: --model_config_file" in caplog.text)
+    assert rest.predict({"inputs": [2]}, "model").json == {"outputs": [3.0]}
     config.write_text(f"model_config_list {{ {entry % 'other'} }}")
     eventually(lambda: rest.predict({"inputs": [2]}, "other").status == 200)
     eventually(lambda: rest.predict({"inputs": [2]}, "model").status == 404)

@@ -193,11 +193,11 @@ def test_texts_in_place_of_blocks_are_refused(make_model, tokenizer):
     for wrong, found in ((texts, r"columns text"), (["one", "two"], "list"), ("one", "str")):
         for arguments in ((wrong, blocks(8)), (blocks(8), wrong)):
             name = "train" if arguments[0] is wrong else "validation"
-            with pytest.raises(InputError, match=rf"^{name} has no token ids \({found}\).*tfclm.pack"):
+            with pytest.raises(InputError, match=rf"^`{name}` has no token ids \({found}\).*tfclm.pack"):
                 finetune(model, tokenizer, *arguments)
-        with pytest.raises(InputError, match=rf"^tokens has no token ids \({found}\)"):
+        with pytest.raises(InputError, match=rf"^`tokens` has no token ids \({found}\)"):
             pack(wrong, 8)
-    with pytest.raises(InputError, match=r"^input_ids has no token ids \(columns text\)"):
+    with pytest.raises(InputError, match=r"^`input_ids` has no token ids \(columns text\)"):
         perplexity(model, texts)
     for wrong in (["one", "two"], "one", [0.5, 1.5]):
         with pytest.raises(ValueError, match="that the model's tokenizer makes"):
@@ -231,7 +231,7 @@ def test_blocks_left_out_are_said(make_model, tokenizer, capfd: pytest.CaptureFi
     finetune(make_model(), tokenizer, blocks(count), blocks(8, 1), settings)
     err = capfd.readouterr().err
     assert ("leaves out" in err) == said
-    assert (f"leaves out 15 of {count} blocks, because a step takes 16 (--batch-size 8 x" in err) == said
+    assert (f"leaves out 15 of {count} blocks, because a step takes 16 (`batch_size` 8 x" in err) == said
 
 
 @pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.long), "float16"])

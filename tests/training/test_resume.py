@@ -29,9 +29,7 @@ from tfclm.training.resume import Interrupted, Progress, Snapshots
 
 pytestmark = pytest.mark.slow
 
-# Imports TensorFlow once and forks from there, before it has computed anything: a run starts in a second.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tfclm.training.finetuning", "tfclm.checkpoint", "tfclm.fit"])
 
 
 def _fit(settings: dict, log: str) -> None:
@@ -375,7 +373,7 @@ def test_broken_state_is_named(tmp_path: Path, tokenizer_dir: Path, interrupted:
     (path,) = (tmp_path / "resume").glob(file)
     whole = path.read_bytes()
     path.unlink() if damage == "gone" else path.write_bytes(whole[: len(whole) // 2] if damage == "half" else b"")
-    with pytest.raises(InputError, match="--overwrite starts afresh") as raised:
+    with pytest.raises(InputError, match="use `overwrite` to start over") as raised:
         finetune_tiny(tmp_path, tokenizer_dir)
     assert STATE[file] in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1

@@ -1,8 +1,8 @@
-"""A folder or Hub id ⇄ (model, tokenizer): always both, every weight accounted for, tied where the config says so.
+"""Loads and saves checkpoints: model and tokenizer together, every weight checked, tied if the config says so.
 
-transformers' own loading leaves a weight that a file lacks at random, with a warning; drops weights that the model has
-no place for; forgets `generation_config.json` beside PyTorch weights; and has no sharded safetensors from the Hub. So
-the weights are read and written here, by their PyTorch names, and whatever does not fit exactly is an `InputError`.
+transformers' own loading initializes missing weights at random with a warning, drops unexpected weights, ignores
+`generation_config.json` next to PyTorch weights, and cannot load sharded safetensors from the Hub. So weights are read
+and written here by their PyTorch names, and anything that does not match exactly is an `InputError`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,48 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tfclm import disk
 from tfclm.checkpoint.configs import config_json, read_config
 from tfclm.checkpoint.locating import choose_weights, locate, read_object
 from tfclm.checkpoint.model import build, context_size, first_position, is_tied, tie
 from tfclm.checkpoint.tokenizers import read_tokenizer
-from tfclm.checkpoint.weights import restore, state
+from tfclm.checkpoint.weights import restore, state_dict
 from tfclm.errors import InputError, first_line
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase, TFPreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TFPreTrainedModel
 
 __all__ = ["context_size", "create", "first_position", "load", "save", "tie"]
 
 STAGING = ".saving"
 
 
-def load(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -> tuple[TFPreTrainedModel, Any]:
-    """The causal LM and its fast tokenizer from a folder or a Hub id, complete and ready to train or generate.
+def load(
+    name_or_dir: str | os.PathLike[str], *, revision: str | None = None
+) -> tuple[TFPreTrainedModel, PreTrainedTokenizerFast]:
+    """Loads a causal language model and its tokenizer, without PyTorch.
 
-    Reads `model.safetensors` (PyTorch or TensorFlow names, single or sharded, float32, float16 or bfloat16) or
-    `tf_model.h5`, without torch. Variables are float32. `model.generation_config` is the folder's
-    `generation_config.json` where there is one. `revision` is a branch, tag or commit of a Hub id.
+    Reads `model.safetensors` (PyTorch or TensorFlow names, in one file or in shards; float32, float16 or bfloat16) or
+    `tf_model.h5`, and `generation_config.json` if there is one.
 
-    Raises `InputError` where anything is missing, unreadable, of another shape, left over, or of an unsupported type,
-    and where the tokenizer has more entries than the model's vocabulary.
+    Args:
+        name_or_dir: directory of a checkpoint, or Hub id.
+        revision: branch, tag or commit of a Hub model.
+
+    Returns:
+        The model with float32 variables, for training or generation, and its fast tokenizer.
+
+    Raises:
+        InputError: a file is missing or unreadable; a weight is missing, unexpected, of another shape or quantized;
+            the model type or a config setting is not supported; or the tokenizer has more entries than the model's
+            vocabulary. The message names the checkpoint, the file, and what to do.
+
+    Example:
+        >>> model, tokenizer = tfclm.load("distilgpt2")
+        >>> model(**tokenizer("Hello", return_tensors="tf")).logits.shape
+        TensorShape([1, 1, 50257])
     """
     where = os.fspath(name_or_dir)
     with _quiet():
@@ -47,7 +62,7 @@ def load(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) ->
         config = read_config(where, folder)
         weights = choose_weights(where, {path.name for path in folder.iterdir()})
         tokenizer = read_tokenizer(where, folder)
-        # A tokenizer with fewer entries is common: vocabularies are padded to round sizes.
+        # Fewer entries are fine: vocabularies are often padded to a round size.
         if len(tokenizer) > config.vocab_size:
             raise InputError(
                 f"{where}: the tokenizer has {len(tokenizer)} entries but the model's vocab_size is "
@@ -61,15 +76,25 @@ def load(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) ->
 
 
 def create(config: PretrainedConfig) -> TFPreTrainedModel:
-    """A new causal LM of this config, built, tied if the config says so; random weights by TensorFlow's global seed.
+    """Creates a causal language model with random weights, which depend on TensorFlow's global seed.
 
-    Raises `InputError` for a type that is no causal LM in TensorFlow and for sizes that do not fit together.
+    Args:
+        config: a config of transformers.
+
+    Returns:
+        The built model, with tied embeddings if the config says so.
+
+    Raises:
+        InputError: the model type is not a causal language model in TensorFlow, or its sizes do not fit together.
+
+    Example:
+        >>> model = create(GPT2Config(n_layer=2, n_embd=256, n_head=4))
     """
     with _quiet():
         model = build("config", config)
     if model.config.tie_word_embeddings and not config.tie_word_embeddings:
         raise InputError(
-            f"TensorFlow's {config.model_type} always shares its output matrix with its embeddings: "
+            f"TensorFlow's {config.model_type} always ties its output matrix to its embeddings: "
             "set tie_word_embeddings to true"
         )
     return model
@@ -78,37 +103,41 @@ def create(config: PretrainedConfig) -> TFPreTrainedModel:
 def save(
     model: TFPreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | os.PathLike[str]
 ) -> list[str]:
-    """Write a checkpoint that transformers opens with TensorFlow and with PyTorch; the sorted names of its files.
+    """Writes a checkpoint that transformers opens with TensorFlow and with PyTorch.
 
-    `config.json`, `generation_config.json`, the tokenizer's files and `model.safetensors`: float32, PyTorch's names and
-    layouts, a tied matrix once. Each file appears under its name complete or not at all, the weights last. Raises
-    `InputError` if the folder cannot be written.
+    Each file appears under its name only when complete, and the weights come last.
+
+    Args:
+        model: a causal language model of transformers for TensorFlow.
+        tokenizer: its tokenizer; None saves the model alone.
+        folder: the directory, which is created if needed. Files of the same names are replaced.
+
+    Returns:
+        The sorted names of the files: `config.json`, `generation_config.json`, the tokenizer's files, and
+        `model.safetensors` with float32 weights in PyTorch's names and layouts, a tied matrix once.
+
+    Raises:
+        InputError: the directory cannot be created or written.
+        OSError: a file cannot be written, for example because the disk is full.
+
+    Example:
+        >>> model, tokenizer = tfclm.load("distilgpt2")
+        >>> tfclm.save(model, tokenizer, "runs/copy")
+        ['config.json', 'generation_config.json', 'merges.txt', 'model.safetensors', ...]
     """
-    from safetensors.numpy import save_file
-
     folder = Path(folder)
     staging = folder / STAGING
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # what a killed save left
+        shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
         staging.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write to the folder {folder}: {disk.reason(error)}") from error
+        raise InputError(f"cannot write to the directory {folder}: {disk.reason(error)}") from error
     try:
-        if tokenizer is not None:
-            with _quiet():
-                tokenizer.save_pretrained(staging)
-        architecture = type(model).__name__.removeprefix("TF")
-        text = config_json(model.config, architecture, is_tied(model))
-        (staging / "config.json").write_text(text, encoding="utf-8")
-        if model.generation_config is not None:
-            # Not its own save_pretrained, which refuses settings that loading accepts (top_k without do_sample).
-            text = model.generation_config.to_json_string(use_diff=True)
-            (staging / "generation_config.json").write_text(text, encoding="utf-8")
-        save_file(state(model), staging / "model.safetensors", metadata={"format": "pt"})
+        _write_files(model, tokenizer, staging)
         names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
         mode = (staging / "config.json").stat().st_mode
         for name in names:
-            disk.set_mode(staging / name, mode)  # safetensors' own files are for their owner alone
+            disk.set_mode(staging / name, mode)  # safetensors makes files that only their owner can read
             disk.sync(staging / name)
         for name in sorted(names, key=lambda name: name.endswith(".safetensors")):
             (folder / name).parent.mkdir(exist_ok=True)
@@ -119,14 +148,30 @@ def save(
     return names
 
 
+def _write_files(model: TFPreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    if tokenizer is not None:
+        with _quiet():
+            tokenizer.save_pretrained(folder)
+    architecture = type(model).__name__.removeprefix("TF")
+    text = config_json(model.config, architecture, is_tied(model))
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    if model.generation_config is not None:
+        # Not by save_pretrained, which refuses settings that loading accepts (top_k without do_sample).
+        text = model.generation_config.to_json_string(use_diff=True)
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    save_file(state_dict(model), folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _read_generation_config(model: TFPreTrainedModel, where: str, folder: Path) -> None:
     from transformers import GenerationConfig
 
     path = folder / "generation_config.json"
     if not os.path.lexists(path):
-        return  # it stays what the model's config implies
+        return  # keep what the model's config implies
     fields = read_object(where, path)
-    # Else TensorFlow's generate goes by config.json again, and not by this file.
+    # With this field, TensorFlow's generate would use config.json in place of this file.
     fields.pop("_from_model_config", None)
     try:
         model.generation_config = GenerationConfig.from_dict(fields)
@@ -136,7 +181,7 @@ def _read_generation_config(model: TFPreTrainedModel, where: str, folder: Path) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No advice from transformers and Keras meanwhile (what matters is raised); their settings are restored."""
+    """Silences warnings of transformers and Keras within a block: what matters is raised as an error."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -1,8 +1,8 @@
-"""config.json: read from any version of transformers, refused where TensorFlow would compute something else, written.
+"""Reads, checks and writes config.json files of any version of transformers.
 
-transformers 4.54 keeps keys that it does not know and ignores them, and TensorFlow's classes ignore some keys that
-PyTorch's honour. Either way the model would silently compute something else, so every key is accounted for: it is
-translated, it is harmless, it has the one value that is computed, or it is refused by name.
+transformers 4.54 ignores keys that it does not know, and TensorFlow's classes ignore some keys that PyTorch's apply.
+Either way the model would silently compute something else. So every key is checked: it is translated, it has no
+effect, it has the one value that TensorFlow's class supports, or it is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tfclm.checkpoint.kinds import explain
+from tfclm.checkpoint.diagnosis import explain
 from tfclm.checkpoint.locating import read_object
 from tfclm.errors import InputError, first_line
 
@@ -23,27 +23,28 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DECODERS = ("ctrl", "gpt-sw3", "gpt2", "gptj", "mistral", "openai-gpt", "opt", "xglm")
-# These read in both directions unless their config says is_decoder. Left out on purpose, though transformers lists
-# them: roformer and xlnet (later tokens change earlier logits), xlm and transfo-xl (broken or gone in TensorFlow).
+# Bidirectional unless their config has is_decoder. Left out, though transformers lists them: roformer and xlnet (later
+# tokens change earlier logits), xlm and transfo-xl (broken or removed in TensorFlow).
 ENCODERS = ("bert", "camembert", "rembert", "roberta", "roberta-prelayernorm", "xlm-roberta")
 
-# Keys that change what is computed, in PyTorch or in some version of transformers, with the one value that is computed.
-COMPUTED: dict[str, dict[str, Any]] = {
-    # PyTorch's goes by it in the last norm alone, TensorFlow's in all of them.
+# Keys that have an effect in PyTorch or in some version of transformers, with the one value that TensorFlow's class
+# computes.
+SUPPORTED: dict[str, dict[str, Any]] = {
+    # PyTorch's class uses it in the last norm alone, TensorFlow's in all norms.
     "ctrl": {"layer_norm_epsilon": 1e-6},
     "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     "gptj": {"rotary": True, "scale_attn_weights": True},
     "mistral": {"rope_scaling": None, "attention_bias": False, "mlp_bias": False},
     "opt": {"enable_bias": True, "layer_norm_elementwise_affine": True},
     **{encoder: {"position_embedding_type": "absolute"} for encoder in ("bert", "rembert")},
-    # Their positions begin behind that of the padding, which TensorFlow takes for 1.
+    # Their positions start after pad_token_id, which TensorFlow's classes assume to be 1.
     **{
         encoder: {"position_embedding_type": "absolute", "pad_token_id": 1}
         for encoder in ("camembert", "roberta", "roberta-prelayernorm", "xlm-roberta")
     },
 }
-COMPUTED["gpt-sw3"] = COMPUTED["gpt2"]
-EVERYWHERE: dict[str, Any] = {"is_encoder_decoder": False, "pruned_heads": {}}
+SUPPORTED["gpt-sw3"] = SUPPORTED["gpt2"]
+SUPPORTED_BY_ALL: dict[str, Any] = {"is_encoder_decoder": False, "pruned_heads": {}}
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -55,8 +56,8 @@ SIZES = (
     "sliding_window",
 )
 
-# The form of a model's output, not its values; the callers in tfclm rely on this one.
-CALLING = {
+# The form of a model's output, on which tfclm relies; the values do not depend on it.
+OUTPUT_FORM = {
     "return_dict": True,
     "output_attentions": False,
     "output_hidden_states": False,
@@ -64,8 +65,8 @@ CALLING = {
     "use_cache": True,
 }
 
-# Keys that the config classes do not have and that change nothing: names, versions, quantities for training alone.
-HARMLESS = re.compile(
+# Keys that the config classes do not have and that have no effect: names, versions, settings of training alone.
+NO_EFFECT = re.compile(
     r"""
     .*(dropout|pdrop|dropout_prob|layerdrop) | initializer_range | initializer_factor | init_std | init_device
     | .*gradient_checkpointing.* | total_flos | pretraining_tp | model_parallel | device_map | use_cache
@@ -80,20 +81,25 @@ HARMLESS = re.compile(
 
 
 def read_config(where: str, folder: Path) -> PretrainedConfig:
-    """The config of a checkpoint's folder, checked to be one that TensorFlow computes as PyTorch does.
+    """Reads the config of a checkpoint, and checks that TensorFlow computes it as PyTorch does.
 
-    Raises `InputError` for a file that is missing or no config, for a type that is no causal LM in TensorFlow, and for
-    a key or value that TensorFlow would ignore.
+    Args:
+        where: the checkpoint's name, for messages.
+        folder: its directory.
+
+    Raises:
+        InputError: config.json is missing or not a config, the model type is not a causal language model in
+            TensorFlow, or TensorFlow would ignore a key or value.
     """
     path = folder / "config.json"
     if not os.path.lexists(path):
         raise InputError(
-            explain(where, folder) or f"{where} has no config.json: give a checkpoint's folder or a Hub id"
+            explain(where, folder) or f"{where} has no config.json: give a checkpoint directory or a Hub id"
         )
     fields = read_object(where, path)
     if not isinstance(fields.get("model_type"), str):
         raise InputError(
-            explain(where, folder) or f"{where}: config.json has no model_type, so it is no config of transformers"
+            explain(where, folder) or f"{where}: config.json has no model_type, so it is not a config of transformers"
         )
     try:
         check_type(where, fields["model_type"], bool(fields.get("is_decoder")), fields)
@@ -103,28 +109,33 @@ def read_config(where: str, folder: Path) -> PretrainedConfig:
 
 
 def check_type(where: str, model_type: str, is_decoder: bool, fields: Mapping[str, Any] | None = None) -> None:
-    """Raise `InputError` for a type that is no causal LM in TensorFlow; `fields` are what else is known of it."""
+    """Raises `InputError` for a type that is not a causal LM in TensorFlow; `fields` are the rest of its config."""
     if model_type in ENCODERS and not is_decoder:
         raise InputError(
-            f"{where}: a {model_type} model is an encoder, no causal LM, unless it was trained as one and its config "
-            f"has is_decoder; types that are: {', '.join(DECODERS)}"
+            f"{where}: a {model_type} model is an encoder, not a causal LM, unless it was trained as one and its "
+            f"config has is_decoder; causal LMs are: {', '.join(DECODERS)}"
         )
     if model_type not in DECODERS + ENCODERS:
         fields = fields or {}
-        what = f"model type {model_type} is no causal LM in TensorFlow"
+        problem = f"model type {model_type} is not a causal LM in TensorFlow"
         if fields.get("is_encoder_decoder"):
-            what = f"model type {model_type} is an encoder-decoder, which translates or summarizes a text, no causal LM"
+            problem = f"model type {model_type} is an encoder-decoder, for example for translation, not a causal LM"
         elif fields.keys() & {"vision_config", "audio_config", "image_size", "num_mel_bins", "patch_size"}:
-            what = f"model type {model_type} is for images or sound, no causal LM of text alone"
+            problem = f"model type {model_type} is for images or sound, not a causal LM for text"
         raise InputError(
-            f"{where}: {what}; supported: {', '.join(DECODERS)} and, with is_decoder, {', '.join(ENCODERS)}"
+            f"{where}: {problem}; supported: {', '.join(DECODERS)} and, with is_decoder, {', '.join(ENCODERS)}"
         )
 
 
 def from_fields(where: str, given: Mapping[str, Any]) -> PretrainedConfig:
-    """The config of these fields of a config.json, whichever version wrote them; they stay as they are.
+    """The config for the fields of a config.json that any version of transformers wrote.
 
-    Raises `InputError` for a field that our version would pass over or that TensorFlow would compute otherwise.
+    Args:
+        where: the checkpoint's name, for messages.
+        given: the fields; not modified.
+
+    Raises:
+        InputError: the installed transformers or TensorFlow's class would ignore a field.
     """
     from transformers import CONFIG_MAPPING
 
@@ -134,7 +145,7 @@ def from_fields(where: str, given: Mapping[str, Any]) -> PretrainedConfig:
     model_type = fields["model_type"]
     kind = CONFIG_MAPPING[model_type]
     defaults = kind().to_dict()
-    known = {*defaults, *kind.attribute_map, *COMPUTED.get(model_type, {}), *EVERYWHERE}
+    known = {*defaults, *kind.attribute_map, *SUPPORTED.get(model_type, {}), *SUPPORTED_BY_ALL}
     _check_quantization(where, fields)
     if "rope_theta" in known:
         _translate_rope(where, model_type, fields)
@@ -142,34 +153,35 @@ def from_fields(where: str, given: Mapping[str, Any]) -> PretrainedConfig:
         dtype = fields.pop("dtype")
         fields.setdefault("torch_dtype", dtype)
     for key, value in fields.items():
-        if key not in known and value not in (None, "", [], {}) and not HARMLESS.fullmatch(key):
+        if key not in known and value not in (None, "", [], {}) and not NO_EFFECT.fullmatch(key):
             raise InputError(
                 f"{where}: config.json has {key} {_short(value)}, which is unknown for {model_type} and may change "
-                "what is computed: take it out if it does not"
+                "what the model computes: remove it if it does not"
             )
         if key not in global_generation_defaults():
             _check_value(where, key, value, defaults.get(kind.attribute_map.get(key, key)))
     for alias, name in kind.attribute_map.items():
         if alias in fields and name in fields and fields[alias] != fields[name]:
             raise InputError(
-                f"{where}: config.json has {name} {fields[name]} and {alias} {fields[alias]}, which are the same: "
-                "take out the wrong one"
+                f"{where}: config.json has {name} {fields[name]} and {alias} {fields[alias]}, which are the "
+                "same setting: remove the wrong one"
             )
-    fields.update((key, value) for key, value in CALLING.items() if key in known)
+    fields.update((key, value) for key, value in OUTPUT_FORM.items() if key in known)
     try:
         config = kind.from_dict(fields)
-    except Exception as error:  # a config class raises whatever its fields provoke
-        raise InputError(f"{where}: config.json is no {model_type} config: {first_line(error)}") from error
-    check_computed(where, config)
+    except Exception as error:  # config classes raise errors of many types
+        raise InputError(f"{where}: config.json is not a {model_type} config: {first_line(error)}") from error
+    _check_supported(where, config)
+    _check_sizes(where, config)
     return config
 
 
-def check_computed(where: str, config: PretrainedConfig) -> None:
-    """Raise `InputError` for a setting that TensorFlow's class would not go by."""
-    computed = EVERYWHERE | COMPUTED.get(config.model_type, {})
+def _check_supported(where: str, config: PretrainedConfig) -> None:
+    """Raises `InputError` for a setting that TensorFlow's class would ignore."""
+    supported = SUPPORTED_BY_ALL | SUPPORTED.get(config.model_type, {})
     if getattr(config, "head_dim", None) is not None:
-        computed["head_dim"] = config.hidden_size // config.num_attention_heads
-    for setting, value in computed.items():
+        supported["head_dim"] = config.hidden_size // config.num_attention_heads
+    for setting, value in supported.items():
         given = getattr(config, setting, value)
         if setting == "rope_scaling" and _is_default_rope(given):
             given = config.rope_scaling = None
@@ -178,6 +190,10 @@ def check_computed(where: str, config: PretrainedConfig) -> None:
                 f"{where}: TensorFlow's {config.model_type} ignores {setting}={_short(given)} "
                 f"and would compute something else; only {value!r} is supported"
             )
+
+
+def _check_sizes(where: str, config: PretrainedConfig) -> None:
+    """Raises `InputError` for sizes that do not fit together."""
     for size in SIZES:
         if getattr(config, size, 1) is not None and getattr(config, size, 1) < 1:
             raise InputError(f"{where}: {size} {getattr(config, size)}: give 1 or more")
@@ -185,22 +201,22 @@ def check_computed(where: str, config: PretrainedConfig) -> None:
     groups = getattr(config, "num_key_value_heads", None) or heads
     if config.hidden_size % heads or heads % groups:
         raise InputError(
-            f"{where}: no {config.model_type} model has this config: {heads} heads do not divide a width of "
-            f"{config.hidden_size}, or are not divided by {groups} key-value heads"
+            f"{where}: no {config.model_type} model can have this config: {heads} heads must divide the hidden size "
+            f"{config.hidden_size} and be a multiple of the {groups} key-value heads"
         )
     rotated = getattr(config, "rotary_dim", None)
     if config.model_type == "gptj" and not (
         isinstance(rotated, int) and 0 < rotated <= config.hidden_size // heads and rotated % 2 == 0
     ):
         raise InputError(
-            f"{where}: rotary_dim {rotated}: give an even number up to a head's width, {config.hidden_size // heads}"
+            f"{where}: rotary_dim {rotated}: give an even number up to the head size, {config.hidden_size // heads}"
         )
 
 
 def config_json(config: PretrainedConfig, architecture: str, tied: bool) -> str:
-    """The text of a config.json for float32 weights that transformers 4 and 5 read alike.
+    """The text of a config.json for float32 weights that means the same to transformers 4 and 5.
 
-    Version 5 reads the keys of version 4, but prefers its own (`rope_parameters`, `dtype`), so those are left out.
+    Version 5 reads the keys of version 4 but prefers its own (`rope_parameters`, `dtype`), so these are left out.
     """
     config = copy.deepcopy(config)
     for key in ("rope_parameters", "dtype"):
@@ -219,19 +235,19 @@ def _check_quantization(where: str, fields: dict[str, Any]) -> None:
             bits = settings.get("bits") if isinstance(settings, dict) else None
             how = f"by {method}" if method else f"to {bits} bits" if bits else f"({key})"
             raise InputError(
-                f"{where}: its weights are quantized {how}, which needs the library that made them: give the model "
+                f"{where}: its weights are quantized {how} and need the library that made them: give the model "
                 "before quantization, or dequantize it and save float32 or bfloat16"
             )
     if isinstance(fields.get("auto_map"), dict) and any("Model" in key for key in fields["auto_map"]):
         raise InputError(
-            f"{where}: config.json has auto_map, so the model is computed by code of its own, which is not run here: "
-            "take it out if the model is an ordinary one"
+            f"{where}: config.json has auto_map, so the model needs code of its own, which is not run here: "
+            "remove it if the model type itself is supported"
         )
-    fields.pop("auto_map", None)  # of a config or tokenizer alone
+    fields.pop("auto_map", None)  # code for the config or the tokenizer only
 
 
 def _translate_rope(where: str, model_type: str, fields: dict[str, Any]) -> None:
-    """transformers 5's `rope_parameters` as 4's `rope_theta` and `rope_scaling`."""
+    """Translates `rope_parameters` of transformers 5 to `rope_theta` and `rope_scaling` of 4, in place."""
     rope = fields.pop("rope_parameters", None)
     if rope is None:
         return
@@ -244,7 +260,7 @@ def _translate_rope(where: str, model_type: str, fields: dict[str, Any]) -> None
         if fields.get("rope_theta", theta) != theta:
             raise InputError(
                 f"{where}: config.json has rope_theta {fields['rope_theta']} and, in rope_parameters, rope_theta "
-                f"{theta}: take out the one that the model was not trained with"
+                f"{theta}: remove the one that the model was not trained with"
             )
         fields["rope_theta"] = theta
     if not _is_default_rope(rope) or rope.get("partial_rotary_factor") not in (None, 1):
@@ -259,7 +275,7 @@ def _is_default_rope(rope: Any) -> bool:
 
 
 def _check_value(where: str, key: str, value: Any, default: Any) -> None:
-    """Raise `InputError` for a value of another type than the class' default: "false" would be taken for true."""
+    """Raises `InputError` if a value's type differs from the default's: "false" would count as true."""
     if value is None or default is None or key.endswith("_token_id"):
         return
     wanted = None
@@ -270,7 +286,7 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
     elif isinstance(default, float):
         wanted = None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
     elif isinstance(default, str):
-        wanted = None if isinstance(value, str) else "a text"
+        wanted = None if isinstance(value, str) else "a string"
     if wanted:
         raise InputError(f"{where}: config.json has {key} {_short(value)}: give {wanted}")
 

@@ -1,16 +1,22 @@
-"""Text from a model in this process, through transformers' own `generate`."""
+"""Generates text from a model in this process, with transformers' own `generate`."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tfclm.errors import InputError, first_line
 
-# What generation_config.json may ask for and TensorFlow's `generate` ignores, fails on or does instead of sampling,
-# with the value that asks for nothing. The rest it obeys: penalties, suppressed and forced tokens.
+if TYPE_CHECKING:
+    import tensorflow as tf
+    from transformers import GenerationConfig, PreTrainedTokenizerBase, TFLogitsProcessorList, TFPreTrainedModel
+
+DEFAULT_NEW_TOKENS = 100
+# Settings of generation_config.json that TensorFlow's `generate` ignores or fails on, or that replace sampling by
+# another algorithm, each with the value that turns it off. All others are applied: penalties, suppressed and forced
+# tokens.
 UNSUPPORTED: dict[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -37,24 +43,24 @@ UNSUPPORTED: dict[str, Any] = {
 }
 
 
-def resolve_parameters(generation_config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling parameters that hold: those that are given and, for each that is None, the checkpoint's.
+def resolve_parameters(generation_config: GenerationConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces the sampling parameters that are None by the checkpoint's values or the defaults.
 
     Args:
-        generation_config: the checkpoint's. Where it does not sample, the temperature is 0 (greedy), top_k 0 (off) and
-            top_p 1 (off).
+        generation_config: the checkpoint's. If its `do_sample` is not set, temperature is 0 (greedy), top_k 0 (off)
+            and top_p 1 (off).
         given: any of temperature, top_k, top_p, repetition_penalty and max_new_tokens, by name. A max_new_tokens that
-            neither gives stays None.
+            is None here and in the checkpoint stays None.
 
     Raises:
-        InputError: generation_config has a value of another type than the parameter's.
+        InputError: generation_config has a value of the wrong type.
     """
-    drawn = generation_config.do_sample
-    if drawn not in (True, False, None):
-        raise InputError(f"do_sample is {drawn!r}, neither true nor false")
-    # Name: value if neither gives one, whether it is a whole number, whether it counts for greedy decoding too.
+    do_sample = generation_config.do_sample
+    if do_sample not in (True, False, None):
+        raise InputError(f"do_sample is {do_sample!r}, neither true nor false")
+    # Name: default, whether it is a whole number, whether the checkpoint's value also applies to greedy decoding.
     known: dict[str, tuple[Any, bool, bool]] = {
-        "temperature": (1.0 if drawn else 0.0, False, False),
+        "temperature": (1.0 if do_sample else 0.0, False, False),
         "top_k": (0, True, False),
         "top_p": (1.0, False, False),
         "repetition_penalty": (1.0, False, True),
@@ -62,19 +68,21 @@ def resolve_parameters(generation_config: Any, given: Mapping[str, Any]) -> dict
     }
     resolved = {}
     for name, value in given.items():
-        otherwise, whole, always = known[name]
-        if value is None and (drawn or always):
+        default, is_whole, always_applies = known[name]
+        if value is None and (do_sample or always_applies):
             value = getattr(generation_config, name, None)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else int | float)):
-                raise InputError(f"{name} is {value!r}, no {'whole number' if whole else 'number'}")
-        value = otherwise if value is None else value
-        resolved[name] = value if whole else float(value)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int if is_whole else int | float)
+            ):
+                raise InputError(f"{name} is {value!r}, not a {'whole number' if is_whole else 'number'}")
+        value = default if value is None else value
+        resolved[name] = value if is_whole else float(value)
     return resolved
 
 
 def sample(
-    model: Any,
-    tokenizer: Any,
+    model: TFPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
     max_new_tokens: int | None = None,
@@ -83,61 +91,45 @@ def sample(
     top_p: float | None = None,
     seed: int | None = None,
 ) -> str:
-    """The prompt and its continuation.
+    """Continues a prompt.
 
     Args:
         model: a TensorFlow causal language model of transformers.
-        tokenizer: its tokenizer.
-        prompt: what to go on from; empty begins a text of its own.
-        max_new_tokens: tokens at most; 100, or what the context leaves, if not given.
-        temperature: 1e-6 to 1e6; 0 is greedy. It, top_k and top_p are the model's generation_config's if not given, as
-            in an exported model.
-        top_k: draw from this many of the likeliest tokens; 0 is off.
-        top_p: draw from the likeliest tokens that together have this probability; 1 is off.
-        seed: the same seed gives the same text; None is fresh.
+        tokenizer: the model's tokenizer.
+        prompt: text to continue; if empty, generation starts from the BOS token, or the EOS token if there is none.
+        max_new_tokens: maximum number of new tokens; if None, 100 or as many as fit into the context.
+        temperature: 1e-6 to 1e6; 0 is greedy. If None, temperature, top_k and top_p are those of the model's
+            generation_config, as in an exported model.
+        top_k: sample from this many most likely tokens; 0 is off.
+        top_p: sample from the most likely tokens that together have this probability; 1 is off.
+        seed: the same seed gives the same text; if None, each call gives another.
+
+    Returns:
+        The prompt and its continuation, without special tokens.
 
     Raises:
-        InputError: a value out of range, a prompt that leaves no room in the model's context, an empty one where the
-            tokenizer has no token to begin with, or a generation_config that asks for what is not done here.
+        InputError: a parameter is out of range, the prompt does not fit into the model's context, it is empty and the
+            tokenizer has neither BOS nor EOS, or generation_config has an unsupported setting.
         FloatingPointError: the model's logits are not finite.
+
+    Example:
+        >>> model, tokenizer = tfclm.load("distilgpt2")
+        >>> sample(model, tokenizer, "The capital of France is", max_new_tokens=5, seed=0)
     """
     import tensorflow as tf
 
-    try:
-        chosen = resolve_parameters(
-            model.generation_config, {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        )
-    except (InputError, OverflowError) as error:
-        raise InputError(f"generation_config.json has a value that cannot be used: {error}") from error
-    temperature, top_k, top_p = chosen.values()
-    if temperature != 0 and not 1e-6 <= temperature <= 1e6:  # beyond, logits overflow or vanish
-        raise InputError(f"--temperature {temperature}: give 0 (greedy) or a number from 1e-6 to 1e6")
-    if not 0 < top_p <= 1:
-        raise InputError(f"--top-p {top_p}: give a number above 0, up to 1 (off)")
-    if top_k < 0:
-        raise InputError(f"--top-k {top_k}: give 0 (off) or more")
+    temperature, top_k, top_p = _resolve_sampling(model, temperature, top_k, top_p)
     if max_new_tokens is not None and max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens {max_new_tokens}: give 1 or more")
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = tokenizer(prompt)["input_ids"] or [start]
-    if ids == [None]:
-        raise InputError("the prompt is empty, and the tokenizer has no BOS or EOS to begin with: give a --prompt")
-    from tfclm.checkpoint import context_size
-
-    context = context_size(model)
-    room = (context or len(ids) + (max_new_tokens or 100)) - len(ids)
-    if room < (max_new_tokens or 1):
-        raise InputError(
-            f"the prompt's {len(ids)} tokens leave room for {max(room, 0)} more in the model's context of {context}: "
-            f"give a shorter prompt{' or a smaller --max-new-tokens' if max_new_tokens and room > 0 else ''}"
-        )
+        raise InputError(f"`max_new_tokens` {max_new_tokens}: give 1 or more")
+    ids = _encode_prompt(tokenizer, prompt)
+    limit = _limit_new_tokens(model, len(ids), max_new_tokens)
     if seed is not None:
-        # generate's own `seed` draws with the same numbers at every step.
+        # generate's own `seed` uses the same random numbers at every step.
         tf.random.set_seed(seed)
-    config, processors = _obeyed(model, len(ids))
+    config, processors = _adapt_config(model, len(ids))
     vars(config).update(
-        max_new_tokens=max_new_tokens or min(100, room),
-        max_length=None,  # which counts the prompt
+        max_new_tokens=limit,
+        max_length=None,  # which would include the prompt
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         do_sample=bool(temperature),
     )
@@ -150,13 +142,59 @@ def sample(
             logits_processor=processors,
             attention_mask=tf.ones((1, len(ids)), tf.int32),
         )
-    except (ValueError, TypeError) as error:  # of its processors, for values that they do not take
+    except (ValueError, TypeError) as error:  # of transformers' processors, for values that they do not accept
         raise InputError(f"generation_config.json has a value that cannot be used: {first_line(error)}") from error
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def _check_finite(input_ids: Any, scores: Any, cur_len: int) -> Any:
-    """Of NaN every token is drawn alike, and a text of them looks like one."""
+def _resolve_sampling(
+    model: TFPreTrainedModel, temperature: float | None, top_k: int | None, top_p: float | None
+) -> tuple[float, int, float]:
+    """The sampling parameters with the checkpoint's values filled in, checked to be in range."""
+    try:
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        resolved = resolve_parameters(model.generation_config, given)
+    except (InputError, OverflowError) as error:
+        raise InputError(f"generation_config.json has a value that cannot be used: {error}") from error
+    temperature, top_k, top_p = resolved["temperature"], resolved["top_k"], resolved["top_p"]
+    if temperature != 0 and not 1e-6 <= temperature <= 1e6:  # beyond, logits overflow or vanish
+        raise InputError(f"`temperature` {temperature}: give 0 (greedy) or a number from 1e-6 to 1e6")
+    if not 0 < top_p <= 1:
+        raise InputError(f"`top_p` {top_p}: give a number above 0 and up to 1 (1 = off)")
+    if top_k < 0:
+        raise InputError(f"`top_k` {top_k}: give 0 (off) or more")
+    return temperature, top_k, top_p
+
+
+def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    if not ids and start is None:
+        raise InputError("the prompt is empty, and the tokenizer has no BOS or EOS to start from: give a `prompt`")
+    return ids or [start]
+
+
+def _limit_new_tokens(model: TFPreTrainedModel, prompt_tokens: int, max_new_tokens: int | None) -> int:
+    """The maximum number of new tokens: as given, or 100 or as many as fit into the context."""
+    from tfclm.checkpoint.model import context_size
+
+    context = context_size(model)
+    if context is None:
+        return max_new_tokens or DEFAULT_NEW_TOKENS
+    remaining = context - prompt_tokens
+    if remaining < (max_new_tokens or 1):
+        remedy = "give a shorter prompt"
+        if max_new_tokens and remaining > 0:
+            remedy += " or a smaller `max_new_tokens`"
+        raise InputError(
+            f"the prompt's {prompt_tokens} tokens leave room for {max(remaining, 0)} more in the model's context of "
+            f"{context}: {remedy}"
+        )
+    return max_new_tokens or min(DEFAULT_NEW_TOKENS, remaining)
+
+
+def _check_finite(input_ids: tf.Tensor, scores: tf.Tensor, cur_len: int) -> tf.Tensor:
+    """A logits processor that refuses NaN and infinity: from NaN, `generate` would draw any token alike."""
     import tensorflow as tf
 
     if tf.reduce_any(tf.math.is_nan(scores)) or not tf.math.is_finite(tf.reduce_max(scores)):
@@ -164,26 +202,21 @@ def _check_finite(input_ids: Any, scores: Any, cur_len: int) -> Any:
     return scores
 
 
-def _obeyed(model: Any, prompt_length: int) -> tuple[Any, Any]:
-    """The generation_config for TensorFlow's `generate`, and processors for what `generate` does not do rightly."""
+def _adapt_config(model: TFPreTrainedModel, prompt_tokens: int) -> tuple[GenerationConfig, TFLogitsProcessorList]:
+    """The model's generation_config, checked and changed to what TensorFlow's `generate` supports.
+
+    Returns:
+        The config, and logits processors for the settings that `generate` itself does not apply correctly.
+    """
     from transformers import TFLogitsProcessorList
 
     config = copy.deepcopy(model.generation_config)
     for name, off in UNSUPPORTED.items():
         value = getattr(config, name, None)
         if value not in (None, off):
-            raise InputError(f"generation_config.json has {name} {value}, which generate does not do: take it out")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, name, None)
-        for number in value if isinstance(value, list) else [] if value is None else [value]:
-            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < model.config.vocab_size:
-                raise InputError(f"generation_config.json has {name} {number!r}: give a token id of the vocabulary")
-    lengths = []
-    for name, counted in (("min_length", 0), ("min_new_tokens", prompt_length)):
-        value = getattr(config, name, None) or 0
-        if not isinstance(value, int) or value < 0:
-            raise InputError(f"generation_config.json has {name} {value!r}: give a number of tokens")
-        lengths.append(value + counted if value else 0)
+            raise InputError(f"generation_config.json has {name} {value}, which generate does not support: remove it")
+    _check_token_ids(config, model.config.vocab_size)
+    min_length = _resolve_min_length(config, prompt_tokens)
     penalty = config.repetition_penalty
     if penalty is not None:
         if not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
@@ -192,10 +225,11 @@ def _obeyed(model: Any, prompt_length: int) -> tuple[Any, Any]:
             )
         config.repetition_penalty = float(penalty)
     vars(config).update(
-        # TensorFlow's own takes one EOS alone, refuses a minimum above the maximum, and knows no min_new_tokens.
+        # MinLength below replaces TensorFlow's minimum, which supports one EOS token only, fails for a minimum above
+        # the maximum, and ignores min_new_tokens.
         min_length=0,
         min_new_tokens=None,
-        # Where a file says null, generate finds no way to go.
+        # `generate` fails if a file has null here.
         num_beams=1,
         num_beam_groups=1,
         num_return_sequences=1,
@@ -207,28 +241,48 @@ def _obeyed(model: Any, prompt_length: int) -> tuple[Any, Any]:
         use_cache=True,
     )
     processors = TFLogitsProcessorList([_check_finite])
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if max(lengths) and ends != [None]:
-        processors.append(_minimum_length()(max(lengths), ends))
+    eos_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if min_length and eos_ids != [None]:
+        processors.append(_min_length_processor()(min_length, eos_ids))
     return config, processors
 
 
+def _check_token_ids(config: GenerationConfig, vocab_size: int) -> None:
+    """Raises `InputError` for a BOS, EOS or padding token that the vocabulary does not have."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
+                raise InputError(f"generation_config.json has {name} {number!r}: give a token id of the vocabulary")
+
+
+def _resolve_min_length(config: GenerationConfig, prompt_tokens: int) -> int:
+    """The minimum length of the text including the prompt, from min_length and min_new_tokens; 0 for none."""
+    lengths = []
+    for name, counted in (("min_length", 0), ("min_new_tokens", prompt_tokens)):
+        value = getattr(config, name, None) or 0
+        if not isinstance(value, int) or value < 0:
+            raise InputError(f"generation_config.json has {name} {value!r}: give a number of tokens")
+        lengths.append(value + counted if value else 0)
+    return max(lengths)
+
+
 @functools.cache
-def _minimum_length() -> Any:
-    """The class of a processor that keeps a text from ending; made on the first use to import no TensorFlow before."""
+def _min_length_processor() -> Any:
+    """The class of a logits processor; defined on first use, so that importing this module imports no TensorFlow."""
     import tensorflow as tf
     from transformers import TFLogitsProcessor
 
-    class MinimumLength(TFLogitsProcessor):
-        """No EOS before the text, with its prompt, has so many tokens."""
+    class MinLength(TFLogitsProcessor):
+        """Forbids the EOS tokens until the text, with its prompt, has `length` tokens."""
 
-        def __init__(self, length: int, ends: list[int]) -> None:
+        def __init__(self, length: int, eos_ids: list[int]) -> None:
             self.length = length
-            self.ends = ends
+            self.eos_ids = eos_ids
 
-        def __call__(self, input_ids: Any, scores: Any, cur_len: Any) -> Any:
+        def __call__(self, input_ids: tf.Tensor, scores: tf.Tensor, cur_len: tf.Tensor | int) -> tf.Tensor:
             vocabulary = tf.range(scores.shape[-1])
-            end = tf.reduce_any(vocabulary[:, None] == tf.constant(self.ends), axis=1)
-            return tf.where(end & (cur_len < self.length), scores.dtype.min, scores)
+            is_eos = tf.reduce_any(vocabulary[:, None] == tf.constant(self.eos_ids), axis=1)
+            return tf.where(is_eos & (cur_len < self.length), scores.dtype.min, scores)
 
-    return MinimumLength
+    return MinLength

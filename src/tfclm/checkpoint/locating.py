@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are, in a local folder or downloaded from the Hub, and why one cannot be read."""
+"""Finds the files of a checkpoint, local or on the Hub, and explains why one cannot be read."""
 
 from __future__ import annotations
 
@@ -9,37 +9,43 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tfclm.checkpoint.kinds import CONVERT, explain, explain_file
+from tfclm.checkpoint.diagnosis import CONVERT, explain, explain_file
 from tfclm.errors import InputError, first_line
 
-# In the order of preference; the first that is there is read.
+# In order of preference: the first that exists is read.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "tf_model.h5", "tf_model.h5.index.json")
 
 
 def locate(where: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint; what a Hub id needs, and no more, is downloaded into the Hub's cache."""
+    """The local directory of a checkpoint; of a Hub model, the needed files are downloaded into the Hub's cache.
+
+    Args:
+        where: a directory or a Hub id.
+        revision: branch, tag or commit of a Hub model.
+
+    Raises:
+        InputError: it is neither, it cannot be read or downloaded, or a directory is given with a revision.
+    """
     if not where.strip():
-        raise InputError("the model's name is empty: give a folder or a Hub id")
+        raise InputError("the model's name is empty: give a checkpoint directory or a Hub id")
     try:
         folder = Path(where).expanduser()
         if folder.is_dir():
             if revision is not None:
-                raise InputError(f"{where} is a folder, and a revision ({revision}) applies to Hub ids only")
-            next(folder.iterdir(), None)  # whether it can be listed
+                raise InputError(f"{where} is a directory, and `revision` ({revision}) applies to Hub ids only")
+            next(folder.iterdir(), None)  # raises an OSError if it cannot be listed
             return folder
         if folder.exists():
             raise InputError(explain_file(where, folder))
         if folder.is_symlink():
-            raise InputError(f"{where} is a link that leads nowhere ({folder.readlink()}): give the folder itself")
-    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be entered, an unknown ~user
+            raise InputError(f"{where} is a broken link to {folder.readlink()}: give the directory itself")
+    except (OSError, RuntimeError) as error:  # a name that is too long, missing permissions, an unknown ~user
         raise InputError(f"{where} cannot be read: {first_line(error)}") from error
     address = re.fullmatch(r"(https?://|hf://)(huggingface\.co/|hf\.co/)?(models/)?([^/]+/[^/]+?)(/.*)?", where)
     if address and (address[2] or address[1] == "hf://"):
-        raise InputError(f"{where} is an address: give the Hub id, {address[4]}")
+        raise InputError(f"{where} is a URL: give the Hub id, {address[4]}")
     if "://" in where:
-        raise InputError(
-            f"{where} is an address: copy the checkpoint to a local folder and give that, or give a Hub id"
-        )
+        raise InputError(f"{where} is a URL: copy the checkpoint to a local directory and give that, or give a Hub id")
     return _download(where, revision)
 
 
@@ -53,9 +59,9 @@ def _download(name: str, revision: str | None) -> Path:
     )
 
     try:
-        there = HfApi().list_repo_files(name, revision=revision)
-        files = [file for file in there if "/" not in file]
-        if "config.json" not in files and (reason := explain(name, there)):
+        names = HfApi().list_repo_files(name, revision=revision)
+        files = [file for file in names if "/" not in file]
+        if "config.json" not in files and (reason := explain(name, names)):
             raise InputError(reason)
         weights = choose_weights(name, files)
         shards = weights.removesuffix(".index.json")
@@ -64,54 +70,59 @@ def _download(name: str, revision: str | None) -> Path:
         wanted += [f"{stem}-*.{suffix}"] if shards != weights else [weights]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except HFValidationError as error:
-        raise InputError(f"there is no folder {name}, and a Hub id looks like owner/name") from error
+        raise InputError(f"there is no directory {name}, and a Hub id looks like owner/name") from error
     except GatedRepoError as error:
         raise InputError(f"{name}: accept its terms on the Hub, then log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"there is no folder {name} and no such model on the Hub, or it is private") from error
+        raise InputError(f"there is no directory {name} and no such model on the Hub, or it is private") from error
     except RevisionNotFoundError as error:
         raise InputError(f"{name} has no revision {revision} on the Hub") from error
     except OSError as error:  # offline, or the Hub does not answer
         with contextlib.suppress(OSError):
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         raise InputError(
-            f"there is no folder {name}, the Hub cannot be reached, and its cache has no such model: "
+            f"there is no directory {name}, the Hub cannot be reached, and its cache has no such model: "
             f"{first_line(error)}"
         ) from error
 
 
 def choose_weights(where: str, files: Collection[str]) -> str:
-    """The name of the file to read the weights from, among those that there are."""
-    if "adapter_config.json" in files:  # beside weights, too: without it the model would be another
+    """The name of the weights file, or of the index of its shards, among the files of a checkpoint.
+
+    Raises:
+        InputError: there is none that can be read, or the checkpoint is an adapter.
+    """
+    if "adapter_config.json" in files:  # also next to weights, which compute something else without the adapter
         raise InputError(str(explain(where, ["adapter_config.json"])))
     for name in WEIGHTS:
         if name in files:
             return name
     if any(name.startswith("pytorch_model") for name in files):
         raise InputError(f"{where} has only pytorch_model.bin, which {CONVERT}")
-    there = {"config.json", *files}  # so that a tokenizer is not taken for all that there is
-    raise InputError(explain(where, there) or f"{where} has no weights: expected one of {', '.join(WEIGHTS)}")
+    # With config.json, so that the message is about the weights and not about other files.
+    raise InputError(
+        explain(where, {"config.json", *files}) or f"{where} has no weights: expected one of {', '.join(WEIGHTS)}"
+    )
 
 
 def read_object(where: str, path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint; raises `InputError` for anything else."""
+    """Reads a JSON object from a file of a checkpoint; raises `InputError` for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{where}: {path.name} cannot be read: {why_unreadable(path, error)}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{where}: {path.name} is no JSON object, which begins with {{")
+        raise InputError(f"{where}: {path.name} is not a JSON object ({{...}})")
     return content
 
 
 def why_unreadable(path: Path, error: BaseException) -> str:
-    """What is wrong with a file that was to be read, of a failure that may not say it."""
+    """Why a file cannot be read: from the file itself where the error does not say it."""
     try:
         if path.is_dir():
-            return "it is a folder"
+            return "it is a directory"
         if not path.exists():
-            link = path.is_symlink()
-            return f"it is a link that leads nowhere ({path.readlink()})" if link else "there is no such file"
+            return f"it is a broken link to {path.readlink()}" if path.is_symlink() else "there is no such file"
         with path.open("rb") as stream:
             start = stream.read(512)
     except OSError as unreadable:
@@ -119,11 +130,11 @@ def why_unreadable(path: Path, error: BaseException) -> str:
     if not start:
         return "it is empty"
     if start.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer, run `git lfs pull`"
+        return "it is a git-lfs pointer: run `git lfs pull`"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "it is a web page, saved in place of the file; download the file itself"
+        return "it is a web page that was saved instead of the file: download the file itself"
     if isinstance(error, json.JSONDecodeError):
-        return f"it is no JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        return f"it is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
     if isinstance(error, UnicodeDecodeError):
-        return "it is no text in UTF-8"
+        return "it is not UTF-8 text"
     return first_line(error)

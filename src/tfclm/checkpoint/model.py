@@ -1,4 +1,4 @@
-"""The model of a config: what TensorFlow's classes compute truly, tied where the config says so."""
+"""Builds a model from its config, with the errors of TensorFlow's classes corrected and embeddings tied."""
 
 from __future__ import annotations
 
@@ -14,32 +14,44 @@ if TYPE_CHECKING:
 
 
 def build(where: str, config: PretrainedConfig) -> TFPreTrainedModel:
-    """The model with all its variables; its own copy of the config tells truly whether it is tied."""
+    """Builds a model with all its variables.
+
+    Args:
+        where: the checkpoint's name, for messages.
+        config: its config; the model gets a copy whose `tie_word_embeddings` says what the model does.
+
+    Raises:
+        InputError: the model type is not supported, or its sizes do not fit together.
+    """
     from transformers import TFAutoModelForCausalLM
 
     check_type(where, config.model_type, bool(getattr(config, "is_decoder", False)))
     config = from_fields(where, config.to_dict())
     if getattr(config, "sliding_window", None):
-        # TensorFlow's Mistral attends to everything, which is the same up to one window.
+        # TensorFlow's Mistral has no sliding window: up to one window of tokens, it computes the same.
         config.max_position_embeddings = min(config.max_position_embeddings, config.sliding_window)
     try:
         model = TFAutoModelForCausalLM.from_config(config)
         tie(model)
         _fix_mistral_mask_dtype(model)
-        _mend_activation(model)
+        _fix_openai_gpt_activation(model)
         model.build_in_name_scope()
-    except Exception as error:  # layers raise whatever sizes that do not fit provoke
-        raise InputError(f"{where}: no {config.model_type} model has this config: {first_line(error)}") from error
+    except Exception as error:  # layers raise errors of many types for sizes that do not fit
+        raise InputError(f"{where}: no {config.model_type} model can have this config: {first_line(error)}") from error
     model.config.tie_word_embeddings = is_tied(model)
     return model
 
 
 def tie(model: TFPreTrainedModel) -> None:
-    """Make the output matrix the embedding matrix, in place, if the config says `tie_word_embeddings`.
+    """Ties the output matrix to the input embeddings, in place, if the config says `tie_word_embeddings`.
 
-    For classes that ignore that setting and have an `lm_head` of their own (Mistral, XGLM, GPT-J): afterwards there is
-    one variable, [vocabulary, hidden], and the gradients of both uses go to it; the values of `lm_head` are gone, its
-    bias is kept. Other models, and tied ones, are left as they are. Call it before building an optimizer.
+    For classes that ignore the setting and have a separate `lm_head` (Mistral, XGLM, GPT-J): afterwards there is one
+    variable, [vocab_size, hidden], which gets the gradients of both uses. The values of `lm_head` are dropped, its bias
+    is kept. Other models stay as they are. Call this before you build an optimizer.
+
+    Example:
+        >>> model = TFMistralForCausalLM(MistralConfig(tie_word_embeddings=True))
+        >>> tie(model)
     """
     import tensorflow as tf
     import tf_keras
@@ -57,8 +69,8 @@ def tie(model: TFPreTrainedModel) -> None:
             new.bias.assign(old.bias)
 
 
-def _mend_activation(model: TFPreTrainedModel) -> None:
-    """TensorFlow's OpenAI-GPT takes the exact GELU whatever `afn` says; the model was trained with GPT-2's."""
+def _fix_openai_gpt_activation(model: TFPreTrainedModel) -> None:
+    """Sets the activation that `afn` names: TensorFlow's OpenAI-GPT always uses the exact GELU."""
     from tfclm.compat import get_tf_activation
 
     if model.config.model_type == "openai-gpt":
@@ -68,7 +80,7 @@ def _mend_activation(model: TFPreTrainedModel) -> None:
 
 
 def _fix_mistral_mask_dtype(model: TFPreTrainedModel) -> None:
-    """TensorFlow's Mistral mixes float32 and the compute type in its attention mask, which fails in half precision."""
+    """Casts the attention mask: TensorFlow's Mistral mixes it with float32, which fails in half precision."""
     import tensorflow as tf
 
     from tfclm.compat import prepare_mistral_mask
@@ -81,37 +93,42 @@ def _fix_mistral_mask_dtype(model: TFPreTrainedModel) -> None:
         exact = prepare_mistral_mask(
             stem, attention_mask, input_shape, tf.cast(inputs_embeds, tf.float32), past_key_values_length
         )
-        # The sum of two masks is below the smallest number of either type.
+        # The sum of two masks is below the minimum of either type.
         return tf.cast(tf.maximum(exact, inputs_embeds.dtype.min), inputs_embeds.dtype)
 
     stem._prepare_decoder_attention_mask = mask
 
 
 def first_position(model: TFPreTrainedModel) -> int:
-    """The position of a text's first token: RoBERTa and its kin leave the first ones of their table to padding."""
+    """The position id of the first token: 0, or 2 for RoBERTa and models like it, which start after the padding's."""
     embeddings = getattr(getattr(model, model.base_model_prefix, None), "embeddings", None)
     return int(getattr(embeddings, "padding_idx", -1)) + 1
 
 
 def context_size(model: TFPreTrainedModel) -> int | None:
-    """Tokens that a text may have; None where the architecture sets no limit."""
+    """The model's context length in tokens; None if the architecture has no limit.
+
+    Example:
+        >>> context_size(tfclm.load("distilgpt2")[0])
+        1024
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     return positions - first_position(model) if positions else None
 
 
 def is_tied(model: TFPreTrainedModel) -> bool:
-    """What the model does, for a config that says so: most classes ignore the setting, PyTorch's go by it."""
+    """Whether the model has one matrix for input and output, whatever its config says."""
     return not any(name in HEADS for _, name, _ in layout(model))
 
 
 @functools.cache
 def _tied_head() -> Any:
-    """The class of a tied output layer; made on the first use because importing this module imports no TensorFlow."""
+    """The class of a tied output layer; defined on first use, so that importing this module imports no TensorFlow."""
     import tensorflow as tf
     import tf_keras
 
     class TiedHead(tf_keras.layers.Layer):
-        """Logits by the transpose of the embeddings: [..., hidden] -> [..., vocabulary]."""
+        """Computes logits with the transposed embeddings: [..., hidden] -> [..., vocab_size]."""
 
         def __init__(self, embedding: Any, use_bias: bool, **options: Any) -> None:
             super().__init__(**options)
@@ -126,7 +143,7 @@ def _tied_head() -> Any:
 
         def call(self, hidden: Any) -> Any:
             table = self.embedding.weight if hasattr(self.embedding, "weight") else self.embedding.embeddings
-            # Two dimensions: the gradient of a batched product would hold one matrix a row.
+            # As a matrix product: the gradient of a batched one would hold a matrix per row.
             flat = tf.matmul(tf.reshape(hidden, (-1, hidden.shape[-1])), table, transpose_b=True)
             if self.use_bias:
                 flat = flat + self.bias

@@ -1,23 +1,26 @@
-"""A small GPT-2 and its tokenizer, made from nothing but the training text: the quickstart's model."""
+"""A small GPT-2 and a tokenizer trained on the text: the model of the quickstart."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-# How it continues a prompt unless a caller says otherwise: as Hugging Face's guide does. Greedy text of a model this
-# small ends at once or repeats itself.
+# Default sampling parameters, those of Hugging Face's guide: greedy text of a model this small ends at once or repeats
+# itself.
 GENERATION = {"do_sample": True, "top_k": 50, "top_p": 0.95}
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> Any:
-    """A byte-level BPE tokenizer in GPT-2's way, trained on `texts`.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer like GPT-2's.
 
     Args:
-        texts: the train split alone; a vocabulary that has seen the validation text makes its perplexity look better.
-        vocab_size: entries at most, `<|endoftext|>` (bos and eos, id 0) among them; 257 at least.
-        context: tokens that its model takes.
+        texts: the training documents; with validation documents among them the perplexity would look too good.
+        vocab_size: maximum number of entries, 257 or more, including `<|endoftext|>` (BOS and EOS, id 0).
+        context: context length of the model, in tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import GPT2TokenizerFast
@@ -42,8 +45,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> Any:
     )
 
 
-def small_config(tokenizer: Any, context: int) -> Any:
-    """The config of a GPT-2 that a laptop trains in minutes: 2 layers of width 256, `context` tokens."""
+def small_config(tokenizer: PreTrainedTokenizerFast, context: int) -> GPT2Config:
+    """The config of a GPT-2 that trains on a laptop in minutes: 2 layers, hidden size 256, `context` tokens."""
     from transformers import GPT2Config
 
     return GPT2Config(

@@ -1,17 +1,20 @@
-"""A checkpoint's fast tokenizer, whichever version of transformers wrote it."""
+"""Reads the fast tokenizer of a checkpoint that any version of transformers wrote."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tfclm.checkpoint.locating import read_object, why_unreadable
 from tfclm.errors import InputError, first_line
 
-# What transformers 5 writes into tokenizer_config.json about the machine and itself, not about the tokenizer.
-OF_VERSION_5 = {
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Keys of transformers 5 in tokenizer_config.json that are not arguments of a tokenizer of version 4.
+VERSION_5_KEYS = {
     "auto_map",
     "backend",
     "extra_special_tokens",
@@ -22,10 +25,15 @@ OF_VERSION_5 = {
 }
 
 
-def read_tokenizer(where: str, folder: Path) -> Any:
-    """The fast tokenizer in a checkpoint's folder.
+def read_tokenizer(where: str, folder: Path) -> PreTrainedTokenizerFast:
+    """Reads the fast tokenizer in a checkpoint's directory.
 
-    Raises `InputError` where its files are missing or broken, or make up no fast tokenizer.
+    Args:
+        where: the checkpoint's name, for messages.
+        folder: its directory.
+
+    Raises:
+        InputError: the files are missing or broken, or the tokenizer has no fast version.
     """
     from transformers import AutoTokenizer
 
@@ -38,11 +46,11 @@ def read_tokenizer(where: str, folder: Path) -> Any:
         if _is_of_version_5(settings):
             tokenizer = _read_version_5(where, folder, settings)
         else:
-            # Never code of the checkpoint's own, and never a question at the terminal whether to run it.
+            # Never runs the checkpoint's own code, and never asks at the terminal whether to.
             tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except InputError:
         raise
-    except Exception as error:  # of many types, depending on which file is missing or broken
+    except Exception as error:  # its type depends on which file is missing or broken
         raise InputError(
             f"{where}: no tokenizer can be read from its files (tokenizer.json, or vocab.json and merges.txt): "
             f"{first_line(error)}"
@@ -60,11 +68,11 @@ def _is_of_version_5(settings: dict[str, Any]) -> bool:
     )
 
 
-def _read_version_5(where: str, folder: Path, settings: dict[str, Any]) -> Any:
-    """The tokenizer of a tokenizer.json as it is.
+def _read_version_5(where: str, folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """Reads a tokenizer.json without a tokenizer class of its own.
 
-    Version 5 keeps there what version 4 keeps in its classes' settings, such as BERT's lower case: those classes would
-    put their own defaults over it, so the tokenizer becomes one of no class.
+    Version 5 keeps settings in tokenizer.json that version 4 keeps in its classes, such as BERT's lower casing. These
+    classes would override them with their defaults, so the result is a plain PreTrainedTokenizerFast.
     """
     import transformers
     from transformers import AddedToken, PreTrainedTokenizerFast
@@ -83,18 +91,18 @@ def _read_version_5(where: str, folder: Path, settings: dict[str, Any]) -> Any:
             return value
         if not isinstance(value.get("content"), str):
             raise InputError(
-                f"{where}: tokenizer_config.json has {json.dumps(value)}, which is no token: give it content"
+                f"{where}: tokenizer_config.json has {json.dumps(value)}, which is not a token: it needs content"
             )
         return AddedToken(**{key: item for key, item in value.items() if key != "__type"})
 
     options = {
         key: token(value) if key.endswith("_token") else value
         for key, value in settings.items()
-        if key not in OF_VERSION_5 and key not in named
+        if key not in VERSION_5_KEYS and key not in named
     }
     options["additional_special_tokens"] = [token(value) for value in extra]
     options["extra_special_tokens"] = {key: token(value) for key, value in named.items()}
-    # GPT-2 would add embeddings for the token types that a tokenizer of no class gives.
+    # Without it a plain tokenizer returns token type ids, for which GPT-2 would add embeddings.
     known = getattr(transformers, f"{name.removesuffix('Fast')}Fast", PreTrainedTokenizerFast)
     untyped = known is PreTrainedTokenizerFast
     options.setdefault("model_input_names", ["input_ids", "attention_mask"] if untyped else known.model_input_names)
@@ -102,5 +110,5 @@ def _read_version_5(where: str, folder: Path, settings: dict[str, Any]) -> Any:
         options["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     try:
         return PreTrainedTokenizerFast(tokenizer_file=str(path), **options)
-    except Exception as error:  # tokenizers' own, which are of no type, and Python's for settings of another
+    except Exception as error:  # tokenizers raises plain Exception; wrong settings raise others
         raise InputError(f"{where}: tokenizer.json cannot be used: {why_unreadable(path, error)}") from error

@@ -1,4 +1,4 @@
-"""A model's weights by their PyTorch names: read from any of transformers' formats, and every one accounted for."""
+"""A model's weights by their PyTorch names: reads them from any format of transformers, and checks every one."""
 
 from __future__ import annotations
 
@@ -9,44 +9,56 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tfclm.checkpoint.locating import read_object, why_unreadable
 from tfclm.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import TFPreTrainedModel
 
-# PyTorch's names of an output matrix that may share the input embeddings, and second names of an output bias.
+# PyTorch's names of an output matrix that may be tied to the input embeddings, and second names of an output bias.
 HEADS = ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
 BIASES = ("lm_head.decoder.bias", "cls.predictions.decoder.bias")
-# Constants that PyTorch models of these types store among their weights: masks, rotary and sinusoidal tables.
+# Constants that PyTorch models store with their weights: masks, rotary and sinusoidal tables.
 BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$|embed_positions(\.weights)?$")
 
 
 def layout(model: TFPreTrainedModel) -> Iterator[tuple[Any, str, Any]]:
-    """Each variable with its name in PyTorch's state dict and how the two layouts are transposed."""
+    """Yields each variable with its name in PyTorch's state dict and how its layout is transposed there."""
     from tfclm.compat import pytorch_weight_name
 
     for variable in model.weights:
         yield variable, *pytorch_weight_name(variable.name, tf_weight_shape=variable.shape)
 
 
-def state(model: TFPreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
+def state_dict(model: TFPreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
     """PyTorch's state dict of the model, float32."""
+    import numpy as np
+
     from tfclm.compat import apply_transpose
 
-    state = {}
+    arrays = {}
     for variable, name, transpose in layout(model):
         array = apply_transpose(transpose, np.asarray(variable.numpy(), np.float32), pt_to_tf=False)
         if name.endswith(".bias"):
             array = array.reshape(-1)
-        state[name] = np.ascontiguousarray(array)
-    return state
+        arrays[name] = np.ascontiguousarray(array)
+    return arrays
 
 
 def restore(model: TFPreTrainedModel, where: str, path: Path) -> None:
-    """Give every variable its value from the file; whatever does not fit exactly is an `InputError`."""
+    """Assigns every variable its value from a file or its shards.
+
+    Args:
+        model: the built model.
+        where: the checkpoint's name, for messages.
+        path: the weights, or the index of the shards.
+
+    Raises:
+        InputError: a weight is missing, unexpected, of another shape or quantized, or the file cannot be read.
+    """
+    import numpy as np
+
     from tfclm.compat import apply_transpose
 
     tensors = _Tensors(where, path, model.base_model_prefix)
@@ -59,7 +71,7 @@ def restore(model: TFPreTrainedModel, where: str, path: Path) -> None:
         array = tensors[name]
         if tensors.pytorch:
             array = apply_transpose(transpose, array)
-        # A dimension of 1 is no difference: TensorFlow's GPT-2 has biases of [1, n].
+        # Dimensions of 1 are ignored: TensorFlow's GPT-2 has biases of [1, n].
         if [size for size in array.shape if size > 1] != [size for size in variable.shape if size > 1]:
             mismatched.append(f"{name} {list(array.shape)} instead of {list(variable.shape)}")
             continue
@@ -70,44 +82,46 @@ def restore(model: TFPreTrainedModel, where: str, path: Path) -> None:
             shown = ", ".join(sorted(items)[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
             raise InputError(f"{where}: {path.name} {problem} {shown}{hint}")
 
-    headless = "; if the embeddings are to serve as that, config.json must say tie_word_embeddings"
-    refuse("lacks", missing, headless if set(missing) & set(HEADS) else "")
+    tie_hint = "; if the embeddings are the output matrix, too, config.json must have tie_word_embeddings"
+    refuse("lacks", missing, tie_hint if set(missing) & set(HEADS) else "")
     refuse("does not fit config.json:", mismatched)
-    refuse("has weights that the model has no place for:", _without_place(tensors.names - expected, expected, model))
+    refuse("has weights that the model does not have:", _find_unexpected(tensors.names - expected, expected, model))
     heads = [name for name in tensors.names - expected if name in HEADS]
     untied = [name for name in heads if not np.array_equal(tensors[name], _embeddings(model))]
-    refuse("differs from the embeddings, which serve as the output matrix, in", untied)
+    refuse("differs from the embeddings, which are the output matrix of this model, in", untied)
 
 
-def _without_place(left: set[str], expected: set[str], model: TFPreTrainedModel) -> list[str]:
-    """The unread weights inside modules that the model has: without them it would compute something else.
+def _find_unexpected(unread: set[str], expected: set[str], model: TFPreTrainedModel) -> list[str]:
+    """The unread weights that belong to modules of the model: without them it would compute something else.
 
-    Modules that it does not have (a pooler, a classifier) do not reach the logits; neither do constants.
+    Other modules (a pooler, a classifier) do not affect the logits; neither do constants.
     """
 
     def module(name: str) -> str:
         return ".".join(name.split(".")[:2])
 
     modules = {module(name) for name in expected if name.startswith(f"{model.base_model_prefix}.")}
-    inside = [name for name in left if module(name) in modules and not BUFFERS.search(name)]
+    inside = [name for name in unread if module(name) in modules and not BUFFERS.search(name)]
     return inside + [
-        name for name in left if name.startswith(("lm_head.", "cls.predictions.")) and name not in HEADS + BIASES
+        name for name in unread if name.startswith(("lm_head.", "cls.predictions.")) and name not in HEADS + BIASES
     ]
 
 
 def _embeddings(model: TFPreTrainedModel) -> np.ndarray[Any, Any]:
-    """The input embeddings, [vocabulary, hidden]."""
+    """The input embeddings, [vocab_size, hidden]."""
+    import numpy as np
+
     table = re.compile(r"(wte|\.w|tokens_embed|embed_tokens|word_embeddings)\.weight$")
     return next(np.asarray(variable.numpy()) for variable, name, _ in layout(model) if table.search(name))
 
 
 class _Tensors:
-    """The weights of a file or its shards, by PyTorch name, read one at a time; raises `InputError`."""
+    """The weights of a file or its shards by their PyTorch names, read one at a time."""
 
     def __init__(self, where: str, path: Path, base: str) -> None:
         self._where = where
         self._read: dict[str, tuple[Path, Callable[[], Any]]] = {}
-        self.pytorch = False  # whether the layouts are PyTorch's, too
+        self.pytorch = False  # whether the layouts are PyTorch's
         sharded = path.suffix == ".json"
         files = [path]
         if sharded:
@@ -120,13 +134,14 @@ class _Tensors:
                     self._add_h5(file, sharded)
                 else:
                     self._add_safetensors(file)
-        # Some files, GPT-2's own among them, were saved from the model without head, whose names have no prefix.
+        # Some files, such as GPT-2's own, were saved from the model without its head, whose names have no prefix.
         if not any(name.startswith(f"{base}.") for name in self._read):
             heads = ("lm_head.", "cls.")
             self._read = {n if n.startswith(heads) else f"{base}.{n}": read for n, read in self._read.items()}
         self.names = set(self._read)
 
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        import numpy as np
         import tensorflow as tf
 
         file, read = self._read[name]
@@ -145,7 +160,7 @@ class _Tensors:
             yield
         except InputError:
             raise
-        except Exception as error:  # safetensors, h5py and JSON each have errors of their own
+        except Exception as error:  # safetensors, h5py and JSON each raise their own
             reason = why_unreadable(file, error)
             raise InputError(f"{self._where}: {file.name} cannot be read: {reason}") from error
 
@@ -157,7 +172,7 @@ class _Tensors:
         keys: list[str] = archive.keys()
         for key in keys:
             name = key if self.pytorch else _pytorch_name(f"model/{key}")
-            name = re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", name))  # of old BERT files
+            name = re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", name))  # names in old BERT files
             self._read[name] = file, functools.partial(archive.get_tensor, key)
 
     def _add_h5(self, file: Path, sharded: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from tfclm.cli.arguments import flag, parse
 from tfclm.compat import import_tensorflow
 from tfclm.errors import InputError, replace_names
 from tfclm.settings import fields_of
-from tfclm.terminal import abandon_stdout, log, mend_streams
+from tfclm.terminal import abandon_stdout, log, prepare_streams, rewrite_lines
 
 T = TypeVar("T")
 
@@ -42,7 +43,8 @@ def command(
         flag: a field's flag, for messages.
     """
     prog = f"python -m tfclm.{verb}"
-    mend_streams()
+    prepare_streams()
+    rewrite_lines(functools.partial(name_flags, settings=settings, flag=flag))
     try:
         try:
             values = parse(settings, sys.argv[1:], prog=prog, description=description, preset=preset)
@@ -55,7 +57,7 @@ def command(
         sys.stdout.flush()
         sys.exit(code)
     except InputError as error:
-        log(_scrubbed(f"tfclm.{verb}: {name_flags(' '.join(str(error).split()), settings, flag)}"))
+        log(_scrubbed(f"tfclm.{verb}: {' '.join(str(error).split())}"))
         sys.exit(2)
     except KeyboardInterrupt:
         log(f"tfclm.{verb}: interrupted")
@@ -71,6 +73,8 @@ def command(
             sys.exit(1)
         log(_scrubbed(traceback.format_exc().rstrip()))
         sys.exit(1)
+    finally:
+        rewrite_lines(str)
 
 
 def name_flags(message: str, settings: type, flag: Callable[[str], str] = flag) -> str:

@@ -47,6 +47,8 @@ class HubTarget:
         where: dict[str, Any] = {name: getattr(settings, name) for name in ("private", "branch", "create_pr")}
         try:
             return cls(preflight(repo_id, timeout=settings.push_timeout, **where), True, settings.push_patience)
+        except InputError as error:
+            raise error.renamed(repo_id="push_to_hub") from error
         except Unreachable as error:
             if not push_later:
                 raise InputError(f"{error}; go online, or give `push_later` to push when it can be reached") from error

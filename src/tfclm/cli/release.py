@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tfclm.savedmodel import Exported
     from tfclm.savedmodel.publishing.gate import Gate, PerplexityResult
+    from tfclm.savedmodel.publishing.versions import ServingDirectory
 
     Measure = Callable[[TFPreTrainedModel, PreTrainedTokenizerBase], PerplexityResult | None]
 
@@ -29,19 +30,36 @@ class Release:
     """Where a checkpoint is published, and what it must meet.
 
     Attributes:
-        serving_dir: the model directory; versions are its numbered subfolders.
+        directory: the serving directory, which can be written.
         settings: how the model is exported.
         limits: what its perplexity must meet.
-        version: the version's number; the highest there plus 1 if None.
     """
 
-    serving_dir: str
+    directory: ServingDirectory
     settings: ServableSettings
     limits: Gate
-    version: int | None = None
+
+    @classmethod
+    def open(cls, serving_dir: str, settings: ServableSettings, limits: Gate, version: int | None = None) -> Release:
+        """Checks, before a model is loaded or trained, that a version can be published.
+
+        Args:
+            serving_dir: the model directory; its numbered subdirectories are the versions.
+            settings: how the model is exported.
+            limits: what its perplexity must meet.
+            version: the version's number; the highest there plus 1 if None.
+
+        Raises:
+            InputError: a setting out of its range, a version that is taken, or a directory that cannot be written.
+        """
+        from tfclm.savedmodel.publishing.versions import ServingDirectory
+
+        settings.check()
+        limits.check()
+        return cls(ServingDirectory.open(serving_dir, version), settings, limits)
 
     def check(self, texts: Texts | None, protocol: Mapping[str, Any] | None = None, tokens: int | None = None) -> None:
-        """Refuses, before a model is loaded or trained, what would be refused afterwards.
+        """Checks, before a model is loaded or trained, that the gate can compare it with the version served now.
 
         Args:
             texts: documents on which the version served now can be scored, if there are any.
@@ -49,16 +67,11 @@ class Release:
             tokens: the number of tokens that it is measured on, if that is known already.
 
         Raises:
-            InputError: a setting out of its range, a version that is taken, a directory that cannot be written, or a
-                served version that the new one cannot be compared with.
+            InputError: it cannot.
         """
         from tfclm.savedmodel.publishing.gate import can_be_measured, check_comparable, served_record
-        from tfclm.savedmodel.publishing.versions import check_place
 
-        self.settings.check()
-        self.limits.check()
-        check_place(self.serving_dir, self.version)
-        served = served_record(self.serving_dir, self.limits)
+        served = served_record(self.directory, self.limits)
         if texts is None or not can_be_measured(served):
             check_comparable(self.limits, served, protocol, tokens)
 
@@ -66,7 +79,7 @@ class Release:
         """Raises InputError if the gate cannot decide by the perplexity that is recorded beside a checkpoint."""
         from tfclm.savedmodel.publishing.gate import decide, served_record
 
-        decide(self.limits, recorded, served_record(self.serving_dir, self.limits))
+        decide(self.limits, recorded, served_record(self.directory, self.limits))
 
     def publish(
         self,
@@ -102,9 +115,9 @@ class Release:
         return export_saved_model(
             model,
             tokenizer,
-            self.serving_dir,
+            self.directory,
             self.settings,
-            version=self.version,
+            version=self.directory.version,
             recorded=recorded,
             measure=None if measure is None else lambda model: measure(model, tokenizer),
             limits=self.limits,

@@ -34,21 +34,20 @@ class RunRelease:
     validation_files: tuple[str, ...]
 
     def check(self, protocol: Mapping[str, Any] | None = None, tokens: int | None = None) -> None:
-        """Refuses, before the training, what would be refused after it.
+        """Checks, before the training, that the gate can compare the model with the version served now.
 
         Args:
             protocol: how the run's perplexity will be measured, once that is known.
             tokens: on how many tokens, once that is known.
 
         Raises:
-            InputError: a directory that cannot be written, a limit out of its range, or a served version that the
-                run's perplexity cannot be compared with.
+            InputError: it cannot.
         """
         texts = self.validation_texts(protocol)
         if texts is None and protocol is None and self.source.dataset:
             # The dataset may have a validation split of its own, which is known once it is read.
             texts = functools.partial(document_texts, self.source)
-        with _fields_of_fit(text=True):
+        with fields_of_fit(text=True):
             self.release.check(texts, protocol, tokens)
 
     def publish(self, output_dir: str) -> Exported:
@@ -66,9 +65,9 @@ class RunRelease:
             # Both versions are scored on the run's validation text then.
             texts = self.validation_texts(protocol)
         if texts is None:
-            with _fields_of_fit(text=True):
+            with fields_of_fit(text=True):
                 self.release.check_recorded(recorded)
-        with _fields_of_fit():
+        with fields_of_fit():
             return self.release.publish(output_dir, texts=texts, recorded=recorded)
 
     def validation_texts(self, protocol: Mapping[str, Any] | None) -> Texts | None:
@@ -82,7 +81,7 @@ class RunRelease:
 
 
 @contextmanager
-def _fields_of_fit(*, text: bool = False) -> Iterator[None]:
+def fields_of_fit(*, text: bool = False) -> Iterator[None]:
     """Errors name the fields of `fit`; `text`: those of the text that both versions are scored on as well."""
     names = {"serving_dir": "export_to"}
     if text:

@@ -9,48 +9,55 @@ from typing import Any
 from tfclm.errors import InputError
 from tfclm.terminal import log, print_result
 
+DAMAGED = "damaged record"
+
 
 def print_versions(serving_dir: str) -> int:
     """Prints a table of the versions, and of the models that were not published; the exit code."""
     import tensorflow as tf
 
-    from tfclm.savedmodel.publishing.gate import read_record, verdicts
-    from tfclm.savedmodel.publishing.versions import address, explain_incomplete, folders, incomplete
+    from tfclm.savedmodel.publishing.gate import verdicts
+    from tfclm.savedmodel.publishing.versions import ServingDirectory, explain_incomplete
 
-    where = address(serving_dir)
-    there = folders(where)
-    if not there and not tf.io.gfile.isdir(where):
+    directory = ServingDirectory.at(serving_dir)
+    versions = {number: f"{directory}/{names[-1]}" for number, names in directory.folders().items()}
+    if not versions and not tf.io.gfile.isdir(directory.address):
         raise InputError(f"`serving_dir` {serving_dir}: there is no such directory")
-    code = 0
-    rows = [("version", "exported", "perplexity", "tokens", "source")]
-    for number, names in there.items():
-        version = f"{where}/{names[-1]}"
-        try:
-            entries = read_record(version)
-        except InputError as error:
-            log(f"tfclm.export: {error}")
-            rows.append((str(number), _written(version), "damaged record", "-", "unknown"))
-            code = 2
-            continue
-        when = _date(entries.get("time")) or _written(version)
-        tokens = "-" if entries.get("tokens") is None else str(entries["tokens"])
-        rows.append((str(number), when, _figure(entries.get("perplexity")), tokens, _source(entries)))
-    for line in _aligned(rows):
-        print_result(line)
-    refused = [verdict for verdict in verdicts(where) if verdict.get("passed") is False]
+    rows = [_version_row(number, version) for number, version in versions.items()]
+    _print_table(("version", "exported", "perplexity", "tokens", "source"), rows)
+    refused = [verdict for verdict in verdicts(directory) if verdict.get("passed") is False]
     if refused:
         print_result("\nnot published:")
-        lines = [("checked", "perplexity", "source", "reason")]
-        for verdict in refused:
-            # Of the text that both versions were scored on, if they were.
-            measured = verdict.get("compared") if isinstance(verdict.get("compared"), dict) else verdict
-            figure = _figure((measured or {}).get("perplexity"))
-            lines.append((_date(verdict.get("time")) or "-", figure, _source(verdict), str(verdict.get("reason", "-"))))
-        for line in _aligned(lines):
-            print_result(line)
-    for number in incomplete(where):
-        log(f"tfclm.export: {explain_incomplete(where, number)}")
-    return code
+        _print_table(("checked", "perplexity", "source", "reason"), map(_verdict_row, refused))
+    for number in directory.incomplete():
+        log(f"tfclm.export: {explain_incomplete(directory.address, number)}")
+    return 2 if any(DAMAGED in row for row in rows) else 0
+
+
+def _version_row(number: int, version: str) -> tuple[str, ...]:
+    from tfclm.savedmodel.publishing.gate import read_record
+
+    try:
+        record = read_record(version)
+    except InputError as error:
+        log(f"tfclm.export: {error}")
+        return (str(number), _written(version), DAMAGED, "-", "unknown")
+    when = _date(record.get("time")) or _written(version)
+    tokens = "-" if record.get("tokens") is None else str(record["tokens"])
+    return (str(number), when, _figure(record.get("perplexity")), tokens, _source(record))
+
+
+def _verdict_row(verdict: Mapping[str, Any]) -> tuple[str, ...]:
+    # Of the text that both versions were scored on, if they were.
+    compared = verdict.get("compared")
+    measured = compared if isinstance(compared, dict) else verdict
+    when, figure = _date(verdict.get("time")) or "-", _figure(measured.get("perplexity"))
+    return (when, figure, _source(verdict), str(verdict.get("reason", "-")))
+
+
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    for line in _aligned([header, *rows]):
+        print_result(line)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""A client of an exported model behind TensorFlow Serving, over REST or gRPC. It needs no TensorFlow."""
+"""A client for an exported model behind TensorFlow Serving, over REST or gRPC. It does not need TensorFlow."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
-from tfclm.client.replies import as_rows, understood
+from tfclm.client.replies import as_rows, reading
 from tfclm.client.rest import RestTransport
 from tfclm.client.rpc import RpcTransport
 from tfclm.client.tls import Tls
 from tfclm.client.transport import Call, Limits, Model, ServerError, Signature, Transport
 from tfclm.errors import InputError
 
-__all__ = ["Client", "Completion", "Score", "ServerError", "Signature", "idle_knobs"]
+__all__ = ["Client", "Completion", "Score", "ServerError", "Signature", "unused_parameters"]
 
 T = TypeVar("T")
 
@@ -26,7 +26,16 @@ _INTEGERS = {"DT_INT32": 31, "DT_INT64": 63}
 
 @dataclass(frozen=True)
 class Completion:
-    """A row of the signature `generate`; `finish_reason` is "stop" (EOS or stop string) or "length"."""
+    """The generated continuation of one prompt: a row of the signature `generate`.
+
+    Attributes:
+        generated_text: prompt and completion.
+        completion: the new text alone.
+        completion_bytes: its raw bytes, which need not be valid UTF-8.
+        finish_reason: "stop" (end-of-text token or stop string) or "length".
+        prompt_tokens: number of tokens in the prompt.
+        completion_tokens: number of new tokens.
+    """
 
     generated_text: str
     completion: str
@@ -38,10 +47,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """A row of the signature `score`.
+    """The score of one text: a row of the signature `score`.
 
-    `loss` is the mean negative log-likelihood a token (natural log) of `token_count` tokens. `token_ids` has one more:
-    the first token is only context, and its entry in `token_logprobs` is 0.
+    Attributes:
+        loss: mean negative log-likelihood per token (natural log).
+        perplexity: exp(loss).
+        token_count: number of scored tokens.
+        token_ids: `token_count` + 1 token ids; the first is context only.
+        token_logprobs: log-probability of each token; 0 for the first.
     """
 
     loss: float
@@ -52,30 +65,35 @@ class Score:
 
 
 class Client:
-    """Asks one model of a server.
+    """A client for one model of a server.
 
-        client = tfclm.Client("http://localhost:8501", "quickstart")
-        print(client.generate("The import statement", temperature=0.8, seed=7).generated_text)
+    A client can be shared by threads. Use it as a context manager, or call `close`, to close its connections.
 
-    It may be shared by threads, and closes its connections as a context manager or by `close`.
+    Example:
+        >>> with tfclm.Client("http://localhost:8501", "quickstart") as client:
+        ...     result = client.generate("The import statement", max_new_tokens=20, temperature=0.8, seed=7)
+        ...     print(result.generated_text, result.finish_reason)
+        ...     first, second = client.score(["Paris is in France.", "Paris is in Rome."])
+        ...     print(first.perplexity < second.perplexity)
 
     Args:
         url: http:// or https:// for REST; grpc://HOST:PORT, grpcs://HOST:PORT (TLS) or unix:PATH for gRPC.
-        model_name: the name that the server serves the model under.
-        version: its number; the one served now if not given.
-        version_label: its label, such as "stable", instead of the number.
-        timeout: seconds that a call of a method may take, with all of its requests and retries.
-        retries: how often a request is sent again that the server was too busy to run (503, UNAVAILABLE).
-        max_reply_bytes: the size of the largest reply that is read, inflated if it is compressed.
-        ca_file: PEM file of the authorities to trust for https:// and grpcs://, instead of the public ones.
-        cert_file: PEM file of the client's own certificate, for a server that wants one.
-        key_file: PEM file of that certificate's key, without a passphrase.
+        model_name: the name under which the server serves the model.
+        version: the number of a version; the version that is served by default if not given.
+        version_label: the label of a version, such as "stable", instead of its number.
+        timeout: seconds that a method call may take in total, including all of its requests and retries.
+        retries: how often to resend a request that the server was too busy to run (503, UNAVAILABLE).
+        max_reply_bytes: size limit of a reply in bytes, after decompression.
+        ca_file: PEM file with the certificate authorities to trust, for https:// and grpcs://; the public ones if not
+            given.
+        cert_file: PEM file with the client's own certificate, for servers that require one.
+        key_file: PEM file with the key of that certificate, without a passphrase.
 
     Raises:
-        InputError: from every method, if the server refuses the request or has no such model or signature; the message
-            is one line that names the input.
-        ServerError: from every method, if the server is absent, not trusted, still loading the model, overloaded, late
-            or failed, or if its reply is too large or cannot be read; the message is one line.
+        InputError: an argument is not valid, or (from methods) the server refuses the request or has no such model or
+            signature. The message is one line that names the input.
+        ServerError: from methods, if the server is not there, not trusted, still loading the model, overloaded, too
+            slow or failing, or if its reply is too large or invalid. The message is one line.
     """
 
     def __init__(
@@ -94,23 +112,23 @@ class Client:
     ) -> None:
         model = Model(model_name, version, version_label)
         if not 0 < timeout < math.inf:
-            raise InputError(f"timeout {timeout}: give seconds, more than 0")
+            raise InputError(f"`timeout` {timeout}: give seconds, more than 0")
         if retries < 0:
-            raise InputError(f"retries {retries}: give 0 or more")
+            raise InputError(f"`retries` {retries}: give 0 or more")
         if max_reply_bytes < 1:
-            raise InputError(f"max_reply_bytes {max_reply_bytes}: give 1 or more")
+            raise InputError(f"`max_reply_bytes` {max_reply_bytes}: give 1 or more")
         limits = Limits(timeout, retries, max_reply_bytes)
-        trust = Tls(ca_file, cert_file, key_file)
-        if trust and not url.startswith(("https://", "grpcs://")):
-            raise InputError(f"URL {url}: ca_file, cert_file and key_file go with https:// or grpcs://")
+        tls = Tls(ca_file, cert_file, key_file)
+        if tls and not url.startswith(("https://", "grpcs://")):
+            raise InputError(f"`url` {url}: `ca_file`, `cert_file` and `key_file` go with https:// or grpcs://")
         self._timeout = timeout
         self._transport: Transport
         if url.startswith(("http://", "https://")):
-            self._transport = RestTransport(url, model, limits, trust)
+            self._transport = RestTransport(url, model, limits, tls)
         elif url.startswith(("grpc://", "grpcs://", "unix:")):
-            self._transport = RpcTransport(url, model, limits, trust)
+            self._transport = RpcTransport(url, model, limits, tls)
         else:
-            raise InputError(f"URL {url}: give http://HOST:PORT for REST, or grpc://HOST:PORT")
+            raise InputError(f"`url` {url}: give http://HOST:PORT for REST, or grpc://HOST:PORT")
 
     def __enter__(self) -> Client:
         return self
@@ -153,16 +171,31 @@ class Client:
     ) -> list[Completion]: ...
 
     def generate(self, prompt: str | list[str] | tuple[str, ...], **params: Any) -> Completion | list[Completion]:
-        """The continuation of a prompt, or of several in one request.
+        """Generates the continuation of a prompt, or of a list of prompts in one request.
 
-        Knobs that are not given have the defaults that the model was exported with. With several prompts, a knob may be
-        a sequence with a value for each. Warns of knobs that do nothing because the temperature is 0.
+        A parameter that is not given has the default that the model was exported with. With several prompts, a
+        parameter may be a sequence with one value per prompt. Sampling parameters without effect, because the
+        temperature is 0, cause a warning.
+
+        Args:
+            prompt: the text to continue, or a list of texts.
+            max_new_tokens: the maximum number of new tokens.
+            temperature: divides the logits before sampling; 0 = greedy.
+            top_k: sample from this many of the most likely tokens; 0 = off.
+            top_p: sample from the most likely tokens with this total probability; 1 = off.
+            repetition_penalty: above 1, makes tokens that are in the text already less likely; 1 = off.
+            seed: makes sampling reproducible; -1 = random.
+            stop: generation ends before this string; "" = none.
+
+        Example:
+            >>> client.generate("The import statement", max_new_tokens=5, temperature=0.0).completion
+            >>> client.generate(["One", "Two"], temperature=[0.0, 0.8], seed=7)
         """
         given = {name: value for name, value in params.items() if value is not None}
-        known, outputs = self._predict("generate", {"prompt": _rows(prompt), **given})
-        if idle := idle_knobs(params, known):
-            warnings.warn(f"at temperature 0 nothing is drawn: {', '.join(idle)} without effect", stacklevel=2)
-        with understood(self._transport.address, "a completion"):
+        known, outputs = self._predict("generate", {"prompt": _as_list(prompt), **given})
+        if unused := unused_parameters(params, known):
+            warnings.warn(f"the temperature is 0, so {', '.join(unused)} has no effect", stacklevel=2)
+        with reading(self._transport.address, "a completion"):
             completions = [
                 Completion(
                     generated_text=row.text("generated_text"),
@@ -183,24 +216,28 @@ class Client:
     def score(self, text: list[str] | tuple[str, ...]) -> list[Score]: ...
 
     def score(self, text: str | list[str] | tuple[str, ...]) -> Score | list[Score]:
-        """Loss, perplexity and the log-probabilities of the tokens of a text, or of several in one request."""
-        outputs = self.predict("score", {"text": _rows(text)})
-        with understood(self._transport.address, "a score"):
+        """Computes loss, perplexity and token log-probabilities of a text, or of a list of texts in one request.
+
+        Example:
+            >>> client.score("The import statement").perplexity
+        """
+        outputs = self.predict("score", {"text": _as_list(text)})
+        with reading(self._transport.address, "a score"):
             scores = [
                 Score(
                     loss=row.number("loss"),
                     perplexity=row.number("perplexity"),
                     token_count=row.count("token_count"),
                     # Rows of a request are padded to the longest.
-                    token_ids=row.several("token_ids", int, row.count("token_count") + 1),
-                    token_logprobs=row.several("token_logprobs", float, row.count("token_count") + 1),
+                    token_ids=row.list_of("token_ids", int, row.count("token_count") + 1),
+                    token_logprobs=row.list_of("token_logprobs", float, row.count("token_count") + 1),
                 )
                 for row in as_rows(outputs)
             ]
         return scores[0] if isinstance(text, str) else scores
 
     def signatures(self) -> dict[str, Signature]:
-        """The model's signatures by name: the inputs' types, and their defaults."""
+        """The model's signatures by name, with the types and defaults of their inputs."""
         return self._transport.signatures(self._call())
 
     def predict(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -208,10 +245,13 @@ class Client:
 
         Args:
             signature: its name.
-            inputs: name -> a list of B values, or one value for every row. What is left out has its default.
+            inputs: name -> a list of B values, or one value for all rows. Inputs that are omitted have their default.
 
         Returns:
-            Outputs name -> B values: numbers, bytes for strings, and lists of them for outputs of a higher rank.
+            Outputs name -> list of B values: numbers, bytes for strings, and lists of them for rank 2 and higher.
+
+        Example:
+            >>> client.predict("tokenize", {"text": ["The import statement"]})["token_count"]
         """
         return self._predict(signature, inputs)[1]
 
@@ -226,18 +266,18 @@ class Client:
                 raise InputError(f"signature {signature} has no input {name}; it has {', '.join(sorted(known.inputs))}")
         for name in known.required:
             if name not in inputs:
-                raise InputError(f"signature {signature} needs {name}")
-        sizes = {name: len(value) for name, value in inputs.items() if _several(value)}
+                raise InputError(f"signature {signature} needs the input {name}")
+        sizes = {name: len(value) for name, value in inputs.items() if _is_list(value)}
         size = max(sizes.values(), default=1)
         for name, given in sizes.items():
             if given != size:
-                raise InputError(f"{name} has {given} values for {size} rows: give one, or one a row")
+                raise InputError(f"`{name}` has {given} values for {size} rows: give one value, or one per row")
         if not size:
-            raise InputError(f"{next(iter(sizes))} is empty: give a row at least")
-        # REST fills in no defaults, so that every input is sent.
+            raise InputError(f"`{next(iter(sizes))}` is empty: give at least one row")
+        # TensorFlow Serving does not use defaults in REST requests, so every input is sent.
         complete = {**known.defaults, **inputs}
         rows = {
-            name: (dtype, [_checked(value, dtype, name) for value in _repeated(complete[name], size)])
+            name: (dtype, [_check_value(value, dtype, name) for value in _broadcast(complete[name], size)])
             for name, dtype in known.inputs.items()
         }
         return known, self._transport.predict(signature, known, rows, call)
@@ -246,55 +286,55 @@ class Client:
         return Call(self._transport.address, self._timeout)
 
 
-def idle_knobs(given: Mapping[str, Any], signature: Signature) -> list[str]:
-    """The knobs that are given to draw tokens, where none is drawn: the temperature is 0, given or by default."""
+def unused_parameters(given: Mapping[str, Any], signature: Signature) -> list[str]:
+    """The sampling parameters in `given` that have no effect, because the temperature is 0, given or by default."""
     temperature = given.get("temperature")
     if temperature is None:
         temperature = signature.defaults.get("temperature")
     if not isinstance(temperature, int | float) or temperature != 0:
         return []
-    # With these values they are off.
+    # The values that turn each of them off.
     off = {"top_k": 0, "top_p": 1, "seed": -1}
     return [name for name, value in off.items() if given.get(name) not in (None, value)]
 
 
-def _several(value: Any) -> bool:
+def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _repeated(value: Any, size: int) -> Sequence[Any]:
-    return value if _several(value) else [value] * size
+def _broadcast(value: Any, size: int) -> Sequence[Any]:
+    return value if _is_list(value) else [value] * size
 
 
-def _rows(text: str | list[str] | tuple[str, ...]) -> Sequence[str]:
+def _as_list(text: str | list[str] | tuple[str, ...]) -> Sequence[str]:
     return text if isinstance(text, list | tuple) else [text]
 
 
-def _checked(value: Any, dtype: str, name: str) -> Any:
-    """A value of a row as its type is sent: rank and range are the model's to check."""
-    if _several(value):
-        return [_checked(item, dtype, name) for item in value]
+def _check_value(value: Any, dtype: str, name: str) -> Any:
+    """A value of a row, converted to its type; its rank and range are checked by the model."""
+    if _is_list(value):
+        return [_check_value(item, dtype, name) for item in value]
     if dtype == "DT_STRING":
         if isinstance(value, bytes):
             value = value.decode("utf-8", "surrogateescape")
         if not isinstance(value, str):
-            raise InputError(f"{name} is {value!r}: give a text")
+            raise InputError(f"`{name}` is {value!r}: give a text")
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{name} is not UTF-8: give the text as UTF-8") from error
+            raise InputError(f"`{name}` is not UTF-8: give the text as UTF-8") from error
         return value
     if dtype in _INTEGERS:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise InputError(f"{name} is {value!r}: give a whole number")
-        most = 2 ** _INTEGERS[dtype]
-        if not -most <= value < most:
-            raise InputError(f"{name} is {value}: give a number that fits {_INTEGERS[dtype] + 1} bits")
+            raise InputError(f"`{name}` is {value!r}: give a whole number")
+        limit = 2 ** _INTEGERS[dtype]
+        if not -limit <= value < limit:
+            raise InputError(f"`{name}` is {value}: give a number that fits {_INTEGERS[dtype] + 1} bits")
         return int(value)
     if dtype in ("DT_FLOAT", "DT_DOUBLE"):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise InputError(f"{name} is {value!r}: give a number")
+            raise InputError(f"`{name}` is {value!r}: give a number")
         return float(value)
     if dtype == "DT_BOOL" and isinstance(value, bool):
         return value
-    raise InputError(f"{name} is {value!r}: the signature takes {dtype} there")
+    raise InputError(f"`{name}` is {value!r}: the signature takes {dtype}")

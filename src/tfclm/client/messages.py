@@ -1,8 +1,8 @@
 """The messages of TensorFlow Serving's gRPC API that a client needs, without TensorFlow.
 
-tensorflow-serving-api's own modules import TensorFlow. Here the same messages are described from their public
-definitions (tensorflow/core/framework/*.proto, tensorflow_serving/apis/*.proto), in a pool of their own, so that both
-may be loaded in one process. What a client does not read is left out: protobuf skips fields that it does not know.
+The modules of tensorflow-serving-api import TensorFlow. Here the same messages are described from their public
+definitions (tensorflow/core/framework/*.proto, tensorflow_serving/apis/*.proto), in a descriptor pool of their own, so
+that both can be loaded in one process. Fields that the client does not read are omitted: protobuf skips unknown fields.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_fa
 
 __all__ = ["DTYPES", "STATES", "from_tensor", "message", "tensor_size", "to_tensor"]
 
-# Package -> message -> field -> number and type: a scalar's name or a message's, [] if repeated, {} if values of a map.
+# Package -> message -> field -> number and type: the name of a scalar or message; in [] if repeated, in {} for a map.
 _MESSAGES: dict[str, dict[str, dict[str, tuple[int, Any]]]] = {
     "tensorflow": {
         "Dim": {"size": (1, "int64")},
@@ -63,7 +63,7 @@ _MESSAGES: dict[str, dict[str, dict[str, tuple[int, Any]]]] = {
     },
 }
 
-# The types of tensors that a text model takes and gives.
+# The tensor types of a text model's inputs and outputs.
 DTYPES = {"DT_FLOAT": 1, "DT_DOUBLE": 2, "DT_INT32": 3, "DT_STRING": 7, "DT_INT64": 9, "DT_BOOL": 10}
 STATES = {"START": 10, "LOADING": 20, "AVAILABLE": 30, "UNLOADING": 40, "END": 50}
 _ENUMS = {
@@ -71,7 +71,7 @@ _ENUMS = {
     "tensorflow.serving": {"State": {"UNKNOWN": 0, **STATES}},
 }
 
-# Where a TensorProto has the values of each type.
+# The field of TensorProto that holds the values of each type.
 _VALUES: dict[int, tuple[str, Any]] = {
     1: ("float_val", np.float32),
     2: ("double_val", np.float64),
@@ -81,10 +81,8 @@ _VALUES: dict[int, tuple[str, Any]] = {
     10: ("bool_val", np.bool_),
 }
 
-# Of a tensor; TensorFlow has 254.
-_MOST_DIMENSIONS = 32
-# Values that one value may stand for.
-_MOST_REPEATED = 2**20
+_MAX_DIMENSIONS = 32  # TensorFlow's own limit is 254
+_MAX_REPEATED = 2**20  # values of a tensor that may be filled with its last one
 
 _Field = descriptor_pb2.FieldDescriptorProto
 
@@ -152,7 +150,7 @@ def to_tensor(values: Sequence[Any], dtype: str) -> Any:
     field, kind = _VALUES[number]
     array = np.array(values, kind)
     if kind is object and any(isinstance(value, list) for value in array.ravel()):
-        raise ValueError("lists of different lengths")  # which NumPy keeps as objects
+        raise ValueError("lists of different lengths")  # NumPy would keep them as objects
     tensor = message("tensorflow.TensorProto")(dtype=number)
     for size in array.shape:
         tensor.tensor_shape.dim.add(size=size)
@@ -161,14 +159,14 @@ def to_tensor(values: Sequence[Any], dtype: str) -> Any:
 
 
 def tensor_size(tensor: Any) -> int:
-    """How many values a TensorProto's shape claims.
+    """The number of values according to a TensorProto's shape.
 
     Raises:
-        ValueError: the shape is none.
+        ValueError: the shape is not valid.
     """
     shape = [dim.size for dim in tensor.tensor_shape.dim]
-    if tensor.tensor_shape.unknown_rank or len(shape) > _MOST_DIMENSIONS or min(shape, default=0) < 0:
-        raise ValueError("a tensor without a shape")
+    if tensor.tensor_shape.unknown_rank or len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0:
+        raise ValueError("a tensor without a valid shape")
     return math.prod(shape)
 
 
@@ -176,7 +174,7 @@ def from_tensor(tensor: Any) -> Any:
     """The values of a TensorProto as (nested) Python lists, or one value for a scalar; strings are bytes.
 
     Raises:
-        ValueError: for a type that no signature of a text model has, and for values that do not fit the shape.
+        ValueError: the type is not one of `DTYPES`, or the values do not fit the shape.
     """
     if tensor.dtype not in _VALUES:
         raise ValueError(f"a tensor of type {tensor.dtype}: only {', '.join(DTYPES)} are read")
@@ -189,12 +187,12 @@ def from_tensor(tensor: Any) -> Any:
         array = np.frombuffer(tensor.tensor_content, kind)
     else:
         array = np.array(list(getattr(tensor, field)), kind)
-    # What is built of a few bytes has to be small: a shape with a 0 has as many lists as the sizes before it.
+    # A few bytes must not create a large value: even a shape with a 0 makes as many lists as the sizes before it.
     lists = size or math.prod(shape[: shape.index(0)])
-    if array.size < lists and lists > _MOST_REPEATED:
+    if array.size < lists and lists > _MAX_REPEATED:
         raise ValueError(f"a tensor of shape {shape} with {array.size} values")
     if 0 < array.size < size and not tensor.tensor_content:
-        # The last value stands for all that follow.
+        # The last value is repeated.
         array = np.concatenate([array, np.repeat(array[-1:], size - array.size)])
     elif not array.size:
         array = np.array([b"" if kind is object else 0] * size, kind)

@@ -1,6 +1,6 @@
-"""What a server sent, checked: nothing of a reply is used before it has passed here.
+"""Reads and checks what a server sent, before anything else uses it.
 
-Whatever is wrong with a reply comes out as ServerError, with one line.
+Whatever is wrong with a reply becomes a ServerError with a message of one line.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from google.protobuf import json_format
 from google.protobuf import message as protobuf
 
 from tfclm.client.messages import DTYPES, from_tensor, message, tensor_size
-from tfclm.client.transport import ServerError, Signature, reason
+from tfclm.client.transport import ServerError, Signature, one_line
 
-# What Python and protobuf raise at values that they do not expect.
+# Raised by Python and protobuf for unexpected values.
 _UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -34,20 +34,20 @@ _BITS = {"DT_INT32": 31, "DT_INT64": 63}
 
 
 @contextmanager
-def understood(address: str, what: str) -> Iterator[None]:
-    """Reads a part of a reply: whatever it trips over is the server's fault."""
+def reading(address: str, what: str) -> Iterator[None]:
+    """Turns errors while a part of a reply is read into ServerError, because the server caused them."""
     try:
         yield
     except _UNREADABLE as error:
-        message = reason(str(error)) or type(error).__name__
-        raise ServerError(f"{address} gave {what} that cannot be read: {message}") from error
+        message = one_line(str(error)) or type(error).__name__
+        raise ServerError(f"{address} sent {what} that cannot be read: {message}") from error
 
 
 def from_json(content: bytes) -> Any:
     """The value of a JSON document; raises ValueError or RecursionError.
 
-    TensorFlow Serving sends NaN and Infinity as they are, which Python reads. It also sends a tensor's bytes as they
-    are: what is no UTF-8 is kept as surrogates, from which `_leaf` restores it.
+    TensorFlow Serving sends NaN and Infinity, which Python reads. It also sends the bytes of strings unchecked: bytes
+    that are not UTF-8 are kept as surrogates, which `_leaf` converts back.
     """
     return json.loads(content.decode("utf-8", "surrogateescape"))
 
@@ -55,7 +55,7 @@ def from_json(content: bytes) -> Any:
 def read_signatures(signatures: Any) -> dict[str, Signature]:
     """The signatures of a SignatureDefMap."""
     for name, signature in signatures.signature_def.items():
-        # Messages name them.
+        # These names appear in messages.
         for key in (name, *signature.inputs, *signature.outputs):
             if not key.isprintable():
                 raise ValueError(f"a name that cannot be printed: {key!a}")
@@ -71,12 +71,12 @@ def read_signatures(signatures: Any) -> dict[str, Signature]:
 
 
 def read_metadata(metadata: Any) -> dict[str, Signature]:
-    """The signatures in the metadata as REST gives it."""
+    """The signatures in the metadata, as REST returns it."""
     return read_signatures(_parsed(metadata["metadata"]["signature_def"], "SignatureDefMap"))
 
 
 def read_status(status: Any) -> dict[int, int]:
-    """Number -> state of the versions in a model's status as REST gives it."""
+    """Number -> state of the versions in a model's status, as REST returns it."""
     response = _parsed(status, "GetModelStatusResponse")
     return {version.version: version.state for version in response.model_version_status}
 
@@ -86,7 +86,7 @@ def read_rows(predictions: Any, outputs: Mapping[str, str], size: int) -> dict[s
     if not isinstance(predictions, list) or len(predictions) != size:
         raise ValueError(f"no prediction for each of {size} rows")
     names = set(outputs)
-    # A signature's only output comes without its name.
+    # If a signature has one output, REST omits its name.
     if len(names) == 1 and not all(isinstance(row, dict) and set(row) == names for row in predictions):
         predictions = [{name: row} for row in predictions for name in names]
     for row in predictions:
@@ -118,14 +118,14 @@ def as_rows(outputs: Mapping[str, Sequence[Any]]) -> list[Row]:
 
 
 class Row(dict[str, Any]):
-    """One row of a signature's outputs, whose values are of the kind that is asked for, or ValueError."""
+    """One row of a signature's outputs; each method returns a value of its type or raises ValueError."""
 
     def raw(self, name: str) -> bytes:
-        """A string as its bytes."""
+        """The bytes of a string."""
         return bytes(self._one(name, bytes))
 
     def text(self, name: str) -> str:
-        """A string that is UTF-8."""
+        """A UTF-8 string."""
         return self.raw(name).decode()
 
     def count(self, name: str) -> int:
@@ -139,7 +139,7 @@ class Row(dict[str, Any]):
         """A number."""
         return float(self._one(name, float))
 
-    def several(self, name: str, kind: type, count: int) -> tuple[Any, ...]:
+    def list_of(self, name: str, kind: type, count: int) -> tuple[Any, ...]:
         """The first `count` values of a list."""
         values = self._one(name, list)[:count]
         if len(values) < count or not all(isinstance(value, kind) for value in values):
@@ -154,14 +154,14 @@ class Row(dict[str, Any]):
 
 def _parsed(value: Any, name: str) -> Any:
     """A JSON value as a message."""
-    # Raises at surrogates without a partner, at which protobuf fails with SystemError.
+    # Raises ValueError for lone surrogates, for which protobuf raises SystemError.
     json.dumps(value, ensure_ascii=False).encode()
     return json_format.ParseDict(value, message(f"tensorflow.serving.{name}")(), ignore_unknown_fields=True)
 
 
 def _default(name: str, tensor: Any) -> Any:
-    """The value of a default, which goes for every row."""
-    # Before it is expanded: the shape is a claim of a few bytes.
+    """The value of a default, which applies to every row."""
+    # Checked before the tensor is expanded, because a few bytes can claim a large shape.
     if tensor_size(tensor) != 1:
         raise ValueError(f"the default of {name} is not one value")
     value = from_tensor(tensor)
@@ -171,7 +171,7 @@ def _default(name: str, tensor: Any) -> Any:
 
 
 def _values(value: Any, dtype: str, name: str) -> tuple[Any, tuple[int, ...]]:
-    """A JSON value as its type has it, and its shape, which is one for all rows as in every tensor."""
+    """A JSON value converted to its type, and its shape, which must be the same for all rows."""
     if not isinstance(value, list):
         return _leaf(value, dtype, name), ()
     items = [_values(item, dtype, name) for item in value]

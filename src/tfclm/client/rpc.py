@@ -1,4 +1,4 @@
-"""A model behind TensorFlow Serving's gRPC API, asked without TensorFlow."""
+"""A model behind TensorFlow Serving's gRPC API."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import grpc
 
 from tfclm.client import tls
 from tfclm.client.messages import message, to_tensor
-from tfclm.client.replies import read_signatures, read_tensors, understood
+from tfclm.client.replies import read_signatures, read_tensors, reading
 from tfclm.client.sockets import CONNECT_SECONDS
 from tfclm.client.transport import (
     Call,
@@ -21,40 +21,40 @@ from tfclm.client.transport import (
     Signature,
     is_cancelled_batch,
     not_available,
-    reason,
+    one_line,
     too_large,
 )
 from tfclm.errors import InputError
 
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.OUT_OF_RANGE)
 _CANCELLED = (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL)
-_MOST_BYTES = 2**31 - 1
+_MAX_BYTES = 2**31 - 1
 
 
 class RpcTransport:
     """One model at `address`: grpc://HOST:PORT, grpcs://HOST:PORT for TLS, or unix:PATH.
 
-    UNAVAILABLE, gRPC's 503, is asked again up to `retries` times, after a growing pause, within the timeout. So is, at
-    once, a request that was cancelled with another one's batch.
+    A request that fails with UNAVAILABLE, gRPC's 503, is sent again up to `retries` times, after a growing pause and
+    within the timeout. A request that was cancelled with a batch of other requests is sent again at once.
     """
 
-    def __init__(self, address: str, model: Model, limits: Limits, trust: tls.Tls) -> None:
+    def __init__(self, address: str, model: Model, limits: Limits, tls_files: tls.Tls) -> None:
         scheme, _, target = address.partition("://")
         if scheme not in ("grpc", "grpcs") or not target:
             scheme, target = "", address
         host, _, port = target.rpartition(":")
-        # A socket has no address that could be asked for TLS.
+        # A Unix socket cannot be probed for TLS.
         self._server = None
         if not target.startswith("unix:"):
             if "/" in target or not host or not port.isdecimal() or int(port) >= 2**16:
-                raise InputError(f"URL {address}: give host and port, such as grpc://localhost:8500")
+                raise InputError(f"`url` {address}: give host and port, such as grpc://localhost:8500")
             self._server = tls.Server(address, scheme, host.strip("[]"), int(port))
         self.address = address
         self._model = model
         self._limits = limits
-        self._tls = trust
+        self._tls = tls_files
         policy = {
-            "maxAttempts": min(5, limits.retries + 1),  # five is the most that gRPC does
+            "maxAttempts": min(5, limits.retries + 1),  # five is gRPC's maximum
             "initialBackoff": "0.2s",
             "maxBackoff": "5s",
             "backoffMultiplier": 2,
@@ -63,12 +63,12 @@ class RpcTransport:
         config = {"methodConfig": [{"name": [{}], **({"retryPolicy": policy} if limits.retries else {})}]}
         options = [
             ("grpc.service_config", json.dumps(config)),
-            ("grpc.max_receive_message_length", min(limits.max_reply_bytes, _MOST_BYTES)),
-            ("grpc.max_send_message_length", _MOST_BYTES),
+            ("grpc.max_receive_message_length", min(limits.max_reply_bytes, _MAX_BYTES)),
+            ("grpc.max_send_message_length", _MAX_BYTES),
         ]
         if scheme == "grpcs":
             credentials = grpc.ssl_channel_credentials(
-                trust.read("ca_file"), trust.read("key_file"), trust.read("cert_file")
+                tls_files.read("ca_file"), tls_files.read("key_file"), tls_files.read("cert_file")
             )
             self._channel = grpc.secure_channel(target, credentials, options)
         else:
@@ -82,9 +82,9 @@ class RpcTransport:
     def signatures(self, call: Call) -> dict[str, Signature]:
         """The model's signatures, from its metadata."""
         request = message("tensorflow.serving.GetModelMetadataRequest")(metadata_field=["signature_def"])
-        self._name(request.model_spec)
+        self._set_model(request.model_spec)
         reply = self._ask("PredictionService/GetModelMetadata", request, call)
-        with understood(self.address, "metadata that is not TensorFlow Serving's, or"):
+        with reading(self.address, "metadata that is not TensorFlow Serving's, or"):
             metadata = message("tensorflow.serving.GetModelMetadataResponse").FromString(reply).metadata
             if "signature_def" not in metadata:
                 raise ValueError("it has no signature_def")
@@ -96,20 +96,20 @@ class RpcTransport:
     ) -> dict[str, list[Any]]:
         """Runs a signature."""
         request = message("tensorflow.serving.PredictRequest")()
-        self._name(request.model_spec)
+        self._set_model(request.model_spec)
         request.model_spec.signature_name = name
         for key, (dtype, values) in inputs.items():
             try:
                 request.inputs[key].CopyFrom(to_tensor(_encoded(values), dtype))
             except ValueError as error:
-                raise InputError(f"{key} has rows of different lengths: give all rows the same") from error
+                raise InputError(f"`{key}` has rows of different lengths: give all rows the same length") from error
         reply = self._ask("PredictionService/Predict", request, call)
         size = len(next(iter(inputs.values()))[1]) if inputs else 1
-        with understood(self.address, "predictions"):
+        with reading(self.address, "predictions"):
             outputs = message("tensorflow.serving.PredictResponse").FromString(reply).outputs
             return read_tensors(outputs, signature.outputs, size)
 
-    def _name(self, spec: Any) -> None:
+    def _set_model(self, spec: Any) -> None:
         spec.name = self._model.name
         if self._model.version is not None:
             spec.version.value = self._model.version
@@ -117,7 +117,7 @@ class RpcTransport:
             spec.version_label = self._model.label
 
     def _connect(self, call: Call) -> None:
-        """Waits until the channel is ready; a server that is not there is told from one that is busy."""
+        """Waits until the channel is ready, to tell a server that is not there from one that is busy."""
         if self._connected:
             return
         known = threading.Event()
@@ -129,7 +129,7 @@ class RpcTransport:
                 known.set()
 
         self._channel.subscribe(changed, try_to_connect=True)
-        known.wait(min(CONNECT_SECONDS, call.left()))
+        known.wait(min(CONNECT_SECONDS, call.remaining()))
         self._channel.unsubscribe(changed)
         if not states or states[0] != grpc.ChannelConnectivity.READY:
             raise self._diagnosis(call) or ServerError(
@@ -149,9 +149,9 @@ class RpcTransport:
         self._connect(call)
         send = self._channel.unary_unary(f"/tensorflow.serving.{method}", lambda request: request.SerializeToString())
         try:
-            return bytes(send(request, timeout=call.left()))
+            return bytes(send(request, timeout=call.remaining()))
         except grpc.RpcError as error:
-            code, message = error.code(), reason(error.details() or "")
+            code, message = error.code(), one_line(error.details() or "")
             if code in _CANCELLED and retries and is_cancelled_batch(message):
                 return self._ask(method, request, call, retries - 1)
             if code == grpc.StatusCode.NOT_FOUND:
@@ -160,7 +160,7 @@ class RpcTransport:
             if code in _REFUSED:
                 raise InputError(message) from error
             if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise call.late() from error
+                raise call.timed_out() from error
             if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in message:
                 raise too_large(self.address, self._limits.max_reply_bytes) from error
             if code == grpc.StatusCode.UNAVAILABLE and (found := self._diagnosis(call)):
@@ -174,7 +174,7 @@ class RpcTransport:
             reply = self._ask("ModelService/GetModelStatus", request, call)
         except InputError:
             return {}
-        with understood(self.address, "a status"):
+        with reading(self.address, "a status"):
             status = message("tensorflow.serving.GetModelStatusResponse").FromString(reply)
             return {version.version: version.state for version in status.model_version_status}
 

@@ -1,7 +1,7 @@
-"""Connections that end with the call that they serve, whatever the server sends or does not send.
+"""Connections that respect the time limit of a whole call and the size limit of a reply, whatever the server sends.
 
-The timeouts of requests and urllib3 hold for one read of a socket, so that a server that sends a byte now and then is
-never late. Here every operation on a socket has what is left of the call, and what is received is counted.
+The timeouts of requests and urllib3 apply to each read of a socket, so a server that sends a byte now and then never
+times out. Here the timeout of every socket operation is the rest of the call's time, and received bytes are counted.
 """
 
 from __future__ import annotations
@@ -21,25 +21,24 @@ import urllib3
 from tfclm.client.transport import Call
 
 CONNECT_SECONDS = 5.0
-# Of a reply, beside its body.
-_HEADER_BYTES = 2**16
+_HEADER_BYTES = 2**16  # allowed in addition to the body
 
 
-class Broken(Exception):
-    """A connection that could not be made or was cut by TLS; neither requests nor urllib3 makes another error of it."""
+class ConnectionFailed(Exception):
+    """A connection could not be made, or TLS failed; requests and urllib3 do not wrap this error in one of theirs."""
 
     def __init__(self, error: Exception, established: bool = False) -> None:
         super().__init__(str(error))
         self.error, self.established = error, established
 
 
-class TooLarge(Exception):
-    """A reply has more bytes than it may have."""
+class ReplyTooLarge(Exception):
+    """A reply exceeds the size limit."""
 
 
 @dataclass
 class _Reply:
-    """The reply that this thread waits for: the time and the bytes that are left."""
+    """The reply that this thread waits for: the time and the number of bytes that are left."""
 
     call: Call
     bytes_left: int
@@ -47,50 +46,50 @@ class _Reply:
     def count(self, size: int) -> None:
         self.bytes_left -= size
         if self.bytes_left < 0:
-            raise TooLarge
+            raise ReplyTooLarge
 
 
-_awaited = threading.local()
+_current = threading.local()
 
 
 @contextmanager
-def awaiting(call: Call, most_bytes: int) -> Iterator[None]:
-    """Within, the sockets of this thread's request keep to the call's time, and to one reply of so many bytes."""
-    _awaited.reply = _Reply(call, most_bytes + _HEADER_BYTES)
+def limits_of(call: Call, max_bytes: int) -> Iterator[None]:
+    """Limits the sockets of this thread to the time of the call and to one reply with a body of `max_bytes`."""
+    _current.reply = _Reply(call, max_bytes + _HEADER_BYTES)
     try:
         yield
     finally:
-        _awaited.reply = None
+        _current.reply = None
 
 
 def connect(host: str, port: int, call: Call) -> socket.socket:
-    """A TCP connection, within the call's time.
+    """Makes a TCP connection within the call's time.
 
     Raises:
         OSError: nothing listens there, or there is no such host.
-        ServerError: the time has passed.
+        ServerError: the call timed out.
     """
     failure: OSError = OSError(f"{host} has no address")
     for family, kind, protocol, _, address in _addresses(host, port, call):
-        tried = _Socket(family, kind, protocol)
+        connection = _Socket(family, kind, protocol)
         try:
-            tried.settimeout(min(CONNECT_SECONDS, call.left()))
-            tried.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            tried.connect(address)
-            # What follows is the handshake of TLS, which has one timeout as a whole.
-            tried.settimeout(call.left())
-            return tried
+            connection.settimeout(min(CONNECT_SECONDS, call.remaining()))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.connect(address)
+            # The TLS handshake comes next, and has one timeout as a whole.
+            connection.settimeout(call.remaining())
+            return connection
         except OSError as error:
             failure = error
-            tried.close()
+            connection.close()
         except BaseException:
-            tried.close()
+            connection.close()
             raise
     raise failure
 
 
 class Adapter(requests.adapters.HTTPAdapter):
-    """Sends by such connections, directly or through a proxy; nothing is sent again by itself."""
+    """Makes requests use these connections, directly or through a proxy, and never resend by itself."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         context.sslsocket_class = _TlsSocket
@@ -111,7 +110,7 @@ class Adapter(requests.adapters.HTTPAdapter):
 
 
 def _addresses(host: str, port: int, call: Call) -> list[Any]:
-    """The addresses of a host; the system's look-up knows no timeout of the caller's."""
+    """The addresses of a host, looked up in a thread because the system's look-up takes no timeout."""
     found: SimpleQueue[list[Any] | OSError | UnicodeError] = SimpleQueue()
 
     def look_up() -> None:
@@ -122,72 +121,72 @@ def _addresses(host: str, port: int, call: Call) -> list[Any]:
 
     threading.Thread(target=look_up, daemon=True).start()
     try:
-        addresses = found.get(timeout=call.left())
+        addresses = found.get(timeout=call.remaining())
     except Empty:
-        raise call.late() from None
+        raise call.timed_out() from None
     if isinstance(addresses, list):
         return addresses
     raise addresses
 
 
-class _Limited:
-    """Of a socket: every operation has the time that is left, and what is received is counted."""
+class _LimitedMixin:
+    """A socket whose operations time out with the call, and which counts received bytes."""
 
     def recv_into(self, *args: Any) -> int:
-        size: int = self._within(super().recv_into, *args)  # type: ignore[misc]
-        reply = getattr(_awaited, "reply", None)
+        size: int = self._run(super().recv_into, *args)  # type: ignore[misc]
+        reply = getattr(_current, "reply", None)
         if reply is not None:
             reply.count(size)
         return size
 
     def send(self, *args: Any) -> int:
-        sent: int = self._within(super().send, *args)  # type: ignore[misc]
+        sent: int = self._run(super().send, *args)  # type: ignore[misc]
         return sent
 
-    def _within(self, operation: Any, *args: Any) -> int:
-        reply = getattr(_awaited, "reply", None)
+    def _run(self, operation: Any, *args: Any) -> int:
+        reply = getattr(_current, "reply", None)
         if reply is not None:
-            self.settimeout(reply.call.left())  # type: ignore[attr-defined]
+            self.settimeout(reply.call.remaining())  # type: ignore[attr-defined]
         try:
             return int(operation(*args))
         except ssl.SSLError as error:
-            raise Broken(error, established=True) from error
+            raise ConnectionFailed(error, established=True) from error
 
 
-class _Socket(_Limited, socket.socket):
+class _Socket(_LimitedMixin, socket.socket):
     def sendall(self, data: Any, flags: int = 0) -> None:
-        # One timeout for all of it, where a TLS socket sends piece by piece.
-        reply = getattr(_awaited, "reply", None)
+        # A plain socket has one timeout for all of the data; a TLS socket calls `send` for each piece.
+        reply = getattr(_current, "reply", None)
         if reply is not None:
-            self.settimeout(reply.call.left())
+            self.settimeout(reply.call.remaining())
         super().sendall(data, flags)
 
 
-class _TlsSocket(_Limited, ssl.SSLSocket): ...
+class _TlsSocket(_LimitedMixin, ssl.SSLSocket): ...
 
 
-class _Connects:
-    """Of a connection: how it is made."""
+class _ConnectMixin:
+    """An HTTP connection that is made by `connect`."""
 
     host: str
     port: int
 
     def _new_conn(self) -> socket.socket:
         try:
-            return connect(self.host.strip("[]"), self.port, _awaited.reply.call)
+            return connect(self.host.strip("[]"), self.port, _current.reply.call)
         except (OSError, UnicodeError) as error:
-            raise Broken(error) from error
+            raise ConnectionFailed(error) from error
 
 
-class _Connection(_Connects, urllib3.connection.HTTPConnection): ...
+class _Connection(_ConnectMixin, urllib3.connection.HTTPConnection): ...
 
 
-class _TlsConnection(_Connects, urllib3.connection.HTTPSConnection):
+class _TlsConnection(_ConnectMixin, urllib3.connection.HTTPSConnection):
     def connect(self) -> None:
         try:
             super().connect()
         except ssl.SSLError as error:
-            raise Broken(error) from error
+            raise ConnectionFailed(error) from error
 
 
 class _Pool(urllib3.HTTPConnectionPool):

@@ -1,4 +1,4 @@
-"""TLS: whom a client trusts, as whom it presents itself, and what is wrong with a connection."""
+"""TLS: the client's certificates and trusted authorities, and the diagnosis of connections that fail."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import requests
 
 from tfclm.client.sockets import connect
-from tfclm.client.transport import Call, ServerError, reason
+from tfclm.client.transport import Call, ServerError, one_line
 from tfclm.errors import InputError
 
-# A server that wants a client certificate says so after the handshake, in TLS 1.3.
+# How long to wait for an alert: in TLS 1.3, a server asks for a missing client certificate after the handshake.
 ALERT_SECONDS = 1.0
-# OpenSSL's codes of a certificate for another name or address.
-_OTHER_NAME = (62, 64)
-# Of one that is not valid yet, or no longer.
-_NOT_NOW = (9, 10)
-# What servers say that got no certificate, or none that they take.
+# OpenSSL's codes: the certificate is for another name or address.
+_NAME_MISMATCH = (62, 64)
+# It is not valid yet, or has expired.
+_NOT_VALID_NOW = (9, 10)
+# Alerts of servers that got no client certificate, or do not accept it.
 _CERTIFICATE_ALERTS = (
     "certificate required",
     "handshake failure",
@@ -30,13 +30,13 @@ _CERTIFICATE_ALERTS = (
     "unknown ca",
     "decrypt error",
 )
-# OpenSSL's names for an answer that is not TLS.
-_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
+# OpenSSL's names for a reply that is not TLS.
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server is: its address for messages, and the parts of its URL."""
+    """The address of a server, as messages show it, and the parts of its URL."""
 
     address: str
     scheme: str
@@ -45,7 +45,7 @@ class Server:
 
     @property
     def secure(self) -> bool:
-        """Whether the URL says TLS."""
+        """Whether the URL asks for TLS."""
         return self.scheme in ("https", "grpcs")
 
 
@@ -63,9 +63,9 @@ class Tls:
 
     def __post_init__(self) -> None:
         if self.key_file is not None and self.cert_file is None:
-            raise InputError("key_file goes with cert_file: give the client's certificate too")
+            raise InputError("`key_file` goes with `cert_file`: give the client's certificate too")
         if self.cert_file is not None and self.key_file is None:
-            raise InputError("cert_file goes with key_file: give the certificate's key too")
+            raise InputError("`cert_file` goes with `key_file`: give the certificate's key too")
         for field in ("ca_file", "cert_file", "key_file"):
             self.read(field)
         if self:
@@ -83,16 +83,16 @@ class Tls:
             with open(path, "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:
-            raise InputError(f"{field} {path}: {getattr(error, 'strerror', None) or error}") from error
+            raise InputError(f"`{field}` {path}: {getattr(error, 'strerror', None) or error}") from error
 
     def context(self) -> ssl.SSLContext:
-        """A context with the client's certificate that trusts `ca_file`; without one, nobody yet."""
+        """A context with the client's certificate that trusts `ca_file`; without `ca_file`, it trusts nobody yet."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if self.ca_file is not None:
             try:
                 context.load_verify_locations(self.ca_file)
             except (OSError, ValueError) as error:
-                raise InputError(f"ca_file {self.ca_file}: give PEM, with a certificate or several") from error
+                raise InputError(f"`ca_file` {self.ca_file}: give PEM with one or more certificates") from error
         if self.cert_file is not None and self.key_file is not None:
             try:
                 context.load_cert_chain(self.cert_file, self.key_file, password=self._refuse_password)
@@ -100,16 +100,16 @@ class Tls:
                 if isinstance(error, InputError):
                     raise
                 raise InputError(
-                    f"cert_file {self.cert_file}, key_file {self.key_file}: give PEM, a certificate and its own key"
+                    f"`cert_file` {self.cert_file}, `key_file` {self.key_file}: give PEM, a certificate and its own key"
                 ) from error
         return context
 
     def _refuse_password(self) -> str:
-        raise InputError(f"key_file {self.key_file} is encrypted: give one without a passphrase")
+        raise InputError(f"`key_file` {self.key_file} is encrypted: give one without a passphrase")
 
 
 def diagnose(server: Server, tls: Tls, call: Call) -> ServerError | None:
-    """Connects once more to a server that failed, and says what is wrong: None if the connection itself is well."""
+    """Connects again to a server that failed and returns what is wrong; None if the connection itself works."""
     context = tls.context()
     if not server.secure:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -123,14 +123,14 @@ def diagnose(server: Server, tls: Tls, call: Call) -> ServerError | None:
     except (OSError, UnicodeError) as error:
         return unreachable(server.address, error)
     with plain:
-        # A server may wait for more, in TLS or without: that must not take all the time that is left.
-        plain.settimeout(min(2 * ALERT_SECONDS, call.left()))
+        # The server may wait for more data, with or without TLS: that must not take all of the remaining time.
+        plain.settimeout(min(2 * ALERT_SECONDS, call.remaining()))
         try:
             with context.wrap_socket(plain, server_hostname=server.host) as wrapped:
                 if not server.secure:
                     return _speaks_tls(server)
-                wrapped.settimeout(min(ALERT_SECONDS, call.left()))
-                # Servers of gRPC close without an alert.
+                wrapped.settimeout(min(ALERT_SECONDS, call.remaining()))
+                # gRPC servers close the connection without an alert.
                 return (
                     None
                     if wrapped.recv(1)
@@ -147,38 +147,38 @@ def diagnose(server: Server, tls: Tls, call: Call) -> ServerError | None:
 
 
 def explain(error: ssl.SSLError, server: Server, tls: Tls) -> ServerError:
-    """What is wrong where TLS failed."""
+    """The error for a TLS failure."""
     code, message = getattr(error, "verify_code", None), error.reason or ""
     alert = message.partition("ALERT_")[2].replace("_", " ").lower()
-    if code in _OTHER_NAME:
-        what = f"has a certificate for another name than {server.host}: give the name that the certificate is for"
-    elif code in _NOT_NOW:
+    if code in _NAME_MISMATCH:
+        what = f"has a certificate for another name than {server.host}: give the name in the certificate"
+    elif code in _NOT_VALID_NOW:
         what = "has a certificate that is not valid now: it has expired, or a clock is wrong"
     elif code is not None:
         what = f"has a certificate that is not trusted ({getattr(error, 'verify_message', '')}): "
         what += f"{tls.ca_file} did not sign it; " if tls.ca_file else ""
-        what += "give the CA that signed it as ca_file"
+        what += "give the CA that signed it as `ca_file`"
     elif alert in _CERTIFICATE_ALERTS:
         what = _refused(tls, f"TLS alert: {alert}")
     elif alert:
         what = f"refuses the TLS connection (TLS alert: {alert})"
-    elif message in _NO_TLS:
+    elif message in _NOT_TLS:
         what = f"does not speak TLS: give {server.scheme[:-1]}://"
     elif isinstance(error, ssl.SSLEOFError):
         what = f"closed the connection while TLS was set up: if it does not speak TLS, give {server.scheme[:-1]}://"
     else:
         what = f"cannot be reached over TLS: {message or error}"
-    return ServerError(reason(f"{server.address} {what}"))
+    return ServerError(one_line(f"{server.address} {what}"))
 
 
 def _refused(tls: Tls, how: str) -> str:
     if tls.cert_file is None:
-        return f"wants a client certificate: give cert_file and key_file ({how})"
-    return f"does not accept the certificate of cert_file {tls.cert_file} ({how})"
+        return f"requires a client certificate: give `cert_file` and `key_file` ({how})"
+    return f"does not accept the certificate in `cert_file` {tls.cert_file} ({how})"
 
 
 def unreachable(address: str, error: BaseException) -> ServerError:
-    """The error where no connection was made."""
+    """The error for a connection that could not be made."""
     if isinstance(error, socket.gaierror | UnicodeError):
         return ServerError(f"no server answers at {address}: there is no host of this name")
     return ServerError(f"no server answers at {address}: start one (python -m tfclm.serve) or give its URL")
@@ -186,5 +186,5 @@ def unreachable(address: str, error: BaseException) -> ServerError:
 
 def _speaks_tls(server: Server) -> ServerError:
     return ServerError(
-        f"{server.address} speaks TLS: give {server.scheme}s://, and the CA that signed its certificate as ca_file"
+        f"{server.address} speaks TLS: give {server.scheme}s://, and the CA that signed its certificate as `ca_file`"
     )

@@ -1,4 +1,4 @@
-"""What REST and gRPC have in common: which model is asked, how much time and data it may take, and how either fails."""
+"""What REST and gRPC have in common: the model that is asked, limits of time and size, and errors."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from tfclm.client.messages import STATES
 from tfclm.errors import InputError
 
 _STATE_NAMES = {number: name for name, number in STATES.items()}
-# Of a server's message: more would bury what it says.
-_MOST_CHARACTERS = 1000
+_MAX_CHARACTERS = 1000  # of a server's message
 
 
 class ServerError(RuntimeError):
-    """The server is absent, not ready, overloaded or broken; the message says which, and what would help."""
+    """The server is not there, not ready, overloaded or failing; the message says which, and what would help."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Which model of a server is asked: its version served now, or the one with this number or label."""
+    """The model to ask: its default version, or the one with this number or label."""
 
     name: str
     version: int | None = None
@@ -29,14 +28,14 @@ class Model:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise InputError("the model's name is empty: give the server's --model_name")
+            raise InputError("`model_name` is empty: give the name under which the server serves the model")
         if self.version is not None and self.label is not None:
-            raise InputError("version and label exclude each other: give one of them")
+            raise InputError("`version` and `version_label` exclude each other: give one of them")
         if self.version is not None and not 0 <= self.version < 2**63:
-            raise InputError(f"version {self.version}: give the number of a version, 0 or more")
+            raise InputError(f"`version` {self.version}: give the number of a version, 0 or more")
         for field, text in (("model_name", self.name), ("version_label", self.label or "")):
             if not _is_unicode(text):
-                raise InputError(f"{field} is not UTF-8: give the name as UTF-8")
+                raise InputError(f"`{field}` is not UTF-8: give the name as UTF-8")
 
     def __str__(self) -> str:
         version = "" if self.version is None else f", version {self.version}"
@@ -59,7 +58,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server may take: seconds for a whole call, further attempts while it is busy, bytes of one reply."""
+    """Limits of a call: seconds in total, retries while the server is busy, bytes per reply."""
 
     timeout: float
     retries: int
@@ -67,11 +66,11 @@ class Limits:
 
 
 class Call:
-    """One call of the client, whatever number of requests it takes: how much of its time is left.
+    """The time limit of one method call of the client, which may take several requests.
 
     Args:
         address: the server, for messages.
-        seconds: the time that the call has, from now on.
+        seconds: the time that the call may take from now on.
     """
 
     def __init__(self, address: str, seconds: float) -> None:
@@ -79,19 +78,19 @@ class Call:
         self._seconds = seconds
         self._end = time.monotonic() + seconds
 
-    def left(self) -> float:
-        """Seconds until the end, more than 0.
+    def remaining(self) -> float:
+        """The seconds that are left, more than 0.
 
         Raises:
-            ServerError: there are none.
+            ServerError: none are left.
         """
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise self.late()
-        return left
+        seconds = self._end - time.monotonic()
+        if seconds <= 0:
+            raise self.timed_out()
+        return seconds
 
-    def late(self) -> ServerError:
-        """The error for a call whose time has passed."""
+    def timed_out(self) -> ServerError:
+        """The error for a call that took too long."""
         return ServerError(f"{self._address} did not answer within {self._seconds:g} s")
 
 
@@ -113,19 +112,20 @@ class Transport(Protocol):
 
 
 def not_available(model: Model, address: str, versions: Mapping[int, int]) -> Exception:
-    """The error for a model that the server could not ask: versions number -> state, as the status says; maybe none."""
+    """The error for a model that the server did not find; `versions` (number -> state) are from its status."""
     if not versions:
-        return InputError(f"{address} has no model {model.name}: give the name that the server was started with")
+        return InputError(
+            f"{address} serves no model named {model.name!r}: give the name that the server was started with"
+        )
     names = {number: _STATE_NAMES.get(state, "UNKNOWN") for number, state in versions.items()}
     states = ", ".join(f"version {number} is {name}" for number, name in names.items())
     if model.version is not None and model.version not in versions:
-        return InputError(reason(f"{address} has no version {model.version} of model {model.name}: {states}"))
-    return ServerError(
-        reason(f"{model} is not available at {address}: {states}; ask again, or look into the server's log")
-    )
+        return InputError(one_line(f"{address} has no version {model.version} of model {model.name}: {states}"))
+    return ServerError(one_line(f"{model} is not available at {address}: {states}; try again, or see the server's log"))
 
 
-# What TensorFlow says of a batch that was cancelled with the last request in it, to the other requests.
+# TensorFlow's messages to the other requests in a batch that was cancelled with the last one. server/execution.py has
+# the same list, because the client imports nothing of the server.
 _CANCELLED_BATCH = ("Loop execution was cancelled", "Missing 0-th output from", "cancelled before it was started")
 
 
@@ -134,18 +134,20 @@ def is_cancelled_batch(message: str) -> bool:
     return any(words in message for words in _CANCELLED_BATCH)
 
 
-def too_large(address: str, most: int) -> ServerError:
-    """The error for a reply of more than `most` bytes."""
-    return ServerError(f"{address} sent a reply of more than {most} bytes: ask for less, or raise max_reply_bytes")
+def too_large(address: str, max_bytes: int) -> ServerError:
+    """The error for a reply of more than `max_bytes` bytes."""
+    return ServerError(
+        f"{address} sent a reply of more than {max_bytes} bytes: ask for less, or raise `max_reply_bytes`"
+    )
 
 
-def reason(message: str) -> str:
-    """The server's message as one line of UTF-8, without the place in the graph that an assertion adds."""
+def one_line(message: str) -> str:
+    """The server's message as one line of UTF-8, without the graph node that an assertion adds."""
     message = message.split("\n\t [[")[0]
     if message.startswith("assertion failed: [") and message.endswith("]"):
         message = message[len("assertion failed: [") : -1]
-    message = " ".join(message[: 10 * _MOST_CHARACTERS].encode(errors="replace").decode().split())
-    return message if len(message) <= _MOST_CHARACTERS else f"{message[:_MOST_CHARACTERS]}…"
+    message = " ".join(message[: 10 * _MAX_CHARACTERS].encode(errors="replace").decode().split())
+    return message if len(message) <= _MAX_CHARACTERS else f"{message[:_MAX_CHARACTERS]}…"
 
 
 def _is_unicode(text: str) -> bool:

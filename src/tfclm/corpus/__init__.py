@@ -1,7 +1,7 @@
-"""Text in, token blocks out: `read` the texts, `tokenize` them, `pack` the ids into blocks. No TensorFlow.
+"""From text to token blocks: `read` the documents, `tokenize` them, `pack` the ids into blocks. No TensorFlow.
 
-Each step streams, writes Arrow files into the datasets cache (`HF_DATASETS_CACHE`) and hands back a memory-mapped
-`datasets.Dataset`, so that memory stays bounded and a second run on unchanged input starts at once.
+Each step streams its input, writes Arrow files into the datasets cache (`HF_DATASETS_CACHE`) and returns a
+memory-mapped `datasets.Dataset`. So memory stays bounded, and a second run on unchanged input starts at once.
 """
 
 from tfclm.corpus.files import Split

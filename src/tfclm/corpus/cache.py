@@ -1,4 +1,4 @@
-"""Arrow files that are written once and found again by what they were made from."""
+"""Arrow files in the datasets cache, found again by a key that names their input."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-# Part of every key: raise it when a writer's result changes.
+# Part of every key: increase it when a writer's result changes.
 FORMAT = 2
 
 
-def made_by() -> list[object]:
-    """What is part of the key of all that `datasets` caches for us: it knows a function by its name alone."""
+def code_versions() -> list[object]:
+    """Versions that belong to the cache key of every `datasets.map`, which hashes our functions by name alone."""
     return [FORMAT, *(importlib.metadata.version(name) for name in ("tokenizers", "transformers"))]
 
 
 @functools.cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """One folder a process for runs without caching, removed at exit."""
+def _temporary_root() -> tempfile.TemporaryDirectory[str]:
+    """One directory per process, used when caching is off and removed at exit."""
     return tempfile.TemporaryDirectory(prefix="tfclm-")
 
 
-def _folder() -> Path:
+def _cache_folder() -> Path:
     import datasets
 
     if not datasets.is_caching_enabled():
-        return Path(tempfile.mkdtemp(dir=_scratch().name))
+        return Path(tempfile.mkdtemp(dir=_temporary_root().name))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "tfclm"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,31 +49,41 @@ def _folder() -> Path:
 
 def _not_writable(folder: Path, error: OSError) -> InputError:
     return InputError(
-        f"the cache {folder} cannot be written ({error.strerror or error}): let HF_HOME or HF_DATASETS_CACHE name a "
-        "folder that can"
+        f"the cache {folder} cannot be written ({error.strerror or error}): set HF_HOME or HF_DATASETS_CACHE to a "
+        "writable directory"
     )
 
 
 def stored(
     kind: str, key: object, schema: pa.Schema, write: Callable[[Callable[[pa.RecordBatch], None]], dict[str, Any]]
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The dataset that `write` makes, from the cache when it was made before from the same `key`.
+    """The dataset that `write` produces, read from the cache if it was stored under the same `key` before.
 
-    `write` is called with a function that appends one record batch of `schema` to the file, and returns facts about
-    the whole (JSON types), which are stored beside it. Returns the memory-mapped dataset and those facts. A file
-    appears under its name only when it is complete; whatever `write` raises leaves nothing behind.
+    Args:
+        kind: beginning of the file names.
+        key: all that the result depends on, as JSON types.
+        schema: the Arrow schema of the rows.
+        write: gets a function that appends one record batch to the file, and returns facts about the whole dataset as
+            JSON types, which are stored next to it.
+
+    Returns:
+        The memory-mapped dataset and the facts. A file gets its name once it is complete; if `write` raises, nothing
+        is left behind.
+
+    Raises:
+        InputError: the cache cannot be written.
     """
     import datasets
     import pyarrow as pa
 
-    folder = _folder()
+    folder = _cache_folder()
     name = hashlib.sha256(json.dumps([FORMAT, kind, key, str(schema)]).encode()).hexdigest()[:32]
     arrow, facts = folder / f"{kind}-{name}.arrow", folder / f"{kind}-{name}.json"
     if arrow.exists():
         try:
             return datasets.Dataset.from_file(str(arrow)), json.loads(facts.read_text(encoding="utf-8"))
         except (pa.ArrowInvalid, OSError, ValueError):
-            pass  # a crash of the machine can leave files without their content: they are written again
+            pass  # a crash of the machine can leave empty files: write them again
     handle, part = tempfile.mkstemp(dir=folder, prefix=f"{kind}-{name}.", suffix=".part")
     os.close(handle)
     try:
@@ -81,7 +91,7 @@ def stored(
             found = write(writer.write_batch)
         facts_part = Path(f"{part}.json")
         facts_part.write_text(json.dumps(found), encoding="utf-8")
-        # Facts first: the Arrow file's presence means that both are there.
+        # The facts first: if the Arrow file exists, so do they.
         os.replace(facts_part, facts)
         os.replace(part, arrow)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which column is the text: a dotted path into an Arrow schema, and the texts that it leads to."""
+"""The text column: finds a dotted path in an Arrow schema and extracts its texts."""
 
 from __future__ import annotations
 
@@ -12,35 +12,44 @@ if TYPE_CHECKING:
 
 
 def is_blank(text: str | None) -> bool:
-    """Whether a row has no text: null, empty, or only spaces."""
+    """Whether a row has no text: it is null, empty or white space."""
     return text is None or not text or text.isspace()
 
 
-def locate(schema: pa.Schema, column: str, where: str) -> tuple[str, str]:
-    """Split a dotted path into a top-level column and the path inside it; checks that it leads to text."""
+def find_column(schema: pa.Schema, column: str, where: str) -> tuple[str, str]:
+    """Splits a dotted path into a top-level column and the path inside it.
+
+    Args:
+        schema: the columns there are.
+        column: the dotted path, `answers.text`.
+        where: the file or dataset, for messages.
+
+    Raises:
+        InputError: there is no such column, it occurs twice, or it does not hold text.
+    """
     head = max((name for name in schema.names if column == name or column.startswith(f"{name}.")), key=len, default="")
     if schema.names.count(head) > 1:
-        raise InputError(f"{where} has column {head} twice: give each column a name of its own")
+        raise InputError(f"{where} has column {head} twice: give each column its own name")
     kind = _type_at(schema.field(head).type, column[len(head) + 1 :]) if head else None
     if kind is None:
         raise InputError(f"{where} has no column {column}: it has {', '.join(schema_paths(schema))}")
     if not _is_text(kind):
         raise InputError(
             f"column {column} of {where} is {kind}, not text: give one of "
-            f"{', '.join(schema_paths(schema, text_only=True)) or 'another dataset, it has no text'}"
+            f"{', '.join(schema_paths(schema, text_only=True)) or 'another source, this one has no text column'}"
         )
     return head, column[len(head) + 1 :]
 
 
-def _elements(kind: pa.DataType) -> pa.DataType:
-    """What a list of any kind holds, and what a dictionary stands for."""
+def _element_type(kind: pa.DataType) -> pa.DataType:
+    """The element type of a list of any kind, and the value type of a dictionary."""
     while hasattr(kind, "value_type"):
         kind = kind.value_type
     return kind
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return str(_elements(kind)) in ("string", "large_string", "string_view", "null")
+    return str(_element_type(kind)) in ("string", "large_string", "string_view", "null")
 
 
 def _type_at(kind: pa.DataType, path: str) -> pa.DataType | None:
@@ -48,7 +57,7 @@ def _type_at(kind: pa.DataType, path: str) -> pa.DataType | None:
 
     if not path:
         return kind
-    kind = _elements(kind)
+    kind = _element_type(kind)
     if not pa.types.is_struct(kind):
         return None
     fields = {field.name: field.type for field in kind}
@@ -57,11 +66,11 @@ def _type_at(kind: pa.DataType, path: str) -> pa.DataType | None:
 
 
 def schema_paths(schema: pa.Schema, text_only: bool = False) -> list[str]:
-    """Every dotted path to a leaf, in order."""
+    """The dotted paths of all leaves, in order; with `text_only` those that hold text."""
     import pyarrow as pa
 
     def paths(name: str, kind: pa.DataType) -> Iterator[str]:
-        inner = _elements(kind)
+        inner = _element_type(kind)
         if pa.types.is_struct(inner):
             for field in inner:
                 yield from paths(f"{name}.{field.name}", field.type)
@@ -71,20 +80,22 @@ def schema_paths(schema: pa.Schema, text_only: bool = False) -> list[str]:
     return [path for field in schema for path in paths(field.name, field.type)]
 
 
-def texts_of(column: pa.Array | pa.ChunkedArray, path: str) -> list[str | None]:
-    """The text of each row of a column whose type `locate` has checked."""
+def extract_texts(column: pa.Array | pa.ChunkedArray, path: str) -> list[str | None]:
+    """The text of each row of a column that `find_column` has checked."""
     rows = column.to_pylist()
     return (
         rows
         if not path and all(row is None or isinstance(row, str) for row in rows)
-        else [text_at(row, path) for row in rows]
+        else [extract_text(row, path) for row in rows]
     )
 
 
-def text_at(value: object, path: str) -> str | None:
-    """The text at a dotted path inside plain Python values; a list of strings is joined with a space.
+def extract_text(value: object, path: str) -> str | None:
+    """The text at a dotted path in a row of plain Python values; the strings of a list are joined with spaces.
 
-    Raises KeyError when the path leads nowhere and TypeError when it leads to something that is not text.
+    Raises:
+        KeyError: the row has no such path.
+        TypeError: the value there is not text.
     """
     if isinstance(value, str) and not path:
         return value

@@ -1,4 +1,4 @@
-"""Local files: text, JSON, CSV and Parquet to documents, every fault with its file and line."""
+"""Reads documents from local text, JSON, CSV and Parquet files; errors name the file and line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from tfclm.corpus.cache import stored
-from tfclm.corpus.columns import is_blank, locate, text_at, texts_of
+from tfclm.corpus.columns import extract_text, extract_texts, find_column, is_blank
 from tfclm.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,64 +24,76 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 EXTENSIONS = ".txt, .jsonl, .json, .csv (each also with .gz) or .parquet"
-# The longest document of a .txt file, in characters: what a file without blank lines is cut into.
+# Maximum length of a document of a .txt file: longer paragraphs are cut.
 DOCUMENT_CHARACTERS = 1 << 16
-BATCH_CHARACTERS = 1 << 22
+BATCH_CHARACTERS = 1 << 22  # characters per Arrow record batch
 
 
 @dataclass(frozen=True)
 class Split:
-    """The documents of one split: `texts` has one column, "text"; `description` says where they came from."""
+    """The documents of one split.
+
+    Attributes:
+        texts: a dataset with one column, "text".
+        description: the source, the split, and the numbers of rows and of dropped (null or blank) rows; JSON types.
+    """
 
     texts: datasets.Dataset
     description: dict[str, Any]
 
 
-def resolve(patterns: Sequence[str], flag: str) -> list[Path]:
-    """The files that paths and globs name, in the order given; the matches of one glob are sorted.
+def resolve_paths(patterns: Sequence[str], field: str) -> list[Path]:
+    """The files that match paths and globs, in the order given; the matches of one glob are sorted.
 
-    A file keeps the name that it is given by, also where that is a link to another: the name says how to read it.
+    A symbolic link keeps its own name, because the extension says how to read the file.
+
+    Args:
+        patterns: paths and globs.
+        field: the setting that they come from, for messages.
+
+    Raises:
+        InputError: a pattern matches no file, or something that is not a data file.
     """
     paths: list[Path] = []
     seen: set[Path] = set()
     for pattern in patterns:
         try:
-            found = _matches(Path(pattern).expanduser(), f"{flag} {pattern}")
+            found = _matches(Path(pattern).expanduser(), f"`{field}` {pattern}")
         except InputError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"{flag} {pattern}: {getattr(error, 'strerror', None) or error}") from error
+            raise InputError(f"`{field}` {pattern}: {getattr(error, 'strerror', None) or error}") from error
         for name in found:
             if _extension(name) not in _READERS:
-                raise InputError(f"{name} is of no known kind: give {EXTENSIONS}")
+                raise InputError(f"{name} has an unknown file type: give {EXTENSIONS}")
             if name.resolve() in seen:
-                raise InputError(f"{flag} names {name} twice: give each file once")
+                raise InputError(f"`{field}` names {name} twice: give each file once")
             seen.add(name.resolve())
             paths.append(name.parent.resolve() / name.name)
     return paths
 
 
 def _matches(path: Path, given: str) -> list[Path]:
-    """The regular files that a path or glob names; what cannot be read is refused rather than left out."""
+    """The regular files that a path or glob matches; other matches are errors, except that globs skip directories."""
     if path.is_dir():
-        raise InputError(f"{given} is a folder: give its files, for example '{path}/*.txt'")
-    found = [path] if _is_there(path) else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-    # A glob also finds subfolders; a folder that is named as a file of data is not one to be passed over.
+        raise InputError(f"{given} is a directory: give its files, for example '{path}/*.txt'")
+    found = [path] if _exists(path) else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    # A glob also matches subdirectories, which are skipped; a directory named like a data file is an error below.
     found = [name for name in found if not name.is_dir() or _extension(name) in _READERS]
     if not found:
-        kind = "file matches" if glob.has_magic(str(path)) else "such file:"
-        raise InputError(f"no {kind} {given}: give an existing file or a quoted glob")
+        problem = "no file matches" if glob.has_magic(str(path)) else "no such file:"
+        raise InputError(f"{problem} {given}: give an existing file or a quoted glob")
     for name in found:
         if name.is_dir():
-            raise InputError(f"{name} is a folder: give its files, for example '{name}/*.txt'")
+            raise InputError(f"{name} is a directory: give its files, for example '{name}/*.txt'")
         if not name.exists():
-            raise InputError(f"{name} links to {os.readlink(name)}, which is not there: give an existing file")
+            raise InputError(f"{name} links to {os.readlink(name)}, which does not exist: give an existing file")
         if not name.is_file():
-            raise InputError(f"{name} is a pipe, socket or device: save its content to a file, and give that")
+            raise InputError(f"{name} is a pipe, socket or device: save its content to a file and give that")
     return found
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -97,13 +109,13 @@ def _extension(path: Path) -> str:
 
 
 def read_files(paths: list[Path], column: str) -> Split:
-    """All documents of some files, through one Arrow file in the cache."""
+    """Reads all documents of some files into one Arrow file in the cache; blank ones are dropped and counted."""
     import pyarrow as pa
 
     schema = pa.schema({"text": pa.string()})
-    # By content: copies, archives and reproducible builds give another text the same size and time of change.
-    states = [_state(path) for path in paths]
-    key = [column, *([_extension(path), _is_gzip(path), digest([path])] for path in paths)]
+    # Hashed, because copies, archives and reproducible builds can give different content the same size and mtime.
+    states = [_file_state(path) for path in paths]
+    key = [column, *([_extension(path), _is_gzip(path), hash_files([path])] for path in paths)]
 
     def write(append: Callable[[pa.RecordBatch], None]) -> dict[str, Any]:
         dropped = 0
@@ -111,7 +123,7 @@ def read_files(paths: list[Path], column: str) -> Split:
         size = 0
         for path, state in zip(paths, states, strict=True):
             rows = kept = 0
-            for text in _documents(path, column):
+            for text in _read_documents(path, column):
                 rows += 1
                 if text is None or is_blank(text):
                     continue
@@ -124,8 +136,8 @@ def read_files(paths: list[Path], column: str) -> Split:
             if not kept:
                 raise InputError(f"{path} has no text" + (f": its {rows} rows are empty" if rows else ": it is empty"))
             dropped += rows - kept
-            if _state(path) != state:
-                raise InputError(f"{path} was changed while it was read: give the same command again")
+            if _file_state(path) != state:
+                raise InputError(f"{path} changed while it was read: run the same command again")
         if batch:
             append(pa.record_batch([pa.array(batch, pa.string())], schema=schema))
         return {"dropped_rows": dropped}
@@ -135,17 +147,17 @@ def read_files(paths: list[Path], column: str) -> Split:
     return Split(texts, {"source": source, "split": None, "rows": len(texts), "dropped_rows": facts["dropped_rows"]})
 
 
-def _documents(path: Path, column: str) -> Iterator[str | None]:
+def _read_documents(path: Path, column: str) -> Iterator[str | None]:
     try:
         yield from _READERS[_extension(path)](path, column)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is not a whole gzip file ({error}): compress it again") from error
+        raise InputError(f"{path} is not a complete gzip file ({error}): compress it again") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def digest(paths: Iterable[Path]) -> str:
-    """A digest of the content of some files; a gigabyte takes about a second.
+def hash_files(paths: Iterable[Path]) -> str:
+    """The SHA-256 digest of the content of some files.
 
     Raises:
         InputError: one of them cannot be read.
@@ -156,13 +168,15 @@ def digest(paths: Iterable[Path]) -> str:
             with path.open("rb") as file:
                 while piece := file.read(1 << 20):
                     content.update(piece)
-                content.update(b"%d." % file.tell())  # else one file could end where the next begins
+                # The size, so that the digest depends on where one file ends and the next begins.
+                content.update(b"%d." % file.tell())
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     return content.hexdigest()
 
 
-def _state(path: Path) -> tuple[int, int, int]:
+def _file_state(path: Path) -> tuple[int, int, int]:
+    """Inode, size and modification time, which show that a file was changed."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -171,7 +185,7 @@ def _is_gzip(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def _open(path: Path) -> BinaryIO:
+def _open_binary(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path, "rb") if _is_gzip(path) else path.open("rb"))
 
 
@@ -179,29 +193,29 @@ def _not_utf8(path: Path, line: int) -> InputError:
     return InputError(f"{path}, line {line} is not UTF-8: save the file as UTF-8 (iconv -t UTF-8 converts it)")
 
 
-def _not_json(path: Path, line: int, error: Exception, shape: str) -> InputError:
+def _not_json(path: Path, line: int, error: Exception, expected: str) -> InputError:
     if isinstance(error, RecursionError):
-        return InputError(f"{path}, line {line} is nested too deeply: put the text nearer to the top")
-    return InputError(f"{path}, line {line} is not JSON ({error}): {shape}")
+        return InputError(f"{path}, line {line} is nested too deeply: move the text to a higher level")
+    return InputError(f"{path}, line {line} is not JSON ({error}): {expected}")
 
 
-def _lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file with their numbers; \\r\\n becomes \\n. Lines beyond `limit` bytes come in pieces."""
+def _read_lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
+    """Yields the numbered lines of a UTF-8 file; \\r\\n becomes \\n. Lines over `limit` bytes come in pieces."""
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
     carriage_return = ""
-    with _open(path) as file:
+    with _open_binary(path) as file:
         while True:
             piece = file.readline(limit)
             try:
                 text = carriage_return + decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
                 if line == 1 and piece.startswith(b"\x1f\x8b"):
-                    raise InputError(f"{path} is compressed by gzip: give it a name that ends in .gz") from error
+                    raise InputError(f"{path} is compressed with gzip: rename it so that it ends in .gz") from error
                 raise _not_utf8(path, line) from error
-            # A limit can fall between \r and \n.
+            # The limit can fall between \r and \n.
             carriage_return = "\r" if piece and text.endswith("\r") else ""
             if text.endswith("\r\n"):
                 text = text[:-2] + "\n"
@@ -212,27 +226,27 @@ def _lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
             line += piece.endswith(b"\n")
 
 
-def _text(path: Path, column: str) -> Iterator[str]:
-    """The paragraphs of a plain text file, each with the blank lines that follow it."""
-    held: list[str] = []
+def _read_text(path: Path, column: str) -> Iterator[str]:
+    """Yields the paragraphs of a plain text file, each with the blank lines that follow it."""
+    paragraph: list[str] = []
     size = 0
     has_text = after_blank = False
-    for _, line in _lines(path, DOCUMENT_CHARACTERS):
+    for _, line in _read_lines(path, DOCUMENT_CHARACTERS):
         blank = line.isspace()
-        if held and ((has_text and after_blank and not blank) or size + len(line) > DOCUMENT_CHARACTERS):
-            yield "".join(held)
-            held, size, has_text = [], 0, False
-        held.append(line)
+        if paragraph and ((has_text and after_blank and not blank) or size + len(line) > DOCUMENT_CHARACTERS):
+            yield "".join(paragraph)
+            paragraph, size, has_text = [], 0, False
+        paragraph.append(line)
         size += len(line)
         has_text = has_text or not blank
         after_blank = blank
-    if held:
-        yield "".join(held)
+    if paragraph:
+        yield "".join(paragraph)
 
 
-def _json_lines(path: Path, column: str) -> Iterator[str | None]:
+def _read_json_lines(path: Path, column: str) -> Iterator[str | None]:
     def rows() -> Iterator[tuple[int, object]]:
-        for number, line in _lines(path):
+        for number, line in _read_lines(path):
             if line.isspace():
                 continue
             try:
@@ -240,81 +254,109 @@ def _json_lines(path: Path, column: str) -> Iterator[str | None]:
             except (ValueError, RecursionError) as error:
                 raise _not_json(path, number, error, "each line must be an object") from error
 
-    return _json_texts(path, column, rows())
+    return _extract_json_texts(path, column, rows())
 
 
-def _json_values(path: Path, column: str) -> Iterator[str | None]:
-    """The objects of a .json file, an array or one after the other, decoded one at a time."""
+def _read_json_values(path: Path, column: str) -> Iterator[str | None]:
+    """Yields the texts of a .json file, an array of objects or concatenated objects, decoded one at a time."""
 
     def rows() -> Iterator[tuple[int, object]]:
         decoder = json.JSONDecoder()
-        lines = _lines(path, 1 << 20)
-        buffer, position, ended = "", 0, False
-        line, counted = 1, 0  # the line of buffer[counted]
-
-        def fill() -> None:
-            nonlocal buffer, position, counted, ended, line
-            line += buffer.count("\n", counted, position)
-            # At least doubles what is left: decoding a large object again stays linear on the whole.
-            wanted = max(2 * (len(buffer) - position), 1 << 20)
-            pieces = [buffer[position:]]
-            size = len(pieces[0])
-            while size < wanted:
-                piece = next(lines, None)
-                if piece is None:
-                    ended = True
-                    break
-                pieces.append(piece[1])
-                size += len(piece[1])
-            buffer, position, counted = "".join(pieces), 0, 0
-
-        between = re.compile(r"[\s,]*")
-        space = re.compile(r"\s*")
-        outer = re.compile(r"\s*\[")
-        fill()
-        array = outer.match(buffer)
-        position = array.end() if array else 0
+        buffer = _JsonBuffer(path)
+        in_array = buffer.skip(_ARRAY_START)
         while True:
-            position = cast("re.Match[str]", between.match(buffer, position)).end()
-            if position == len(buffer) and ended:
-                if array:
-                    raise InputError(f"{path} ends inside its array: the file is cut off")
+            buffer.skip(_BETWEEN_VALUES)
+            if buffer.is_exhausted():
+                if in_array:
+                    raise InputError(f"{path} ends inside its array: the file is incomplete")
                 return
-            if array and buffer.startswith("]", position):
+            if in_array and buffer.skip(_ARRAY_END):
                 break
             try:
-                value, end = decoder.raw_decode(buffer, position)
+                value, end = decoder.raw_decode(buffer.text, buffer.position)
             except (ValueError, RecursionError) as error:
-                if not ended and isinstance(error, ValueError):
-                    fill()
+                if not buffer.ended and isinstance(error, ValueError):
+                    buffer.fill()
                     continue
-                number = line + buffer.count("\n", counted, getattr(error, "pos", position))
+                number = buffer.line_at(getattr(error, "pos", buffer.position))
                 raise _not_json(path, number, error, "the file must hold an array of objects, or objects") from error
-            line += buffer.count("\n", counted, position)
-            counted = position
-            yield line, value
-            position = end
-        position += 1
-        while (position := cast("re.Match[str]", space.match(buffer, position)).end()) == len(buffer) and not ended:
-            fill()
-        if position < len(buffer):
-            number = line + buffer.count("\n", counted, position)
-            raise InputError(f"{path}, line {number} goes on after the end of its array: give one array a file")
+            yield buffer.line(), value
+            buffer.position = end
+        buffer.skip(_SPACE)
+        while buffer.position == len(buffer.text) and not buffer.ended:
+            buffer.fill()
+            buffer.skip(_SPACE)
+        if not buffer.is_exhausted():
+            raise InputError(
+                f"{path}, line {buffer.line()} has content after the end of the array: give one array per file"
+            )
 
-    return _json_texts(path, column, rows())
+    return _extract_json_texts(path, column, rows())
 
 
-def _json_texts(path: Path, column: str, rows: Iterator[tuple[int, object]]) -> Iterator[str | None]:
+_SPACE = re.compile(r"\s*")
+_ARRAY_START = re.compile(r"\s*\[")
+_ARRAY_END = re.compile(r"\]")
+_BETWEEN_VALUES = re.compile(r"[\s,]*")
+
+
+class _JsonBuffer:
+    """The part of a .json file that is being decoded; knows the line number of each position."""
+
+    def __init__(self, path: Path) -> None:
+        self._pieces = _read_lines(path, 1 << 20)
+        self._line, self._counted = 1, 0  # the line number of text[_counted]
+        self.text, self.position, self.ended = "", 0, False
+        self.fill()
+
+    def fill(self) -> None:
+        """Drops the text before the position and reads more."""
+        self.line()
+        # At least double what is left, so that decoding a large object again and again takes linear time overall.
+        wanted = max(2 * (len(self.text) - self.position), 1 << 20)
+        pieces = [self.text[self.position :]]
+        size = len(pieces[0])
+        while size < wanted:
+            piece = next(self._pieces, None)
+            if piece is None:
+                self.ended = True
+                break
+            pieces.append(piece[1])
+            size += len(piece[1])
+        self.text, self.position, self._counted = "".join(pieces), 0, 0
+
+    def skip(self, pattern: re.Pattern[str]) -> bool:
+        """Moves past a match at the position; False if there is none."""
+        match = pattern.match(self.text, self.position)
+        self.position = match.end() if match else self.position
+        return match is not None
+
+    def is_exhausted(self) -> bool:
+        """Whether the position is at the end of the file."""
+        return self.ended and self.position == len(self.text)
+
+    def line_at(self, position: int) -> int:
+        """The line number of a position at or after the last one that `line` was asked for."""
+        return self._line + self.text.count("\n", self._counted, position)
+
+    def line(self) -> int:
+        """The line number of the position."""
+        self._line, self._counted = self.line_at(self.position), self.position
+        return self._line
+
+
+def _extract_json_texts(path: Path, column: str, rows: Iterator[tuple[int, object]]) -> Iterator[str | None]:
+    """Yields the text of each row, None where it lacks the column; `rows` come with their line numbers."""
     found = False
     columns: dict[str, None] = {}
     for number, row in rows:
         if not isinstance(row, dict):
-            raise InputError(f'{path}, line {number} is no object: each row must be like {{"{column}": "…"}}')
+            raise InputError(f'{path}, line {number} is not an object: each row must look like {{"{column}": "…"}}')
         try:
-            text = text_at(row, column)
-            (text or "").encode()  # JSON can write half of a surrogate pair, UTF-8 cannot
+            text = extract_text(row, column)
+            (text or "").encode()  # JSON can hold half of a surrogate pair, UTF-8 cannot
         except KeyError:
-            # Rows need not all have the same columns; that none has this one shows at the end.
+            # Rows may lack the column; only if all do is it an error.
             if not found and len(columns) < 100:
                 columns |= dict.fromkeys(_value_paths(row))
             yield None
@@ -337,6 +379,7 @@ def _json_texts(path: Path, column: str, rows: Iterator[tuple[int, object]]) -> 
 
 
 def _value_paths(value: object, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted paths of the leaves of a JSON value."""
     if isinstance(value, list) and value and isinstance(value[0], dict | list):
         value = value[0]
     if isinstance(value, dict) and value and prefix.count(".") < 10:
@@ -346,10 +389,10 @@ def _value_paths(value: object, prefix: str = "") -> Iterator[str]:
         yield prefix
 
 
-def _csv(path: Path, column: str) -> Iterator[str | None]:
-    # The default limit of a field is 128 KiB.
+def _read_csv(path: Path, column: str) -> Iterator[str | None]:
+    # By default a field may have 128 KiB.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    reader = csv.reader((line for _, line in _read_lines(path)), strict=True)
     try:
         header = next((row for row in reader if row), None)
         if header is None:
@@ -357,7 +400,7 @@ def _csv(path: Path, column: str) -> Iterator[str | None]:
         if column not in header:
             raise InputError(f"{path} has no column {column}: it has {', '.join(header)}")
         if header.count(column) > 1:
-            raise InputError(f"{path} has column {column} twice: give each column a name of its own")
+            raise InputError(f"{path} has column {column} twice: give each column its own name")
         index = header.index(column)
         for row in reader:
             if row and len(row) != len(header):
@@ -371,24 +414,24 @@ def _csv(path: Path, column: str) -> Iterator[str | None]:
         raise InputError(f"{path}, line {reader.line_num} is not CSV ({error}): check its quotes") from error
 
 
-def _parquet(path: Path, column: str) -> Iterator[str | None]:
+def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            head, rest = locate(file.schema_arrow, column, str(path))
+            head, rest = find_column(file.schema_arrow, column, str(path))
             for batch in file.iter_batches(batch_size=1000, columns=[head]):
-                yield from texts_of(batch.column(0), rest)
+                yield from extract_texts(batch.column(0), rest)
     except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
         message = " ".join(str(error).split())
         raise InputError(f"{path} is not a readable parquet file ({message}): write it again") from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
-    ".txt": _text,
-    ".jsonl": _json_lines,
-    ".json": _json_values,
-    ".csv": _csv,
-    ".parquet": _parquet,
+    ".txt": _read_text,
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_values,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
 }

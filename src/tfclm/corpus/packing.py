@@ -1,4 +1,4 @@
-"""Token ids to blocks of equal length."""
+"""Packs token ids into blocks of equal length."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-BATCH_BYTES = 1 << 24
+BATCH_BYTES = 1 << 24  # of token ids per record batch
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The blocks of one split.
+    """The blocks of one split; `tokens == len(blocks) * block_size + dropped_tokens`.
 
-    `blocks` has one column `input_ids`, int32 lists of exactly `block_size`. `tokens` counts all ids of the split,
-    separators included; the last `dropped_tokens` of them, fewer than `block_size`, filled no block:
-    `tokens == len(blocks) * block_size + dropped_tokens`. `largest_id` is for `check_vocabulary`.
+    Attributes:
+        blocks: a memory-mapped dataset with one column `input_ids`, int32 lists of `block_size` ids.
+        block_size: number of tokens per block.
+        dropped_tokens: number of tokens at the end of the split that did not fill a block.
+        tokens: number of all tokens of the split, separators included.
+        largest_id: the largest token id, for `check_vocabulary`.
     """
 
     blocks: datasets.Dataset
@@ -35,22 +38,45 @@ class Packed:
 
     @property
     def predicted_tokens(self) -> int:
-        """The tokens that a model predicts: all but the first of each block."""
+        """Number of tokens that a model predicts: all but the first of each block."""
         return len(self.blocks) * (self.block_size - 1)
 
 
 def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = ()) -> Packed:
-    """Concatenate the documents of a split, `separator` after each, and cut the result into blocks of `block_size` ids.
+    """Concatenates tokenized documents and cuts the result into blocks of `block_size` tokens.
 
-    `tokens` has a column `input_ids`, a list of integers a row, as `tokenize` gives; a selection or a shuffle of it
-    counts as it reads. The blocks do not depend on how the rows lie in record batches. Streams, and keeps the result
-    in the datasets cache. Raises `InputError` for a block size below 2 or a text that does not fill one block.
+    The rest that does not fill a block is dropped. Rows are read in the dataset's order, also after `select` or
+    `shuffle`. Memory stays bounded, and the blocks are kept in the datasets cache.
+
+    Args:
+        tokens: a dataset with a column `input_ids`, one list of integers per document, as `tfclm.corpus.tokenize`
+            returns it.
+        block_size: number of tokens per block, 2 or more.
+        separator: token ids put after each document, such as `[tokenizer.eos_token_id]`. With nothing there, a model
+            does not learn where documents end.
+
+    Returns:
+        A `Packed`: the blocks with the numbers of tokens.
+
+    Raises:
+        InputError: `tokens` has no token ids, `block_size` is below 2, or the text does not fill one block.
+
+    Source:
+        The `group_texts` step of Hugging Face's causal language modeling guide.
+
+    Example:
+        >>> tokens = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]]})
+        >>> packed = tfclm.pack(tokens, block_size=3, separator=[0])
+        >>> list(packed.blocks["input_ids"])
+        [[5, 6, 7], [0, 8, 9]]
+        >>> packed.dropped_tokens, packed.predicted_tokens
+        (1, 4)
     """
     import pyarrow as pa
 
     check_ids(tokens, "tokens")
     if block_size < 2:
-        raise InputError(f"--block-size {block_size} leaves no token to predict: give 2 or more, for example 128")
+        raise InputError(f"`block_size` {block_size} leaves no token to predict: give 2 or more, for example 128")
     schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
 
     def write(append: Callable[[pa.RecordBatch], None]) -> dict[str, Any]:
@@ -73,7 +99,7 @@ def _write_blocks(
 
     rest = np.empty(0, np.int32)
     count, largest = 0, -1
-    for ids in _streams(tokens, np.asarray(separator, np.int32)):
+    for ids in _concatenate(tokens, np.asarray(separator, np.int32)):
         if not len(ids):
             continue
         count += len(ids)
@@ -85,13 +111,13 @@ def _write_blocks(
             append(pa.record_batch([rows], schema=schema))
         rest = ids[whole:]
     if count < block_size:
-        way_out = f"give --block-size {count} or less, or more text" if count > 1 else "give more text"
-        raise InputError(f"the text has {count} tokens, less than one block of {block_size}: {way_out}")
+        remedy = f"give `block_size` {count} or less, or more text" if count > 1 else "give more text"
+        raise InputError(f"the text has {count} tokens, less than one block of {block_size}: {remedy}")
     return {"dropped_tokens": len(rest), "tokens": count, "largest_id": largest}
 
 
-def _streams(tokens: datasets.Dataset, separator: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """The ids of the split in order, some rows at a time, each row followed by the separator."""
+def _concatenate(tokens: datasets.Dataset, separator: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    """Yields the ids of the split in order, a batch of rows at a time, with the separator after each row."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -100,45 +126,45 @@ def _streams(tokens: datasets.Dataset, separator: np.ndarray[Any, Any]) -> Itera
     row_bytes = column.data.nbytes / max(column.data.num_rows, 1)
     for table in column.iter(batch_size=int(min(max(BATCH_BYTES / max(row_bytes, 1), 1), 1 << 17))):
         rows = table["input_ids"]
-        # flatten() of a list column heeds its offsets; the lengths do not know of them.
+        # flatten(), unlike .values, leaves out what lies outside of the column's slice.
         values = rows.combine_chunks().flatten().cast(pa.int32()).to_numpy(zero_copy_only=False)
         if not len(separator):
             yield values
             continue
         lengths = pc.fill_null(pc.list_value_length(rows), 0).to_numpy()
         ends = np.cumsum(lengths + len(separator))
-        places = ends[:, None] + np.arange(-len(separator), 0)
-        joined = np.empty(len(values) + places.size, np.int32)
-        of_documents = np.ones(len(joined), dtype=bool)
-        of_documents[places.ravel()] = False
-        joined[of_documents] = values
-        joined[places] = separator
+        separator_places = ends[:, None] + np.arange(-len(separator), 0)
+        joined = np.empty(len(values) + separator_places.size, np.int32)
+        is_document = np.ones(len(joined), dtype=bool)
+        is_document[separator_places.ravel()] = False
+        joined[is_document] = values
+        joined[separator_places] = separator
         yield joined
 
 
 def check_ids(rows: Any, name: str) -> None:
-    """Raise `InputError` unless `rows` is a dataset with a column `input_ids`; `name` is what the message calls it."""
+    """Raises `InputError` unless `rows` is a dataset with a column `input_ids`; `name` is its name in the message."""
     import datasets
 
     if isinstance(rows, datasets.Dataset) and "input_ids" in rows.column_names:
         return
     found = f"columns {', '.join(rows.column_names)}" if isinstance(rows, datasets.Dataset) else type(rows).__name__
     raise InputError(
-        f"{name} has no token ids ({found}): give a dataset with a column input_ids, as tfclm.corpus.tokenize makes it "
-        "of texts and tfclm.pack of those"
+        f"`{name}` has no token ids ({found}): give a dataset with a column input_ids: "
+        "tfclm.corpus.tokenize makes it from texts, tfclm.pack makes blocks from that"
     )
 
 
 def check_block_size(block_size: int, context: int | None) -> None:
-    """Raise `InputError` if blocks of `block_size` ids are beyond the model's `context` (None: it has no limit)."""
+    """Raises `InputError` if `block_size` tokens exceed the model's context length (None: no limit)."""
     if context is not None and block_size > context:
         raise InputError(
-            f"--block-size {block_size} is beyond the model's context of {context} tokens: give {context} or less"
+            f"`block_size` {block_size} exceeds the model's context of {context} tokens: give {context} or less"
         )
 
 
 def check_vocabulary(largest_id: int, vocab_size: int) -> None:
-    """Raise `InputError` if the text has an id that the model's embedding of `vocab_size` rows does not."""
+    """Raises `InputError` if the text has a token id beyond the model's vocabulary."""
     if largest_id >= vocab_size:
         raise InputError(
             f"the text has token id {largest_id}, but the model's vocabulary has {vocab_size} entries "

@@ -1,35 +1,37 @@
-"""Where texts come from: the Hugging Face Hub, a saved dataset, local files; and what is held out for validation."""
+"""Reads the documents to train on and to validate on, from a dataset or from local files."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tfclm.compat import fingerprint, set_fingerprint
-from tfclm.corpus.cache import made_by
-from tfclm.corpus.columns import is_blank, locate, texts_of
-from tfclm.corpus.files import Split, digest, read_files, resolve
+from tfclm.corpus.dataset_splits import (
+    PYTHON_DOCS,
+    check_disjoint,
+    find_validation_split,
+    is_saved_dataset,
+    load_splits,
+    take_rows,
+)
+from tfclm.corpus.files import Split, read_files, resolve_paths
 from tfclm.errors import InputError
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
-
-PYTHON_DOCS = "python-docs"
-VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The documents to train on and those held out, one column "text" each; no row is in both.
+    """The documents to train on and to validate on.
 
-    `description` has `source`, `split`, `validation` (how it was obtained), `train_rows`, `validation_rows` and
-    `dropped_rows` (null or blank rows that were left out), in JSON types.
+    Attributes:
+        train: a dataset with one column, "text".
+        validation: the same; no row is in both.
+        description: `source`, `split`, `validation` (where its documents are from), `train_rows`, `validation_rows`,
+            `dropped_rows` (null or blank rows) and so on; JSON types.
     """
 
     train: datasets.Dataset
@@ -50,79 +52,70 @@ def read(
     validation_fraction: float = 0.1,
     seed: int = 0,
 ) -> Texts:
-    """Read the texts to train on and the texts to validate on.
+    """Reads the documents to train on and those to validate on.
 
-    The source is either `dataset`, a Hub id, a folder that `load_dataset` opens or one that `save_to_disk` wrote, with
-    `split` an expression such as `train_asks[:5000]`; or `files`, paths or globs of .txt, .jsonl, .json, .csv (each
-    also .gz) and .parquet, read in the order given.
+    The validation documents are, in this order: those of `validation_split`; those of `validation_files`; the
+    dataset's own split that belongs to `split` (`validation`, `valid`, `val`, `dev` or `test`; `validation_asks` and
+    so on for `train_asks`); else `validation_fraction` of the documents.
 
-    `text_column` is a dotted path: `answers.text` finds `text` inside the struct, or list of structs, `answers`, and
-    joins a list of strings with a space. Rows that are null or blank are dropped and counted.
+    A .txt file is split into paragraphs, one document each. A paragraph keeps the blank lines after it, so the
+    documents joined are the file's text, without a byte order mark and with \\r\\n read as \\n. A paragraph of more
+    than 65,536 characters is cut, at the end of a line if it has lines: memory stays bounded for any file.
 
-    A .txt file has no rows, so it is split at blank lines: a paragraph is a document, which the caller of `pack` ends
-    with EOS. Each keeps its newlines, the blank lines after it included: joined, the documents are the file's text
-    (less a byte order mark, with \\r\\n read as \\n). A paragraph beyond 65,536 characters is cut, at a line end when
-    it has lines, so that a file without blank lines needs bounded memory too.
+    Args:
+        dataset: Hub id, a directory of data files, a directory that `save_to_disk` wrote, or "python-docs".
+        dataset_config: configuration of a Hub dataset.
+        revision: branch, tag or commit of a Hub dataset; messages call it `dataset_revision`.
+        split: split of the dataset, also an expression such as `train_asks[:5000]`; messages call it `train_split`.
+        validation_split: the same for validation.
+        files: instead of a dataset, paths or globs of .txt, .jsonl, .json, .csv (each also .gz) and .parquet files,
+            read in this order; messages call them `train_file`.
+        validation_files: the same for validation; messages call them `validation_file`.
+        text_column: dotted path of the text column: `answers.text` is the field `text` in the struct, or list of
+            structs, `answers`. The strings of a list are joined with spaces. Null and blank rows are dropped.
+        validation_fraction: fraction of the documents to hold out, chosen by `seed`. Both parts keep their order;
+            documents that differ only in surrounding white space stay together.
+        seed: see `validation_fraction`.
 
-    Validation is, in this order: `validation_split`; `validation_files`; the dataset's own split that goes with
-    `split` (`validation`, `valid`, `val`, `dev` or `test`; for `train_asks`, `validation_asks` and so on); else
-    `validation_fraction` of the documents, drawn by `seed`, both parts in their original order; documents that
-    differ only in the white space around them are drawn together.
-
-    Raises `InputError` for input that cannot be used, naming the file and line, the column, the split or the flag.
+    Raises:
+        InputError: the input cannot be used; the message names the file and line, the column, the split or the setting.
     """
-    _check_source(dataset, dataset_config, revision, files, "--train-file")
+    _check_source(dataset, dataset_config, revision, files, "train_file")
     if validation_split and validation_files:
-        raise InputError("--validation-split and --validation-file exclude each other: give one of them")
+        raise InputError("`validation_split` and `validation_file` exclude each other: give one of them")
     if validation_split and not dataset:
-        raise InputError("--validation-split needs --dataset; with --train-file give --validation-file")
+        raise InputError("`validation_split` needs `dataset`; with `train_file` give `validation_file`")
 
-    held_out: Split | None = None
+    validation: Split | None = None
+    origin = ""
     if dataset:
-        splits = _load(dataset, dataset_config, revision)
-        train = _take(splits, dataset, split, f"--train-split {split}", text_column)
-        own = None if validation_files else validation_split or _own_validation(split, list(splits))
-        if own:
-            named = (
-                f"--validation-split {own}"
-                if validation_split
-                else f"the dataset's own split {own} (--validation-split takes another)"
-            )
-            held_out = _take(splits, dataset, own, named, text_column)
-            _check_disjoint(splits, split, own)
-            obtained = f"split {own}" + ("" if validation_split else " (the dataset's own)")
+        splits = load_splits(dataset, dataset_config, revision)
+        train = take_rows(splits, dataset, split, f"`train_split` {split}", text_column)
+        if not validation_files:
+            validation, origin = _take_validation(splits, dataset, split, validation_split, text_column)
     else:
-        train = read_files(resolve(files, "--train-file"), text_column)
+        train = read_files(resolve_paths(files, "train_file"), text_column)
     if validation_files:
-        paths = resolve(validation_files, "--validation-file")
-        trained_on = {path.resolve() for path in resolve(files, "--train-file")}
-        shared = [path for path in paths if path.resolve() in trained_on]
-        if shared:
-            raise InputError(f"{shared[0]} is both a --train-file and a --validation-file: validate on other text")
-        held_out = read_files(paths, text_column)
-        obtained = "files " + ", ".join(map(str, paths))
+        validation, origin = _read_validation_files(validation_files, files, text_column)
 
-    dropped = {"dropped_rows": train.description["dropped_rows"]}
-    if held_out is not None:
-        dropped["validation_dropped_rows"] = held_out.description["dropped_rows"]
-        kept, validation = train.texts, held_out.texts
+    dropped = {}
+    if validation is None:
+        train_texts, validation_texts = _hold_out(train.texts, validation_fraction, seed)
+        origin = f"{validation_fraction:g} of the documents, drawn with seed {seed}"
     else:
-        kept, validation = _hold_out(train.texts, validation_fraction, seed)
-        obtained = f"{validation_fraction:g} of the documents, drawn with seed {seed}"
-    origin = {"dataset_config": dataset_config, "revision": revision} if dataset else {}
-    description = (
-        train.description
-        | origin
-        | {
-            "text_column": text_column,
-            "validation": obtained,
-            "train_rows": len(kept),
-            "validation_rows": len(validation),
-            **dropped,
-        }
-    )
+        train_texts, validation_texts = train.texts, validation.texts
+        dropped = {"validation_dropped_rows": validation.description["dropped_rows"]}
+    description = {
+        **train.description,
+        **({"dataset_config": dataset_config, "revision": revision} if dataset else {}),
+        "text_column": text_column,
+        "validation": origin,
+        "train_rows": len(train_texts),
+        "validation_rows": len(validation_texts),
+        **dropped,
+    }
     del description["rows"]
-    return Texts(kept, validation, description)
+    return Texts(train_texts, validation_texts, description)
 
 
 def read_split(
@@ -134,47 +127,79 @@ def read_split(
     files: Sequence[str] = (),
     text_column: str = "text",
 ) -> Split:
-    """Read one split, or some files, with nothing held out; the arguments and the errors are those of `read`."""
-    _check_source(dataset, dataset_config, revision, files, "--file")
+    """Reads one split of a dataset, or some files, and holds nothing out.
+
+    Arguments and errors are those of `read`; messages call `files` `file` and `split` `split`.
+    """
+    _check_source(dataset, dataset_config, revision, files, "file")
     if not dataset:
-        return read_files(resolve(files, "--file"), text_column)
-    found = _take(_load(dataset, dataset_config, revision), dataset, split, f"--split {split}", text_column)
+        return read_files(resolve_paths(files, "file"), text_column)
+    splits = load_splits(dataset, dataset_config, revision)
+    found = take_rows(splits, dataset, split, f"`split` {split}", text_column)
     return Split(found.texts, found.description | {"dataset_config": dataset_config, "revision": revision})
 
 
 def _check_source(
-    dataset: str | None, config: str | None, revision: str | None, files: Sequence[str], flag: str
+    dataset: str | None, config: str | None, revision: str | None, files: Sequence[str], field: str
 ) -> None:
+    """Raises `InputError` unless exactly one source is given and the options apply to it; `field` names the files."""
     if dataset and files:
-        raise InputError(f"--dataset and {flag} exclude each other: give one of them")
+        raise InputError(f"`dataset` and `{field}` exclude each other: give one of them")
     if not dataset and not files:
-        raise InputError(f"no text to read: give --dataset or {flag}")
+        raise InputError(f"no text to read: give `dataset` or `{field}`")
     folder = Path(dataset or "")
     try:
-        saved = _is_saved(folder)
+        saved = is_saved_dataset(folder)
         if dataset and folder.is_file():
-            raise InputError(f"--dataset {dataset} is a file: give it as {flag} {dataset}")
+            raise InputError(f"`dataset` {dataset} is a file: give it as `{field}` {dataset}")
     except OSError as error:
-        raise InputError(f"--dataset {dataset}: {error.strerror}") from error
+        raise InputError(f"`dataset` {dataset}: {error.strerror}") from error
     for option, value, applies in (
-        ("--dataset-config", config, dataset and dataset != PYTHON_DOCS and not saved),
-        ("--dataset-revision", revision, dataset and dataset != PYTHON_DOCS and not folder.is_dir()),
+        ("dataset_config", config, dataset and dataset != PYTHON_DOCS and not saved),
+        ("dataset_revision", revision, dataset and dataset != PYTHON_DOCS and not folder.is_dir()),
     ):
         if value is not None and not applies:
-            raise InputError(f"{option} {value} is for datasets of the Hub, not for {dataset or flag}: leave it out")
+            raise InputError(
+                f"`{option}` {value} is for datasets of the Hub, not for {dataset or f'`{field}`'}: leave it out"
+            )
 
 
-def _is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+def _take_validation(
+    splits: datasets.DatasetDict, source: str, split: str, validation_split: str | None, text_column: str
+) -> tuple[Split | None, str]:
+    """The documents of `validation_split` or of the dataset's own validation split, and a phrase that names it."""
+    chosen = validation_split or find_validation_split(split, list(splits))
+    if chosen is None:
+        return None, ""
+    named = f"`validation_split` {chosen}"
+    origin = f"split {chosen}"
+    if not validation_split:
+        named = f"the dataset's own split {chosen} (`validation_split` chooses another)"
+        origin += " (the dataset's own)"
+    validation = take_rows(splits, source, chosen, named, text_column)
+    check_disjoint(splits, split, chosen)
+    return validation, origin
+
+
+def _read_validation_files(
+    patterns: Sequence[str], train_patterns: Sequence[str], text_column: str
+) -> tuple[Split, str]:
+    """The documents of the validation files, and a phrase that names them."""
+    paths = resolve_paths(patterns, "validation_file")
+    trained_on = {path.resolve() for path in resolve_paths(train_patterns, "train_file")}
+    shared = [path for path in paths if path.resolve() in trained_on]
+    if shared:
+        raise InputError(f"{shared[0]} is both a `train_file` and a `validation_file`: validate on other text")
+    return read_files(paths, text_column), "files " + ", ".join(map(str, paths))
 
 
 def _hold_out(texts: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Splits the documents at random into those to train on and those to validate on."""
     import numpy as np
 
     if not 0 < fraction < 1:
-        raise InputError(f"--validation-fraction {fraction:g} is not between 0 and 1, for example 0.1")
-    # A text that occurs twice goes to one side: else it would be validated on after being trained on.
+        raise InputError(f"`validation_fraction` {fraction:g}: give a number between 0 and 1, for example 0.1")
+    # Duplicates go to one side: otherwise a document could be both trained on and validated on.
     digests = np.fromiter(
         (
             int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big", signed=True)
@@ -184,168 +209,14 @@ def _hold_out(texts: datasets.Dataset, fraction: float, seed: int) -> tuple[data
         np.int64,
         len(texts),
     )
-    _, first, place = np.unique(digests, return_index=True, return_inverse=True)
-    different = np.argsort(np.argsort(first))[place]  # numbered as they first occur
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    document = np.argsort(np.argsort(first))[inverse]  # distinct documents, numbered by first occurrence
     count = len(first)
     if count < 2:
         raise InputError(
             f"{count} document is too little to hold some out for validation: "
-            "give more text, or --validation-file or --validation-split"
+            "give more text, or `validation_file` or `validation_split`"
         )
     held_out = np.random.default_rng(seed).permutation(count)[: min(max(round(count * fraction), 1), count - 1)]
-    drawn = np.isin(different, held_out)
-    return texts.select(np.flatnonzero(~drawn)), texts.select(np.flatnonzero(drawn))
-
-
-# Datasets: the Hub, folders, save_to_disk
-
-
-def _load(name: str, config: str | None, revision: str | None) -> datasets.DatasetDict:
-    """Every split of a dataset, memory-mapped. (`load_dataset(split=…)` prepares them all as well.)"""
-    import datasets
-
-    if name == PYTHON_DOCS:
-        return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": python_documentation()}))
-    try:
-        if _is_saved(Path(name)):
-            saved = datasets.load_from_disk(name)
-            return _identified(saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved))
-        if not Path(name).is_dir():
-            return datasets.load_dataset(name, config, revision=revision)
-        # datasets itself tells local files by their time of change alone.
-        files = datasets.load_dataset_builder(name, config).config.data_files or {}
-        content = digest(path for split in files.values() for path in map(Path, split) if path.is_file())
-        cache = Path(datasets.config.HF_DATASETS_CACHE) / "tfclm-folders" / content
-        return _identified(datasets.load_dataset(name, config, cache_dir=str(cache)))
-    except InputError:
-        raise
-    # datasets trips over files without rows.
-    except (RuntimeError, ValueError, OSError, IndexError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        raise InputError(_why_not_loaded(name, config, revision, error)) from error
-
-
-def _identified(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """The splits under fingerprints that are made from their content, which name all that is cached of them."""
-    for rows in splits.values():
-        content = digest(Path(file["filename"]) for file in rows.cache_files)
-        set_fingerprint(rows, hashlib.sha256(f"{fingerprint(rows)} {content}".encode()).hexdigest()[:32])
-    return splits
-
-
-def _why_not_loaded(name: str, config: str | None, revision: str | None, error: Exception) -> str:
-    message = " ".join(str(error.__cause__ or error).split())
-    if "Dataset scripts are no longer supported" in message:
-        known = " (for eli5 and eli5_category: --dataset dany0407/eli5_category)" if "eli5" in name.lower() else ""
-        return (
-            f"--dataset {name} is a loading script, which datasets no longer runs: give its parquet version, "
-            f"--dataset-revision refs/convert/parquet, or a copy as parquet{known}"
-        )
-    if isinstance(error, ConnectionError):
-        return f"--dataset {name} is not in the cache and the Hub cannot be reached: go online once, or give files"
-    if "BuilderConfig" in message or "Config name is missing" in message:
-        return f"--dataset-config {config} does not fit --dataset {name}: {message}"
-    if "Revision" in message and revision:
-        return f"--dataset-revision {revision} does not exist for --dataset {name}: give a branch, tag or commit"
-    if isinstance(error, NotImplementedError) or (
-        isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-    ):
-        return (
-            f"--dataset {name} cannot be prepared, because the cache's filesystem has no file locks ({message}): "
-            "let HF_DATASETS_CACHE name a folder on a local disk"
-        )
-    if isinstance(error, IndexError | StopIteration) or any(
-        part in message for part in ("corresponds to no data", "at least one example", "No columns to parse")
-    ):
-        return f"--dataset {name} has no text: its files hold no rows"
-    if isinstance(error, FileNotFoundError):
-        return f"--dataset {name} is neither on the Hub (or not open to you) nor a folder with data files: {message}"
-    return f"--dataset {name} cannot be read: {message}"
-
-
-def python_documentation() -> list[str]:
-    """Python's own language reference, as every interpreter holds it: a document a paragraph."""
-    from pydoc_data.topics import topics
-
-    return [part for _, text in sorted(topics.items()) for part in re.split(r"(?<=\n)\n+(?=\S)", text)]
-
-
-def _ranges(splits: datasets.DatasetDict, expression: str, named: str) -> list[tuple[str, int, int]]:
-    """The rows that a split expression stands for, as (split, first, end); `named` is what messages call it."""
-    import datasets
-
-    try:
-        spec = datasets.ReadInstruction.from_spec(expression)
-        parts = spec.to_absolute({name: len(rows) for name, rows in splits.items()})
-    except (ValueError, AssertionError) as error:
-        raise InputError(
-            f"{named} cannot be read; the dataset has {', '.join(splits)}; write for example "
-            f"{next(iter(splits))}[:1000]"
-        ) from error
-    ranges = [
-        (part.splitname, part.from_ or 0, len(splits[part.splitname]) if part.to is None else part.to) for part in parts
-    ]
-    for name, first, end in ranges:
-        if first >= end:
-            raise InputError(
-                f"{named} takes none of the {len(splits[name])} rows of {name}: give a range that has some"
-            )
-    return ranges
-
-
-def _take(splits: datasets.DatasetDict, source: str, expression: str, named: str, text_column: str) -> Split:
-    """The texts of the rows that a split expression stands for; `named` is what messages call it."""
-    import datasets
-
-    parts = [splits[name].select(range(first, end)) for name, first, end in _ranges(splits, expression, named)]
-    rows = datasets.concatenate_datasets(parts)
-    head, rest = locate(rows.features.arrow_schema, text_column, source)
-    texts = (
-        rows.select_columns([head])
-        .with_format("arrow")
-        .map(
-            _text_only,
-            batched=True,
-            remove_columns=[head],
-            fn_kwargs={"head": head, "rest": rest, "made_by": made_by()},
-            desc="reading",
-        )
-        .with_format(None)
-    )
-    if not len(texts):
-        raise InputError(
-            f"every row of column {text_column} in {named} of {source} is empty: give another column or split"
-        )
-    dropped = len(rows) - len(texts)
-    return Split(texts, {"source": source, "split": expression, "rows": len(texts), "dropped_rows": dropped})
-
-
-def _text_only(table: pa.Table, head: str, rest: str, made_by: Any) -> pa.Table:
-    import pyarrow as pa
-
-    texts = [text for text in texts_of(table[head], rest) if not is_blank(text)]
-    return pa.table({"text": pa.array(texts, pa.string())})
-
-
-def _bases(expression: str) -> list[str]:
-    return [re.sub(r"[(\[].*", "", part).strip() for part in expression.split("+")]
-
-
-def _own_validation(split: str, names: list[str]) -> str | None:
-    """The split of the dataset that goes with `split`: `validation_asks` for `train_asks[:5000]`."""
-    bases = _bases(split)
-    for kind in VALIDATION_NAMES:
-        wanted = [base.replace("train", kind) if "train" in base else kind for base in bases]
-        if set(wanted) <= set(names) - set(bases):
-            return "+".join(dict.fromkeys(wanted))
-    return None
-
-
-def _check_disjoint(splits: datasets.DatasetDict, split: str, validation_split: str) -> None:
-    for name, first, end in _ranges(splits, split, "--train-split"):
-        for other, other_first, other_end in _ranges(splits, validation_split, "--validation-split"):
-            both = min(end, other_end) - max(first, other_first)
-            if name == other and both > 0:
-                raise InputError(
-                    f"--validation-split {validation_split} shares {both} rows with --train-split {split}: "
-                    f"give rows that are not trained on, for example {name}[:90%] and {name}[90%:]"
-                )
+    is_held_out = np.isin(document, held_out)
+    return texts.select(np.flatnonzero(~is_held_out)), texts.select(np.flatnonzero(is_held_out))

@@ -1,4 +1,4 @@
-"""Texts to token ids."""
+"""Turns texts into token ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from tfclm.corpus.cache import made_by
+from tfclm.corpus.cache import code_versions
 
 if TYPE_CHECKING:
     import datasets
@@ -17,37 +17,47 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-# The tokenizer's own record of a token takes a hundred times the room of its id: long texts go a few at a time.
+# Characters per call of the tokenizer, whose own record of a token takes a hundred times the memory of its id.
 GROUP_CHARACTERS = 1 << 20
-# Some 50 MB a process.
-REMEMBERED_WORDS = 1 << 18
-REMEMBERED_LENGTH = 64  # longer ones, which no language repeats, are forgotten at once
-# Spaces and the word after them; the spaces at the end of a text.
+CACHED_WORDS = 1 << 18  # about 50 MB per process
+CACHED_WORD_LENGTH = 64  # longer words are hardly ever repeated
+# A word with the white space before it, or the white space at the end of a text.
 _WORD = re.compile(r"\s*\S+|\s+")
 
 
 def tokenize(
     texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None
 ) -> datasets.Dataset:
-    """The token ids of every text: one row a text, one column `input_ids` (list of int32), in the datasets cache.
+    """Tokenizes every text.
 
-    The ids are those of `tokenizer(text, add_special_tokens=False)`: no BOS or EOS, because `pack` puts the separator
-    between documents. Nothing is truncated or padded, whatever the tokenizer was set to; the tokenizer itself is not
-    changed. With `num_proc` processes each works on one core. Without, GPT-2's kind of tokenizer uses about one core,
-    other fast ones use all of them by threads unless TOKENIZERS_PARALLELISM=false.
+    The ids are those of `tokenizer(text, add_special_tokens=False)`: no BOS or EOS, because `pack` puts a separator
+    between documents. Nothing is truncated or padded, whatever the tokenizer is set to; the tokenizer is not changed.
+
+    Args:
+        texts: a dataset with a column "text".
+        tokenizer: a tokenizer of transformers.
+        num_proc: number of processes, each on one core. If None, a byte-level BPE tokenizer such as GPT-2's uses
+            about one core; other fast tokenizers use all cores unless TOKENIZERS_PARALLELISM=false.
+
+    Returns:
+        A dataset in the datasets cache with one row per text and one column `input_ids`, a list of int32.
+
+    Example:
+        >>> tokenize(Dataset.from_dict({"text": ["Hello world"]}), tokenizer)["input_ids"][0]
+        [15496, 995]
     """
     columns = texts.column_names
     encode: dict[str, Any]
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
         if backend.truncation or backend.padding:
-            # What earlier calls set is left out; it would also give every run another fingerprint.
+            # Set by earlier calls; they would also give every run its own fingerprint.
             backend = copy.deepcopy(backend)
             backend.no_truncation()
             backend.no_padding()
         encode = {"backend": backend.to_str(), "split_special_tokens": tokenizer.split_special_tokens}
-        # Made here, so that forked processes have it already.
-        _encoder(**encode)
+        # Built here, so that forked processes inherit it.
+        fast_encoder(**encode)
     else:
         encode = {"tokenizer": tokenizer}
     if num_proc is not None:
@@ -57,18 +67,18 @@ def tokenize(
         batched=True,
         num_proc=num_proc,
         remove_columns=columns,
-        fn_kwargs={"made_by": made_by(), **encode},
+        fn_kwargs={"versions": code_versions(), **encode},
         desc="tokenizing",
     )
     return tokens.with_format(None)
 
 
-class _Encoder:
-    """A fast tokenizer's backend, with a memory of the words it has seen where words can be encoded apart.
+class FastEncoder:
+    """The backend of a fast tokenizer, with a cache of words where words can be encoded independently.
 
-    GPT-2's pre-tokenizer never joins a non-space with a space after it, and never looks to the left. So a text cut
-    before each space that follows a word encodes to the ids of its pieces, and most pieces have been seen before:
-    several times faster than the backend, with its ids.
+    GPT-2's pre-tokenizer splits before every space that follows a word, whatever comes earlier in the text. So the ids
+    of a text are those of its words, each with the white space before it, and most words are in the cache: the same
+    ids as the backend's, several times faster.
     """
 
     def __init__(self, backend: str, split_special_tokens: bool) -> None:
@@ -77,7 +87,7 @@ class _Encoder:
         from tokenizers.pre_tokenizers import ByteLevel
 
         self._backend = Tokenizer.from_str(backend)
-        # Not part of the serialised tokenizer.
+        # Not part of the serialized tokenizer.
         self._backend.encode_special_tokens = split_special_tokens
         words, model = self._backend.pre_tokenizer, self._backend.model
         self._by_word = (
@@ -88,42 +98,48 @@ class _Encoder:
             and isinstance(model, BPE)
             and not model.dropout
         )
-        # Added tokens are found before words are, and other spaces than ASCII's are not the same set everywhere.
+        # Texts with added tokens, which are split off before words, or with white space beyond ASCII, which the regex
+        # of Python and the tokenizer's do not define alike, go to the backend whole.
         added = [re.escape(token.content) for token in self._backend.get_added_tokens_decoder().values()]
-        self._whole = re.compile("|".join([*added, r"[^\S\t-\r ]", "\u180e"]))
-        self._words: dict[str, bytes] = {}  # the ids, int32: joined at once where lists go id by id
+        self._not_by_word = re.compile("|".join([*added, r"[^\S\t-\r ]", "\u180e"]))
+        self._words: dict[str, bytes] = {}  # int32 ids as bytes, which join faster than lists
 
     def encode(self, texts: list[str]) -> list[np.ndarray[Any, Any]]:
         """The ids of each text, int32."""
         import numpy as np
 
-        pieces = [None if not self._by_word or self._whole.search(text) else _WORD.findall(text) for text in texts]
-        whole = iter(self._encode(text for text, words in zip(texts, pieces, strict=True) if words is None))
-        known = self._words
-        if len(known) > REMEMBERED_WORDS:
-            known.clear()
-        new = list({word for words in pieces if words for word in words} - known.keys())
-        known.update(zip(new, self._encode(new), strict=True))
+        # The words of each text; None for a text that the backend encodes whole.
+        split = [_WORD.findall(text) if self._can_split(text) else None for text in texts]
+        whole = iter(self._encode(text for text, words in zip(texts, split, strict=True) if words is None))
+        cached = self._words
+        if len(cached) > CACHED_WORDS:
+            cached.clear()
+        missing = list({word for words in split if words for word in words} - cached.keys())
+        cached.update(zip(missing, self._encode(missing), strict=True))
         encoded = [
-            np.frombuffer(next(whole) if words is None else b"".join(map(known.__getitem__, words)), np.int32)
-            for words in pieces
+            np.frombuffer(next(whole) if words is None else b"".join(map(cached.__getitem__, words)), np.int32)
+            for words in split
         ]
-        for word in new:
-            if len(word) > REMEMBERED_LENGTH:
-                del known[word]
+        for word in missing:
+            if len(word) > CACHED_WORD_LENGTH:
+                del cached[word]
         return encoded
 
+    def _can_split(self, text: str) -> bool:
+        return self._by_word and not self._not_by_word.search(text)
+
     def _encode(self, texts: Iterable[str]) -> Iterator[bytes]:
-        # The fast variant leaves out the offsets, which nobody reads here.
+        # The fast variant leaves out the offsets, which are not needed here.
         for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False):
             yield array("i", encoding.ids).tobytes()
 
 
-_encoder = functools.lru_cache(maxsize=2)(_Encoder)
+# Each process builds an encoder once.
+fast_encoder = functools.lru_cache(maxsize=2)(FastEncoder)
 
 
-def _encode_fast(table: pa.Table, made_by: Any, **encode: Any) -> pa.Table:
-    encoder = _encoder(**encode)  # by name, as above: else it is another entry of the cache
+def _encode_fast(table: pa.Table, versions: Any, **encode: Any) -> pa.Table:
+    encoder = fast_encoder(**encode)  # keyword arguments, as in `tokenize`: lru_cache tells them from positional ones
     ids: list[np.ndarray[Any, Any]] = []
     group: list[str] = []
     size = 0
@@ -136,7 +152,7 @@ def _encode_fast(table: pa.Table, made_by: Any, **encode: Any) -> pa.Table:
     return _table(ids + encoder.encode(group))
 
 
-def _encode_slow(table: pa.Table, made_by: Any, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+def _encode_slow(table: pa.Table, versions: Any, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     import numpy as np
 
     encoded = tokenizer(

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: pushing what a run makes, its card aside, and fetching it back."""
+"""The Hugging Face Hub: pushing the results of a run, and fetching them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tfclm.hub.fetching import fetch_run, fetch_servable
     from tfclm.hub.repository import Repository, preflight
 
-_HOMES = {
+_MODULES = {
     "PushToHubCallback": "callback",
     "Repository": "repository",
     "deliver": "delivery",
@@ -33,9 +33,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The callback needs transformers, which a server that fetches a servable must not import.
-    if name not in _HOMES:
+    # Imported on first use: the callback needs transformers, which a server must not import.
+    if name not in _MODULES:
         raise AttributeError(f"module 'tfclm.hub' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"tfclm.hub.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"tfclm.hub.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

@@ -1,6 +1,6 @@
-"""`PushToHubCallback` of transformers, over the Hub's HTTP API and in the background."""
+"""A `PushToHubCallback` that uses the Hub's HTTP API, in the background."""
 
-# The names of the hooks are Keras', and say when it calls them.
+# Keras' names of the hooks say when it calls them.
 # ruff: noqa: D102
 
 from __future__ import annotations
@@ -9,45 +9,63 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tf_keras
 import transformers
 from transformers import IntervalStrategy
 
+from tfclm.disk import write
 from tfclm.errors import InputError
 from tfclm.hub.delivery import STAGING, deliver, mark, request_title
-from tfclm.hub.pushing import Pusher, State, complain
+from tfclm.hub.pushing import Pusher, State, log_above_progress
 from tfclm.hub.repository import Repository, list_files, preflight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PushToHubCallback"]
 
 Epochs = Sequence[Mapping[str, Any]]
 
 
 class PushToHubCallback(transformers.PushToHubCallback):
-    """Keeps a repository on the Hub in step with a training: model, tokenizer, card, and the state to resume from.
+    """Pushes a model to the Hugging Face Hub while it trains with Keras' `fit`.
 
-    It takes the place of transformers' callback of the same name, whose arguments it has. It needs no git; a push never
-    holds up the training, and is tried again until it is done, or overtaken by a newer one; when the training is over,
-    the last state is in `output_dir` and on the Hub, the same files there and here.
+    It replaces `transformers.PushToHubCallback` and takes the same arguments in the same order, but needs neither git
+    nor a local clone, and never blocks the training. Each push is one commit that makes the repository equal to the
+    saved model, tokenizer and model card. If the Hub cannot be reached, a push is tried again until it succeeds or a
+    newer one takes its place. After the training, the last state is saved to `output_dir` and pushed, so that both hold
+    the same files.
 
     Args:
-        output_dir: gets the last state; with `checkpoint`, it is the `output_dir` that `tfclm.finetune` was given, too.
-        save_strategy: "epoch", "steps" or "no": when to push, beside at the end.
-        save_steps: optimizer steps between two pushes.
-        tokenizer: is pushed with the model.
-        hub_model_id: the repository, owner/name; the name of `output_dir` if not given.
-        hub_token: instead of the token of the environment or of `hf auth login`.
-        checkpoint: push, with each epoch, the state that `tfclm.fit --resume-from` goes on from.
-        repository: what `tfclm.hub.preflight` gave; it is called here if not given.
-        patience: seconds for which the last push is tried again.
-        at_end: push the last state; False leaves that to the caller, who has `close` to call.
-        card: makes the README.md from the record of the epochs so far.
-        model_card_args: metadata of the card: language, license, tags, finetuned_from, dataset…
+        output_dir: directory that the last state is saved to. With `checkpoint`, the `output_dir` of
+            `tfclm.finetune`.
+        save_strategy: when to push during the training: "epoch", "steps" or "no". The last state is pushed in any
+            case.
+        save_steps: optimizer steps between two pushes, for "steps".
+        tokenizer: saved and pushed with the model.
+        hub_model_id: the repository as owner/name, or the name of one of yours; the name of `output_dir` if None. It
+            is created if it does not exist.
+        hub_token: token that may write there; that of HF_TOKEN or of `hf auth login` if None.
+        checkpoint: also push, after each epoch, the state that `tfclm.fit --resume-from` continues. Needs
+            `save_strategy` "epoch".
+        repository: the result of `tfclm.hub.preflight`; the constructor calls it if None.
+        patience: seconds for which the last push is tried again if it fails.
+        at_end: save and push the last state when the training ends. If False, call `close` then.
+        card: returns the text of README.md, given the records of the epochs so far: "epoch", "step" and Keras' logs.
+        model_card_args: metadata for the default model card: language, license, tags, finetuned_from, dataset and
+            others.
 
     Raises:
-        ValueError: `checkpoint` without `save_strategy` "epoch", or no `save_steps` for "steps".
-        InputError: the repository cannot be written.
-        Unreachable: there is no way to the Hub.
+        ValueError: `checkpoint` without `save_strategy` "epoch", or "steps" without `save_steps`.
+        InputError: the repository cannot be written: the name is not valid, or the token is missing or refused.
+        tfclm.hub.repository.Unreachable: the Hub does not answer, or HF_HUB_OFFLINE is set.
+
+    Example:
+        >>> model, tokenizer = tfclm.load("distilgpt2")
+        >>> callback = PushToHubCallback("runs/eli5", tokenizer=tokenizer, hub_model_id="me/eli5", license="mit")
+        >>> model.fit(train_set, validation_data=validation_set, epochs=3, callbacks=[callback])
     """
 
     def __init__(
@@ -55,7 +73,7 @@ class PushToHubCallback(transformers.PushToHubCallback):
         output_dir: str | os.PathLike[str],
         save_strategy: str | IntervalStrategy = "epoch",
         save_steps: int | None = None,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         hub_model_id: str | None = None,
         hub_token: str | None = None,
         checkpoint: bool = False,
@@ -66,7 +84,7 @@ class PushToHubCallback(transformers.PushToHubCallback):
         card: Callable[[Epochs], str] | None = None,
         **model_card_args: Any,
     ) -> None:
-        # Not the constructor of transformers' callback: that clones with git.
+        # Not the constructor of transformers' callback, which clones the repository with git.
         tf_keras.callbacks.Callback.__init__(self)
         self.save_strategy = IntervalStrategy(str(getattr(save_strategy, "value", save_strategy)).lower())
         if checkpoint and self.save_strategy != IntervalStrategy.EPOCH:
@@ -75,25 +93,23 @@ class PushToHubCallback(transformers.PushToHubCallback):
             raise ValueError("save_strategy='steps' needs save_steps, a whole number above 0")
         self.output_dir = Path(output_dir)
         self.save_steps, self.tokenizer, self.checkpoint = save_steps, tokenizer, checkpoint
-        self.repository = repository or preflight(
-            hub_model_id or self.output_dir.absolute().name, token=hub_token, flag="hub_model_id"
-        )
+        self.repository = repository or _preflight(hub_model_id or self.output_dir.absolute().name, hub_token)
         self.hub_model_id = self.repository.repo_id
         self.patience, self.at_end = patience, at_end
         self.model_card_args = model_card_args
         self.training_history: list[dict[str, Any]] = []
-        self._card = card or self._own_card
+        self._card = card or self._default_card
         self._staging = self.output_dir / STAGING
-        shutil.rmtree(self._staging, ignore_errors=True)  # what a killed run left
+        shutil.rmtree(self._staging, ignore_errors=True)  # left by a killed run
         self._pusher: Pusher | None = None
-        self._pushed = 0  # steps of the last state that was handed over
+        self._pushed_steps = 0  # steps of the last state that was handed to the pusher
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self.training_history, self._pushed = [], 0
+        self.training_history, self._pushed_steps = [], 0
         if self.checkpoint and not (self.output_dir / "resume" / "state").is_dir():
             raise ValueError(
                 f"checkpoint=True pushes the state that tfclm.finetune keeps in its output_dir, and {self.output_dir} "
-                "has none: give both the same folder"
+                "has none: give both the same directory"
             )
         if self._pusher is None:
             self._pusher = Pusher(self.repository, request_title(self.output_dir))
@@ -118,7 +134,7 @@ class PushToHubCallback(transformers.PushToHubCallback):
         deliver(self.output_dir, self.repository, patience=self.patience, state=self.checkpoint)
 
     def close(self) -> None:
-        """Waits for the push that goes on, and leaves out the one that waits; a training may begin anew then."""
+        """Waits for the current push and discards the waiting one; the callback may be used again afterwards."""
         if self._pusher is not None:
             self._pusher.close(0.0, drop=True)
             self._pusher = None
@@ -126,39 +142,39 @@ class PushToHubCallback(transformers.PushToHubCallback):
 
     @property
     def _progress(self) -> Any:
-        """The record of a run of `tfclm.finetune`, which outlives its process; None for another training."""
+        """The progress of a run of `tfclm.finetune`, restored when it is resumed; None for other trainings."""
         return getattr(getattr(self.model, "step_state", None), "progress", None)
 
     def _steps(self) -> int:
         return int(self._progress.steps if self._progress else self.model.optimizer.iterations)
 
     def _push(self, title: str, steps: int) -> None:
-        """Hands a copy of the present state to the thread that pushes."""
+        """Hands a copy of the current state to the thread that pushes."""
         assert self._pusher is not None
-        if steps > self._pushed:
+        if steps > self._pushed_steps:
             staged = self._staging / str(steps)
             try:
                 self._save(staged)
-            except (OSError, InputError) as error:  # a disk that is full must not end the training
-                complain(f"{title}: not pushed to {self.hub_model_id}: {error}")
+            except (OSError, InputError) as error:  # a full disk must not end the training
+                log_above_progress(f"{title}: not pushed to {self.hub_model_id}: {error}")
                 shutil.rmtree(staged, ignore_errors=True)
                 return
             run = self._progress.run if self._progress else None
             description = f"run {run}, step {steps}" if run else ""
             self._pusher.put(State(list_files(staged), title, description, run, steps, staged))
-            self._pushed = steps
+            self._pushed_steps = steps
 
     def _save(self, folder: Path) -> None:
         from tfclm.checkpoint import save
 
         save(self.model, self.tokenizer, folder)
         epochs = self._progress.epochs if self._progress else self.training_history
-        (folder / "README.md").write_text(self._card(epochs), encoding="utf-8")
+        write(folder / "README.md", self._card(epochs))
         if folder != self.output_dir:
             self._add_state(folder)
 
     def _add_state(self, folder: Path) -> None:
-        """Adds what a run can be resumed from: its settings and, of the same moment as the weights, its state."""
+        """Adds what a run can be resumed from: its settings and, as of the same step as the weights, its state."""
         settings, resume = self.output_dir / "fit.yaml", self.output_dir / "resume"
         if settings.is_file():
             shutil.copyfile(settings, folder / settings.name)
@@ -167,12 +183,19 @@ class PushToHubCallback(transformers.PushToHubCallback):
                 target = folder / "resume" / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    # As good as a copy: TensorFlow writes a file once, and renames the list of them into place.
+                    # As safe as a copy: TensorFlow never changes these files and replaces their list by a rename.
                     os.link(path, target)
-                except OSError:  # not every file system has links
+                except OSError:  # not every file system has hard links
                     shutil.copyfile(path, target)
 
-    def _own_card(self, epochs: Epochs) -> str:
+    def _default_card(self, epochs: Epochs) -> str:
         from tfclm.runs.card import plain_card
 
         return plain_card(self.output_dir.absolute().name, epochs, self.model_card_args)
+
+
+def _preflight(hub_model_id: str, token: str | None) -> Repository:
+    try:
+        return preflight(hub_model_id, token=token)
+    except InputError as error:
+        raise error.renamed(repo_id="hub_model_id") from error

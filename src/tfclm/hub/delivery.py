@@ -1,4 +1,4 @@
-"""Pushing a finished folder, now or later: a mark in the folder says that the Hub does not hold it yet."""
+"""Pushes a finished directory, now or later: a marker in it says that the Hub does not hold it yet."""
 
 from __future__ import annotations
 
@@ -11,43 +11,51 @@ from typing import Any
 
 from tfclm.disk import write
 from tfclm.errors import InputError
-from tfclm.hub.pushing import Pusher, State, complain
-from tfclm.hub.repository import Repository, format_error, list_files
+from tfclm.hub.connection import format_error
+from tfclm.hub.pushing import Pusher, State, log_above_progress
+from tfclm.hub.repository import Repository, list_files
+
+__all__ = ["MARKER", "STAGING", "deliver", "finishing_command", "mark", "marked", "request_title"]
 
 MARKER = "unpushed.json"
 STAGING = "resume/push"
-WHERE = ("repo_id", "private", "branch", "create_pr")
+TARGET_FIELDS = ("repo_id", "private", "branch", "create_pr")
 
 
 def mark(folder: Path, repository: Repository) -> None:
-    """Leaves a mark that the folder is to be pushed, and where to."""
-    where = {name: getattr(repository, name) for name in WHERE}
-    write(folder / MARKER, json.dumps(where, indent=2) + "\n")
+    """Writes the marker: the directory still has to be pushed, to this repository."""
+    target = {name: getattr(repository, name) for name in TARGET_FIELDS}
+    write(folder / MARKER, json.dumps(target, indent=2) + "\n")
 
 
 def marked(folder: Path) -> dict[str, Any] | None:
-    """Where a folder is still to be pushed, `preflight`'s arguments by their names; None if nothing is left to push.
+    """The repository that a directory still has to be pushed to, as arguments of `preflight`; None if there is none.
 
     Raises:
-        InputError: the mark cannot be read.
+        InputError: the marker cannot be read.
     """
     path = folder / MARKER
     if not path.is_file():
         return None
     try:
-        where = json.loads(path.read_text(encoding="utf-8"))
-        return {name: where[name] for name in WHERE}
+        target = json.loads(path.read_text(encoding="utf-8"))
+        return {name: target[name] for name in TARGET_FIELDS}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: remove it, and say --repo-id") from error
+        raise InputError(f"{path} cannot be read: remove it, and give `repo_id`") from error
 
 
 def request_title(folder: Path) -> str:
-    """The title of a folder's pull request, by which a later push finds it again."""
+    """The title of a directory's pull request, by which a later push finds it."""
     return f"Upload {folder.absolute().name} by tfclm"
 
 
 def finishing_command(folder: Path, repository: Repository, servable: Path | None = None) -> str:
-    """The command that pushes a folder, to be pasted into a shell."""
+    """The shell command that pushes a directory.
+
+    Example:
+        >>> finishing_command(Path("runs/eli5"), Repository("me/eli5", private=True))
+        'python -m tfclm.push --model runs/eli5 --repo-id me/eli5 --private'
+    """
     words = ["python", "-m", "tfclm.push", "--model", str(folder), "--repo-id", repository.repo_id]
     words += ["--private"] if repository.private else []
     words += ["--branch", repository.branch] if repository.branch else []
@@ -63,17 +71,21 @@ def deliver(
     patience: float,
     servable: Path | None = None,
     state: bool = False,
-    log: Callable[[str], None] = complain,
+    log: Callable[[str], None] = log_above_progress,
 ) -> bool:
-    """Makes the repository equal to a finished folder, file by file; whether it is.
+    """Makes a repository equal to a finished directory; False if the push failed.
 
     Args:
-        folder: what to push; its mark is removed once the Hub holds it.
-        repository: where to.
-        patience: seconds for which a push that fails is tried again.
-        servable: a version of an exported model that is pushed as well, zipped; `newest_version` finds it.
-        state: push `resume/` too.
-        log: gets a line for people.
+        folder: the directory; its marker is removed once the Hub holds it, and written if the push fails.
+        repository: where to push to.
+        patience: seconds for which a failed push is tried again.
+        servable: version of an exported model to push as well, zipped; see `newest_version`.
+        state: push `resume/`, too.
+        log: gets a line about the result.
+
+    Example:
+        >>> deliver(Path("runs/eli5"), preflight("me/eli5"), patience=300.0)
+        True
     """
     from tfclm.hub.archive import SERVABLE, zip_servable
 
@@ -84,10 +96,10 @@ def deliver(
             if servable is not None:
                 files[SERVABLE] = zip_servable(servable, Path(scratch) / SERVABLE)
             pusher = Pusher(repository, request_title(folder), log)
-            pusher.put(State(files, *message(folder)))
+            pusher.put(State(files, *_commit_message(folder)))
             error = pusher.close(patience)
-    except OSError as full:  # no room for the archive
-        error = full
+    except OSError as disk_error:  # the archive cannot be written
+        error = disk_error
     if error is None:
         (folder / MARKER).unlink(missing_ok=True)
         log(f"{repository.url} holds {folder}")
@@ -100,8 +112,8 @@ def deliver(
     return False
 
 
-def message(folder: Path) -> tuple[str, str]:
-    """Title and description of the commit: the run's history, where the folder has one."""
+def _commit_message(folder: Path) -> tuple[str, str]:
+    """Title and description of the commit: the perplexity and the epochs of a run, where they are recorded."""
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         lines = [
@@ -111,4 +123,4 @@ def message(folder: Path) -> tuple[str, str]:
         ]
         return f"Perplexity {results['perplexity']:.2f} after step {results['train']['best_step']}", "\n".join(lines)
     except (OSError, ValueError, LookupError, TypeError):
-        return f"Upload {folder.absolute().name}", ""  # not a run's folder
+        return f"Upload {folder.absolute().name}", ""  # not the output of a run

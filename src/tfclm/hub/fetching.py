@@ -1,4 +1,4 @@
-"""What comes back from the Hub: a servable, and the state of a run. No TensorFlow, no transformers."""
+"""Downloads from the Hub: an exported model, or the state of a run. Imports neither TensorFlow nor transformers."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 from tfclm import disk
-from tfclm.errors import InputError, first_line
+from tfclm.errors import InputError
 from tfclm.hub.archive import SERVABLE, unpack
-from tfclm.hub.repository import limit_requests, stored_token
+from tfclm.hub.connection import fetching_errors
+
+__all__ = ["fetch_run", "fetch_servable"]
 
 
 def fetch_servable(repo_id: str, *, revision: str | None = None) -> Path:
-    """Brings the exported model of a repository here; the servable's folder, one version in it, as a server takes it.
+    """Downloads the exported model of a repository; its model directory, with one version, as servers take it.
 
-    It is kept in the Hub's cache, a folder for each content of the file: what was fetched once is not fetched again.
+    It is kept in the Hub's cache, in one directory per content of the archive, and not downloaded again.
 
     Args:
         repo_id: owner/name.
-        revision: a branch, tag or commit; main if not given.
+        revision: a branch, tag or commit; main if None.
 
     Raises:
-        InputError: no such repository, none in it, or one that is damaged; or the Hub is out of reach, or the cache
-            cannot be written.
+        InputError: there is no such repository, no exported model in it, or a damaged one; the Hub cannot be reached;
+            or the cache cannot be written.
+
+    Example:
+        >>> [version.name for version in fetch_servable("me/eli5").iterdir()]
+        ['3']
     """
     from huggingface_hub import constants, hf_hub_download
 
-    with _asking(repo_id, revision, f"no {SERVABLE} in it: push with --push-saved-model"):
+    with fetching_errors(repo_id, revision, f"{SERVABLE}: push an exported model with `push_saved_model`"):
         packed = Path(hf_hub_download(repo_id, SERVABLE, revision=revision))
-    # The cache's own name of a content is its hash. Where there are no links, files lie in a folder of their commit.
+    # The cache names contents by their hash. Without symbolic links, files are in a directory named by the commit.
     blob = packed.resolve()
     content = blob.name if blob.parent.name == "blobs" else packed.parent.name
     target = Path(constants.HF_HOME) / "tfclm" / "servables" / repo_id.replace("/", "--") / content
@@ -45,78 +49,61 @@ def fetch_servable(repo_id: str, *, revision: str | None = None) -> Path:
                 staged = held.enter_context(disk.staging(target.parent, ".part-"))
             except OSError as error:
                 raise InputError(
-                    f"the cache {target.parent} cannot be written ({disk.reason(error)}): let HF_HOME name a folder "
+                    f"the cache {target.parent} cannot be written ({disk.reason(error)}): set HF_HOME to a directory "
                     "that can"
                 ) from error
             unpack(packed, staged / "servable", repo_id)
+            disk.sync_folder(staged / "servable")
             with contextlib.suppress(OSError):  # another process was faster
                 os.rename(staged / "servable", target)
     return target
 
 
-def fetch_run(repo_id: str, folder: Path, *, revision: str | None = None) -> None:
-    """Brings the state that a run has pushed into a new or empty folder, where `fit` goes on: `resume/`, `fit.yaml`.
+def fetch_run(repo_id: str, output_dir: Path, *, revision: str | None = None) -> None:
+    """Downloads the state that a run has pushed, `resume/` and `fit.yaml`, for `fit` to continue.
+
+    Args:
+        repo_id: owner/name.
+        output_dir: a new or empty directory.
+        revision: a branch, tag or commit; main if None.
 
     Raises:
-        InputError: no such repository, no state in it, or the Hub is out of reach.
+        InputError: there is no such repository or no state in it, the Hub cannot be reached, or the directory cannot
+            be written.
+
+    Example:
+        >>> fetch_run("me/eli5", Path("runs/eli5"))
     """
     from huggingface_hub import snapshot_download
 
-    with _asking(repo_id, revision, ""):
+    with fetching_errors(repo_id, revision, "state of a run"):
         fetched = Path(snapshot_download(repo_id, revision=revision, allow_patterns=["resume/*", "fit.yaml"]))
     if not (fetched / "resume" / "state" / "checkpoint").is_file() or not (fetched / "fit.yaml").is_file():
         raise InputError(
-            f"--resume-from {repo_id} has no state to go on from: there is one while a run that was given "
-            "--push-checkpoint is not complete"
+            f"{repo_id} has no state to resume from: a run holds one there while it is incomplete and has "
+            "`push_checkpoint`"
         )
-    try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        # Beside it, and renamed when it is whole.
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.absolute().parent) as beside:
-            staged = Path(beside) / "run"
-            # The cache holds links, and belongs to the Hub's client.
-            disk.copy_folder(fetched / "resume", staged / "resume")
-            shutil.copyfile(fetched / "fit.yaml", staged / "fit.yaml")
-            _place(staged, folder)
-    except OSError as error:
-        raise InputError(f"--output-dir {folder}: {disk.reason(error)}; give a folder that can be written") from error
+    place = output_dir.absolute().parent
+    with ExitStack() as held:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            staged = held.enter_context(disk.staging(place, ".tfclm-part-"))
+            # Copied, because the cache holds links and belongs to the Hub's client.
+            _copy_state(fetched, staged)
+            disk.sync_folder(staged)
+            try:
+                os.rename(staged, output_dir)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EBUSY):
+                    raise
+                _copy_state(staged, output_dir)  # an empty mount
+        except OSError as error:
+            raise InputError(
+                f"`output_dir` {output_dir}: {disk.reason(error)}; give a directory that can be written"
+            ) from error
 
 
-def _place(staged: Path, folder: Path) -> None:
-    try:
-        os.rename(staged, folder)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EBUSY):
-            raise
-        # The folder is a mount of its own, empty as yet. What makes a run of it comes last.
-        disk.copy_folder(staged / "resume", folder / "resume")
-        shutil.copyfile(staged / "fit.yaml", folder / "fit.yaml")
-
-
-@contextlib.contextmanager
-def _asking(repo_id: str, revision: str | None, without: str) -> Iterator[None]:
-    """Names the repository where something cannot be fetched."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    stored_token()  # one that cannot be read is told of as such
-    limit_requests()
-    try:
-        yield
-    except HFValidationError as error:
-        raise InputError(f"{repo_id}: a Hub id looks like owner/name") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(f"there is no {repo_id} on the Hub, or it is private") from error
-    except RevisionNotFoundError as error:
-        raise InputError(f"{repo_id} has no revision {revision} on the Hub") from error
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"{repo_id} is not in the cache, and the Hub cannot be reached") from error
-    except EntryNotFoundError as error:
-        raise InputError(f"{repo_id} has {without}") from error
-    except OSError as error:
-        raise InputError(f"{repo_id} cannot be fetched from the Hub: {first_line(error)}") from error
+def _copy_state(source: Path, target: Path) -> None:
+    """Copies the state of a run; `fit.yaml`, which makes the directory one of a run, comes last."""
+    disk.copy_folder(source / "resume", target / "resume")
+    shutil.copyfile(source / "fit.yaml", target / "fit.yaml")

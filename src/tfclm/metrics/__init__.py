@@ -1,1 +1,1 @@
-"""Perplexity: the summed negative log-likelihood and the number of tokens, divided once. Imports no other package."""
+"""Perplexity: the summed negative log-likelihood divided by the number of tokens. Imports no other room."""

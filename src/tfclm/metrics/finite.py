@@ -1,4 +1,4 @@
-"""Numbers that may not be finite: exp of any loss, and values for JSON, which has no NaN and no infinity."""
+"""Numbers that may not be finite: exp without overflow errors, and values for JSON, which has no NaN or infinity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def exp(loss: float) -> float:
-    """exp(loss): infinite instead of an error where it overflows, NaN for NaN."""
+    """exp(loss): infinity where Python raises OverflowError, NaN for NaN."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -16,5 +16,5 @@ def exp(loss: float) -> float:
 
 
 def plain(values: Any) -> Any:
-    """The values in JSON's types, None for each number that is not finite: Python itself writes what is no JSON."""
+    """The values as JSON types, with None for each number that is not finite: Python's json would write NaN."""
     return json.loads(json.dumps(values), parse_constant=lambda name: None)

@@ -1,6 +1,6 @@
-"""One metric: the summed negative log-likelihood and the number of tokens it was summed over, divided once.
+"""Perplexity: exp of the summed negative log-likelihood divided by the number of tokens.
 
-A mean of batch means is no perplexity: a short last batch, or one with few labels, weighs as much as a full one.
+A mean of batch means would be wrong: a short last batch, or one with few labels, would weigh as much as a full one.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -17,12 +17,24 @@ import tf_keras
 from tfclm.errors import InputError
 from tfclm.metrics.finite import exp
 
-IGNORED = -100  # the label that the collators of transformers give to a position that counts for nothing
+if TYPE_CHECKING:
+    import datasets
+    from numpy.typing import ArrayLike
+    from transformers import TFPreTrainedModel
+
+IGNORED = -100  # the label that transformers' collators give to positions without a target
+Row = tuple[np.ndarray, np.ndarray]  # input ids and labels, [L]
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The score of a text: mean negative log-likelihood a token (natural log) and what it was taken over."""
+    """The perplexity of a model on a text.
+
+    Attributes:
+        loss: mean negative log-likelihood per token, in nats.
+        tokens: number of tokens that were scored.
+        loss_standard_error: standard error of the loss, as if tokens were independent.
+    """
 
     loss: float
     tokens: int
@@ -30,37 +42,37 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): infinite where that overflows, NaN where the loss is."""
+        """exp(loss); infinite if that overflows, NaN if the loss is NaN."""
         return exp(self.loss)
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the perplexity, tokens taken as independent: perplexity times that of the loss."""
+        """Standard error of the perplexity, as if tokens were independent: perplexity times that of the loss."""
         return self.perplexity * self.loss_standard_error
 
 
 def token_losses(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Negative log-likelihood of each label given what stands before it.
+    """Negative log-likelihood of each label, given the tokens before it.
 
     Args:
         logits: [B, L, V], of any float type; position i predicts label i + 1.
-        labels: int [B, L]; -100 where nothing is to be predicted.
+        labels: int [B, L]; -100 where there is no target.
 
     Returns:
-        losses float32 [B, L - 1], 0 where ignored, and mask bool [B, L - 1].
+        losses float32 [B, L - 1] in nats, 0 where there is no target; mask bool [B, L - 1], True where there is one.
     """
     targets = labels[:, 1:]
     mask = tf.not_equal(targets, IGNORED)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
         labels=tf.where(mask, targets, tf.zeros_like(targets)),
-        # In bfloat16 a loss near 10 moves in steps of 1/16.
+        # In bfloat16, values near 10 have a resolution of 1/16.
         logits=tf.cast(logits[:, :-1], tf.float32),
     )
     return tf.where(mask, losses, tf.zeros_like(losses)), mask
 
 
 class TokenLoss(tf_keras.metrics.Metric):
-    """Keras metric: mean loss a token over everything since the last reset, sums kept in float64."""
+    """Keras metric: mean loss per token since the last reset; sums in float64."""
 
     def __init__(self, name: str = "loss") -> None:
         super().__init__(name=name, dtype=tf.float64)
@@ -78,77 +90,93 @@ class TokenLoss(tf_keras.metrics.Metric):
 
 
 def perplexity(
-    model: Any, input_ids: Any, *, window: int | None = None, stride: int | None = None, batch_size: int = 8
+    model: TFPreTrainedModel,
+    input_ids: datasets.Dataset | ArrayLike,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
 ) -> Perplexity:
-    """Perplexity of a causal language model on token ids.
+    """Computes the perplexity of a causal language model on token ids.
 
     Args:
         model: a TensorFlow causal language model of transformers.
-        input_ids: int [N, L], or a dataset of such blocks as `tfclm.pack` makes them, which is read as it is scored:
-            blocks are scored each on its own, L - 1 tokens a block. Or int [T], one text that is scored by the strided
-            protocol.
-        window: tokens that the model sees at once when a text is strided.
-        stride: tokens by which the window moves, window by default. Each token is scored once, in the first window
-            that holds it, with at least window - stride tokens before it (after the first window): T - 1 tokens in
-            all. With stride = window the first token of every window has nothing before it and is not scored.
-        batch_size: rows a call of the model.
+        input_ids: int [N, L], or a dataset of blocks as `tfclm.pack` makes it, which is streamed: each block is scored
+            on its own, L - 1 tokens per block. Or int [T], one text, scored in windows.
+        window: tokens per window, 2 or more, for a text [T].
+        stride: tokens by which the window moves, 1 to `window` (the default). Each token is scored once, in the first
+            window that holds it. After the first window it has at least window - stride tokens before it: T - 1 tokens
+            are scored. With stride = window the first token of each window has no context and is not scored.
+        batch_size: rows per forward pass.
 
     Returns:
         A `Perplexity`; sums are kept in float64.
 
     Raises:
-        ValueError: no token ids, no token to score, or a window or stride that does not fit.
+        InputError: no token ids, no token to score, or a window or stride out of range.
 
-    Source: the fixed-length protocol of transformers' "Perplexity of fixed-length models".
+    Source:
+        The fixed-length and the strided protocol of transformers' "Perplexity of fixed-length models".
+
+    Example:
+        >>> model, tokenizer = tfclm.load("distilgpt2")
+        >>> ids = tokenizer("Once upon a time there was a king.")["input_ids"]
+        >>> tfclm.perplexity(model, ids, window=1024, stride=512).perplexity
     """
-    rows: Iterable[tuple[np.ndarray, np.ndarray]]
-    if hasattr(input_ids, "column_names"):
-        if "input_ids" not in input_ids.column_names:
-            columns = ", ".join(input_ids.column_names)
-            raise InputError(
-                f"input_ids has no token ids (columns {columns}): give a dataset with a column input_ids, as tfclm.pack "
-                "makes it"
-            )
-        rows = ((row, row) for row in _rows(input_ids))
-    elif not np.issubdtype((ids := np.asarray(input_ids)).dtype, np.integer):
-        raise ValueError(f"input_ids is {ids.dtype}: give the ids that the model's tokenizer makes of a text")
-    elif ids.ndim == 2:
-        rows = ((row, row) for row in ids)
-    elif window is None:
-        raise ValueError("one text of [T] tokens is scored in windows: give window")
-    else:
-        rows = _windows(ids, window, window if stride is None else stride)
+    rows = _make_rows(input_ids, window, stride)
 
-    def sums(ids: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    def sum_losses(ids: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         losses, mask = token_losses(model(input_ids=ids, training=False).logits, labels)
         losses = tf.cast(losses, tf.float64)
         count = tf.reduce_sum(tf.cast(mask, tf.float64))
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(losses * losses), count])
 
-    # One trace for all lengths, the short last window's too.
-    traced = tf.function(sums).get_concrete_function(
+    # One trace for all lengths, including that of the short last window.
+    traced = tf.function(sum_losses).get_concrete_function(
         tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None, None], tf.int64)
     )
     total, squares, tokens = sum(
-        (traced(tf.constant(ids), tf.constant(labels)).numpy() for ids, labels in _batches(rows, batch_size)),
+        (traced(tf.constant(ids), tf.constant(labels)).numpy() for ids, labels in _make_batches(rows, batch_size)),
         np.zeros(3),
     )
     if not tokens:
-        raise ValueError("no token to score: a text needs at least 2 tokens, the first is only context")
+        raise InputError("no token to score: a text needs at least 2 tokens, because the first is only context")
     mean = total / tokens
     variance = max(squares / tokens - mean * mean, 0.0) * tokens / max(tokens - 1, 1)
     return Perplexity(loss=float(mean), tokens=int(tokens), loss_standard_error=float(math.sqrt(variance / tokens)))
 
 
-def _rows(blocks: Any) -> Iterator[np.ndarray]:
-    """The rows of a dataset, of which a few at a time are in memory."""
-    for some in blocks.with_format("numpy").iter(batch_size=1000):
-        yield from some["input_ids"]
+def _make_rows(input_ids: Any, window: int | None, stride: int | None) -> Iterator[Row]:
+    """The rows to score: the blocks of a dataset or of int [N, L], or the windows of int [T]."""
+    if hasattr(input_ids, "column_names"):
+        if "input_ids" not in input_ids.column_names:
+            columns = ", ".join(input_ids.column_names)
+            raise InputError(
+                f"`input_ids` has no token ids (columns {columns}): give a dataset with a column input_ids, as "
+                "tfclm.pack makes it"
+            )
+        return ((row, row) for row in _stream_blocks(input_ids))
+    ids = np.asarray(input_ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"`input_ids` is {ids.dtype}: give the ids that the model's tokenizer makes from a text")
+    if ids.ndim == 2:
+        return ((row, row) for row in ids)
+    if window is None:
+        raise InputError("one text of [T] tokens is scored in windows: give `window`")
+    return _make_windows(ids, window, window if stride is None else stride)
 
 
-def _windows(ids: np.ndarray, window: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    if not 0 < stride <= window or window < 2:
-        raise ValueError(f"stride {stride} must lie between 1 and the window of {window} tokens (2 at least)")
+def _stream_blocks(blocks: datasets.Dataset) -> Iterator[np.ndarray]:
+    """Yields the rows of a dataset, with 1000 at a time in memory."""
+    for batch in blocks.with_format("numpy").iter(batch_size=1000):
+        yield from batch["input_ids"]
+
+
+def _make_windows(ids: np.ndarray, window: int, stride: int) -> Iterator[Row]:
+    if window < 2:
+        raise InputError(f"`window` {window}: give 2 or more")
+    if not 0 < stride <= window:
+        raise InputError(f"`stride` {stride}: give 1 to {window}, the window")
     scored = 0
     for start in range(0, len(ids), stride):
         end = min(start + window, len(ids))
@@ -160,9 +188,9 @@ def _windows(ids: np.ndarray, window: int, stride: int) -> Iterator[tuple[np.nda
             return
 
 
-def _batches(rows: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Stacks neighbouring rows of one length; ids int32 [B, L], labels int64 [B, L]."""
-    batch: list[tuple[np.ndarray, np.ndarray]] = []
+def _make_batches(rows: Iterable[Row], size: int) -> Iterator[Row]:
+    """Stacks consecutive rows of equal length: ids int32 [B, L], labels int64 [B, L]."""
+    batch: list[Row] = []
     for row in rows:
         if batch and (len(batch) == size or len(batch[0][0]) != len(row[0])):
             yield _stack(batch)
@@ -172,6 +200,6 @@ def _batches(rows: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Iterat
         yield _stack(batch)
 
 
-def _stack(batch: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _stack(batch: list[Row]) -> Row:
     ids, labels = zip(*batch, strict=True)
     return np.stack(ids).astype(np.int32), np.stack(labels).astype(np.int64)

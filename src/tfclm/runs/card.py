@@ -1,4 +1,4 @@
-"""What a run leaves for people: the curve and the model card."""
+"""Model cards: of a complete run, of a run in progress, and of a model that no run made."""
 
 from __future__ import annotations
 
@@ -14,54 +14,29 @@ from tfclm.metrics.finite import exp
 from tfclm.settings import to_yaml
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from tfclm.training.finetuning import TrainingRecord
+    from huggingface_hub import EvalResult
 
 PACKAGES = ("tfclm", "tensorflow", "tf-keras", "transformers", "tokenizers", "datasets", "huggingface-hub")
-MOST_NAMES = 5  # of files that a card lists
-# What a card's metadata takes from the base model's card.
+MAX_FILE_NAMES = 5  # file names that a card lists
+# Metadata that a card takes from the base model's card.
 INHERITED = ("license", "license_name", "license_link", "language")
 
 
-def draw_curve(done: TrainingRecord, path: Path) -> None:
-    """Draws training and validation loss, and perplexity, over optimizer steps as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(curve(done)).print_png(str(path))
-
-
-def curve(done: TrainingRecord) -> Figure:
-    """The figure of `draw_curve`; the perplexity's axis is logarithmic, so that its fall can be seen to the end."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
-
-    steps = [epoch["step"] for epoch in done.epochs]
-    losses = [done.initial_loss, *(epoch["val_loss"] for epoch in done.epochs)]
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    above.plot([0, *steps], losses, "o-", label="validation")
-    above.plot(steps, [epoch["loss"] for epoch in done.epochs], "o--", label="training (mean of the epoch)")
-    above.set(ylabel="loss (nats a token)", title="Loss")
-    above.legend()
-    below.plot([0, *steps], [exp(loss) for loss in losses], "o-")
-    below.set(xlabel="optimizer step", ylabel="perplexity", title="Validation perplexity", yscale="log")
-    below.yaxis.set_major_formatter(LogFormatter())
-    below.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-    return figure
-
-
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a run depends on."""
+    """The versions of Python and of the packages that a run depends on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def read_base(model: str, revision: str | None) -> dict[str, Any]:
-    """What a run's card takes from that of the model it begins with: `base_model` (a Hub id), licence and language.
+    """Reads the metadata that a run's card takes from the card of its base model.
 
-    A base without a card, or one that cannot be read, gives no licence; the run's own card says so.
+    Args:
+        model: Hub id or directory of the base model, or "scratch".
+        revision: branch, tag or commit of a Hub model.
+
+    Returns:
+        `base_model` (a Hub id), the license and the language, as far as they are known. If the card cannot be read,
+        `unread` says why, and the run's card states that the license is not known.
     """
     from huggingface_hub import ModelCard, hf_hub_download
 
@@ -72,41 +47,23 @@ def read_base(model: str, revision: str | None) -> dict[str, Any]:
     try:
         path = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(model, "README.md", revision=revision))
         data: Any = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except Exception as error:  # no card, no network, no YAML: none of them keeps a model from being trained
+    except Exception as error:  # no card, no network or no YAML: training does not depend on it
         return base | {"unread": first_line(error)}
-    # A folder that was fine-tuned itself names the model that it came from.
+    # A fine-tuned model in a directory has a base model itself.
     names = (*INHERITED, "base_model") if folder.is_dir() else INHERITED
     return base | {name: data.get(name) for name in names if data.get(name) is not None}
 
 
 def model_card(results: Mapping[str, Any], settings: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """The README.md of a complete run: metadata that the Hub reads, data, results, use, settings, versions.
+    """The README.md of a complete run: metadata for the Hub, results, data, use, settings and versions.
 
     Args:
-        results: what `results.json` holds.
-        settings: the run's, as plain values.
-        base: what `read_base` gave.
+        results: the content of `results.json`.
+        settings: the run's settings as plain values.
+        base: metadata of the base model, from `read_base`.
     """
-    from huggingface_hub import EvalResult
-
     protocol, train = results["protocol"], results["train"]
-    measured = None
-    if math.isfinite(results["perplexity"] or math.inf):
-        hub_data, held_out = _hub_dataset(settings), _validation(protocol)
-        measured = EvalResult(
-            task_type="text-generation",
-            dataset_type=hub_data or "text",
-            dataset_name=hub_data or _source(protocol),
-            dataset_config=settings["dataset_config"],
-            dataset_revision=settings["dataset_revision"],
-            dataset_split=held_out.split(" ")[1] if held_out.startswith("split ") else None,
-            dataset_args={"validation": held_out},
-            metric_type="perplexity",
-            metric_name="validation perplexity",
-            metric_value=round(results["perplexity"], 4),
-            metric_args={name: protocol[name] for name in ("block_size", "separator", "dropped_tokens")},
-        )
-    return f"""{_metadata(settings, base, measured)}
+    return f"""{_metadata(settings, base, _eval_result(results, settings))}
 
 {_origin(settings, base, protocol)}
 
@@ -114,7 +71,7 @@ Validation perplexity **{_number(results["perplexity"])}** ({_number(results["in
 over {results["tokens"]} tokens: exp of the mean negative log-likelihood per token, in blocks of \
 {protocol["block_size"]} tokens, each scored on its own; \
 {"EOS" if protocol["separator"] == "eos" else "nothing"} between documents; {protocol["dropped_tokens"]} tokens at the \
-end filled no block.
+end did not fill a block.
 
 {_table(train["epochs"], results["initial_perplexity"])}
 
@@ -132,12 +89,12 @@ def progress_card(
     settings: Mapping[str, Any],
     base: Mapping[str, Any],
 ) -> str:
-    """The README.md of a state that a run pushes while it goes on; it claims no perplexity of these weights."""
+    """The README.md of weights that a run pushes during training; it states no perplexity for them."""
     return f"""{_metadata(settings, base, None)}
 
 {_origin(settings, base, protocol)}
 
-**The training is not complete**: these are the weights that it had reached when this was pushed, not the best ones.
+**The training is not complete**: these are its weights at the time of this push, not the best ones.
 
 {_table(epochs, None)}
 
@@ -147,15 +104,16 @@ def progress_card(
 
 
 def plain_card(name: str, epochs: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> str:
-    """The README.md of a model that no run of `fit` made.
+    """The README.md of a model that was not trained by `fit`.
 
     Args:
         name: the heading.
-        epochs: epoch, step, and Keras' loss and val_loss, natural logarithms.
-        given: the metadata that transformers' callback takes: language, license, tags, finetuned_from, tasks, dataset.
+        epochs: the epoch, the step, and Keras' loss and val_loss in nats.
+        given: metadata, with the names of transformers' PushToHubCallback: language, license, tags, finetuned_from,
+            tasks, dataset.
 
     Raises:
-        InputError: metadata of another name.
+        InputError: an unknown metadata argument.
     """
     from huggingface_hub import ModelCardData
 
@@ -169,7 +127,7 @@ def plain_card(name: str, epochs: Sequence[Mapping[str, Any]], given: Mapping[st
     }
     unknown = given.keys() - names.keys() - {"tags"}
     if unknown:
-        raise InputError(f"a model card has no {', '.join(sorted(unknown))}: there are {', '.join(names)}, tags")
+        raise InputError(f"a model card has no {', '.join(sorted(unknown))}: give only {', '.join(names)}, tags")
     tags = given.get("tags") or []
     data = ModelCardData(
         library_name="transformers",
@@ -180,7 +138,7 @@ def plain_card(name: str, epochs: Sequence[Mapping[str, Any]], given: Mapping[st
     return f"---\n{data.to_yaml()}\n---\n\n# {given.get('model_name') or name}\n{table}"
 
 
-def _metadata(settings: Mapping[str, Any], base: Mapping[str, Any], measured: Any) -> str:
+def _metadata(settings: Mapping[str, Any], base: Mapping[str, Any], result: EvalResult | None) -> str:
     from huggingface_hub import ModelCardData
 
     hub_data = _hub_dataset(settings)
@@ -189,11 +147,34 @@ def _metadata(settings: Mapping[str, Any], base: Mapping[str, Any], measured: An
         pipeline_tag="text-generation",
         tags=["tensorflow", "tfclm"],
         datasets=[hub_data] if hub_data else None,
-        model_name=_name(settings) if measured else None,
-        eval_results=[measured] if measured else None,
+        model_name=_name(settings) if result else None,
+        eval_results=[result] if result else None,
         **{key: value for key, value in base.items() if key != "unread"},
     )
     return f"---\n{data.to_yaml()}\n---\n\n# {_name(settings)}"
+
+
+def _eval_result(results: Mapping[str, Any], settings: Mapping[str, Any]) -> EvalResult | None:
+    """The perplexity as metadata; None if it is not finite."""
+    from huggingface_hub import EvalResult
+
+    if not math.isfinite(results["perplexity"] or math.inf):
+        return None
+    protocol = results["protocol"]
+    dataset, validation = _hub_dataset(settings), _validation(protocol)
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset or "text",
+        dataset_name=dataset or _source(protocol),
+        dataset_config=settings["dataset_config"],
+        dataset_revision=settings["dataset_revision"],
+        dataset_split=validation.split(" ")[1] if validation.startswith("split ") else None,
+        dataset_args={"validation": validation},
+        metric_type="perplexity",
+        metric_name="validation perplexity",
+        metric_value=round(results["perplexity"], 4),
+        metric_args={name: protocol[name] for name in ("block_size", "separator", "dropped_tokens")},
+    )
 
 
 def _name(settings: Mapping[str, Any]) -> str:
@@ -208,24 +189,24 @@ def _hub_dataset(settings: Mapping[str, Any]) -> str | None:
 
 def _origin(settings: Mapping[str, Any], base: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
     scratch = settings["model"] == "scratch"
-    made = "A small GPT-2 trained from scratch" if scratch else f"Fine-tuned from {_base(settings, base)}"
-    return f"{made} on {_source(protocol)}{_split(protocol)}."
+    training = "A small GPT-2 trained from scratch" if scratch else f"Fine-tuned from {_base(settings, base)}"
+    return f"{training} on {_source(protocol)}{_split(protocol)}."
 
 
 def _base(settings: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    return str(base.get("base_model") or f"the local model {_last(settings['model'])}")
+    return str(base.get("base_model") or f"the local model {_strip_folders(settings['model'])}")
 
 
 def _source(protocol: Mapping[str, Any]) -> str:
-    """Where the training text is from; of files their names alone, for where they lie is nobody's business."""
+    """The source of the training text; of files only the names, because the card may be published."""
     source = protocol["source"]
     if isinstance(source, list | tuple):
         return _names(source)
-    return "Python's own documentation (python-docs)" if source == "python-docs" else _last(source)
+    return "Python's own documentation (python-docs)" if source == "python-docs" else _strip_folders(source)
 
 
 def _split(protocol: Mapping[str, Any]) -> str:
-    """Files have no split."""
+    """The split as the end of a phrase; empty for files, which have none."""
     return f", split {protocol['split']}" if protocol["split"] is not None else ""
 
 
@@ -235,14 +216,14 @@ def _validation(protocol: Mapping[str, Any]) -> str:
 
 
 def _names(paths: Sequence[str]) -> str:
-    """The names of files, the first few of many."""
+    """A phrase with the names of the first files."""
     names = [Path(path).name for path in paths]
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return f"{'the file' if len(names) == 1 else f'{len(names)} files:'} {', '.join(names[:MOST_NAMES])}{more}"
+    more = f" and {len(names) - MAX_FILE_NAMES} more" if len(names) > MAX_FILE_NAMES else ""
+    return f"{'the file' if len(names) == 1 else f'{len(names)} files:'} {', '.join(names[:MAX_FILE_NAMES])}{more}"
 
 
-def _last(value: Any) -> Any:
-    """A path without the folders of this machine above it; anything else as it is."""
+def _strip_folders(value: Any) -> Any:
+    """The last part of an absolute path; anything else unchanged."""
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
@@ -251,10 +232,10 @@ def _table(epochs: Sequence[Mapping[str, Any]], before: float | None) -> str:
     if before is not None:
         rows.append(f"| 0 | 0 | | {_number(math.log(before), 4)} | {_number(before)} |")
     for epoch in epochs:
-        loss, own = epoch.get("val_loss"), epoch.get("loss")
-        perplexity = None if loss is None else exp(loss)
-        shown = (_number(own, 4), _number(loss, 4), _number(perplexity))
-        rows.append(f"| {epoch['epoch']} | {epoch['step']} | {' | '.join(shown)} |")
+        loss, val_loss = epoch.get("loss"), epoch.get("val_loss")
+        perplexity = None if val_loss is None else exp(val_loss)
+        cells = (_number(loss, 4), _number(val_loss, 4), _number(perplexity))
+        rows.append(f"| {epoch['epoch']} | {epoch['step']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -266,9 +247,9 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 def _weights(train: Mapping[str, Any]) -> str:
     step, epoch = train["best_step"], train["best_epoch"]
-    where = f"those after epoch {epoch} (step {step})" if epoch else f"those after step {step}, inside an epoch"
+    where = f"those after epoch {epoch} (step {step})" if epoch else f"those after step {step}, within an epoch"
     ended = f"; training ended early: {train['diverged']}" if train["diverged"] else ""
-    return (where if step else "those that training began with") + ended
+    return (where if step else "the initial ones") + ended
 
 
 def _data(protocol: Mapping[str, Any], train: Mapping[str, Any]) -> str:
@@ -288,34 +269,35 @@ def _documents(count: int) -> str:
 
 def _use(settings: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     hub = settings["push_to_hub"]
-    where = hub or _last(settings["output_dir"])
+    where = hub or _strip_folders(settings["output_dir"])
     served = f"serving_models/{_name(settings)}"
     if hub:
-        serve = f"""a version that a stock server hosts. If this repository has a `saved_model.zip`, that is one, \
-ready to serve: `python -m tfclm.serve --hub {hub}`, or unpacked into the server's model folder."""
+        serve = f"""a version that an unmodified server hosts. If this repository has a \
+`saved_model.zip`, that is such a version: serve it by `python -m tfclm.serve --hub {hub}`, or unpack it into the \
+server's model directory."""
     else:
-        serve = f"""a version that a stock server hosts, or `python -m tfclm.serve --model_name={_name(settings)} \
---model_base_path={served}`."""
+        serve = f"""a version that an unmodified server hosts, or `python -m tfclm.serve \
+--model_name={_name(settings)} --model_base_path={served}`."""
     if settings["model"] == "scratch":
-        licence = "It was trained from scratch; which licence it may have follows from the texts it was trained on."
+        license = "It was trained from scratch: its license depends on the texts that it was trained on."
     elif base.get("license"):
-        licence = f"The licence is that of {_base(settings, base)}: {base.get('license_name') or base['license']}."
+        license = f"The license is that of {_base(settings, base)}: {base.get('license_name') or base['license']}."
     else:
-        licence = (
-            f"The card of {_base(settings, base)} names no licence, or could not be read: ask there before you use the "
-            "model."
+        license = (
+            f"The card of {_base(settings, base)} names no license, or could not be read: ask its authors before you "
+            "use the model."
         )
     return f"""## Intended use
 
-To continue text of the kind that it was trained on. It states what is likely, not what is true, and repeats what is \
-wrong or unfair in its texts; it has not been tuned to follow instructions or to refuse any. {licence}
+To continue text like that it was trained on. Its output is likely, not necessarily true, and repeats errors and \
+biases of its training text. The model is not tuned to follow or to refuse instructions. {license}
 
 ## How to load it
 
 ```python
 from transformers import pipeline
 
-# Without PyTorch installed, transformers 4.54 trips over its own default of torch_dtype; hence the None.
+# torch_dtype=None: without PyTorch, transformers 4.54 fails on its own default.
 generator = pipeline("text-generation", model="{where}", torch_dtype=None)
 print(generator("Once", max_new_tokens=50)[0]["generated_text"])
 ```
@@ -325,14 +307,14 @@ For TensorFlow Serving, `python -m tfclm.export --model {where} --serving-dir {s
 
 
 def _record(settings: Mapping[str, Any], used: Mapping[str, str]) -> str:
-    shown = {
-        name: [_last(each) for each in value] if isinstance(value, list) else _last(value)
+    public = {
+        name: [_strip_folders(each) for each in value] if isinstance(value, list) else _strip_folders(value)
         for name, value in settings.items()
     }
     return f"""## Settings
 
 ```yaml
-{to_yaml(shown)}```
+{to_yaml(public)}```
 
 ## Versions
 

@@ -1,4 +1,4 @@
-"""What goes into the graph, and how a finished version is validated and published."""
+"""Exporting: the graph of a SavedModel, its tokenizer, and how a finished version is checked and published."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Exported", "export_saved_model"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, so that the settings of a command can be read without TensorFlow.
+    # Imported on first use: reading a command's settings must not import TensorFlow.
     if name in __all__:
         from tfclm.savedmodel import exporting
 

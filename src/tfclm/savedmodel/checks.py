@@ -1,6 +1,6 @@
-"""Refusals inside of the graph: an assertion whose message names the input and the row.
+"""Checks of requests inside the graph: assertions whose messages name the input and the row.
 
-A server checks neither rank nor shape, and hands the text of a failed assertion to the client.
+A server checks neither rank nor shape, and returns the message of a failed assertion to the client.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ Tensor = Any
 
 
 def require(condition: Tensor, value: Tensor, name: str, problem: str | Tensor) -> Tensor:
-    """`value` [B, ...], where `condition` bool [B] holds for every row; else "name[row] problem"."""
+    """`value` [B, ...] if `condition` bool [B] holds for every row; else fails with "name[row] problem"."""
     with tf.device("CPU:0"):
-        # Joined, because a row that is at fault may not be there at all.
+        # Joined, because there may be no such row.
         row = tf.strings.reduce_join(tf.strings.as_string(tf.where(~condition)[:1, 0]))
         message = tf.strings.join([f"{name}[", row, "] ", problem])
         with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(condition), [message])]):
@@ -25,9 +25,9 @@ def require(condition: Tensor, value: Tensor, name: str, problem: str | Tensor) 
 
 
 def require_at_most(amount: Tensor, limit: int, value: Tensor, name: str, unit: str) -> Tensor:
-    """`value` if the request's `amount`, a scalar integer, is at most `limit`; else "name has AMOUNT UNIT".
+    """`value` if the request's `amount`, a scalar integer, is at most `limit`; else fails with "name has AMOUNT UNIT".
 
-    What is computed from the result is not computed, and takes no memory, for a request above the limit.
+    Ops that use the result do not run, and take no memory, for a request above the limit.
     """
     with tf.device("CPU:0"):
         message = tf.strings.join([f"{name} has ", tf.strings.as_string(amount), f" {unit}: give at most {limit}"])
@@ -36,14 +36,14 @@ def require_at_most(amount: Tensor, limit: int, value: Tensor, name: str, unit: 
 
 
 def ranked(value: Tensor, name: str, rank: int, max_rows: int) -> Tensor:
-    """`value` of this rank, 1 or 2, and with 1 to `max_rows` rows."""
+    """`value` if it has this rank, 1 or 2, and 1 to `max_rows` rows."""
     actual = tf.rank(value)
     shape = "[B]" if rank == 1 else "[B, L]"
     message = tf.strings.join([f"{name} has rank ", tf.strings.as_string(actual), f": give rank {rank}, {shape}"])
     with tf.control_dependencies([tf.debugging.Assert(tf.equal(actual, rank), [message])]):
         rows = tf.shape(value)[:1]
     with tf.control_dependencies(
-        [tf.debugging.Assert(tf.reduce_all(rows > 0), [f"{name} is empty: give a row at least"])]
+        [tf.debugging.Assert(tf.reduce_all(rows > 0), [f"{name} is empty: give at least one row"])]
     ):
         value = tf.identity(value)
     value.set_shape([None] * rank)
@@ -51,7 +51,7 @@ def ranked(value: Tensor, name: str, rank: int, max_rows: int) -> Tensor:
 
 
 def broadcast(value: Tensor, name: str, batch: Tensor) -> Tensor:
-    """A knob of one value, or of one a row, as [B]."""
+    """A parameter with one value, or one value per row, as [B]."""
     value = tf.reshape(value, [-1])
     size = tf.size(value)
     message = tf.strings.join(
@@ -60,7 +60,7 @@ def broadcast(value: Tensor, name: str, batch: Tensor) -> Tensor:
             tf.strings.as_string(size),
             " values for ",
             tf.strings.as_string(batch),
-            " rows: give one, or one a row",
+            " rows: give one, or one per row",
         ]
     )
     with tf.control_dependencies([tf.debugging.Assert((size == 1) | (size == batch), [message])]):

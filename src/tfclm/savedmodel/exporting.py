@@ -1,4 +1,4 @@
-"""From a model to a published version: build, write, gate, canary, publish."""
+"""Exports a model and publishes it: build, gate, write, canary, compare, record, publish."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tfclm.disk import copy_folder
 from tfclm.errors import InputError
@@ -18,16 +18,28 @@ from tfclm.savedmodel.graph.signatures import GenerationModule
 from tfclm.savedmodel.publishing import canary, comparison, gate
 from tfclm.savedmodel.publishing.canary import CanaryFailed
 from tfclm.savedmodel.publishing.gate import Gate, GateFailed, PerplexityResult, QuantizationLoss
-from tfclm.savedmodel.publishing.versions import address, check_place, publish, staged
+from tfclm.savedmodel.publishing.versions import ServingDirectory
 from tfclm.savedmodel.settings import ServableSettings
 from tfclm.settings import record
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
+
 __all__ = ["Exported", "export_saved_model", "publish_exported"]
+
+Log = Callable[[str], None]
+Measure = Callable[["TFPreTrainedModel"], PerplexityResult | None]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A published version: its number, its folder or address, and its record."""
+    """A published version.
+
+    Attributes:
+        version: its number.
+        path: its directory or address.
+        record: what its assets.extra/tfclm.json holds.
+    """
 
     version: int
     path: str
@@ -35,214 +47,298 @@ class Exported:
 
 
 def export_saved_model(
-    model: Any,
-    tokenizer: Any,
-    serving_dir: str | os.PathLike[str],
+    model: TFPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    serving_dir: str | os.PathLike[str] | ServingDirectory,
     settings: ServableSettings | None = None,
     *,
     version: int | None = None,
     recorded: PerplexityResult | None = None,
-    measure: Callable[[Any], PerplexityResult | None] | None = None,
+    measure: Measure | None = None,
     limits: Gate | None = None,
     texts: Callable[[], Iterable[str]] | None = None,
     source: Mapping[str, Any] | None = None,
-    log: Callable[[str], None] | None = None,
+    log: Log | None = None,
 ) -> Exported:
-    """Writes the next version of a servable that TensorFlow Serving hosts as it is: text in, text out.
+    """Publishes a model as the next version of a SavedModel that unmodified TensorFlow Serving hosts.
+
+    The SavedModel takes and gives text: tokenizer, generation and detokenizer are in its graph.
 
     Args:
         model: a TensorFlow causal LM of transformers.
         tokenizer: its fast tokenizer.
-        serving_dir: the servable's folder, or an address that TensorFlow knows (gs://, s3://); versions are below it.
-        settings: defaults, limits and compilation; `ServableSettings()` if not given.
-        version: the version's number; the highest there plus 1 if not given.
-        recorded: the model's perplexity, where it is known already.
-        measure: gives a model's perplexity on some text, and is asked if none is recorded. It is asked of smaller
-            weights too: the gate and the record go by the model's perplexity times what they cost on that text.
-        limits: what the perplexity must meet.
-        texts: gives the documents that the new version and the one served now are both scored on, where
-            `max_regression` is asked for. Without them, and where one of the two has no signature `score`, the served
-            version's record is compared with.
+        serving_dir: the model directory, or an address that TensorFlow knows (gs://, s3://), with one numbered
+            subdirectory per version.
+        settings: defaults of the signatures, limits and compilation; `ServableSettings()` if None.
+        version: number of the version; the highest there plus 1 if None.
+        recorded: the model's perplexity, if it is known already.
+        measure: returns the perplexity of a model on some text; called if none is recorded. With smaller weights, it
+            is also called for these: gate and record use the model's perplexity times the ratio measured on that text.
+        limits: what the perplexity must meet; no limits if None.
+        texts: returns the documents that the new version and the served one are both scored on for `max_regression`.
+            Without them, and where one of the two has no signature `score`, the served version's record is used.
         source: where the model came from, for the record.
         log: gets a line of progress now and then.
 
     Returns:
-        What was published.
+        The published version.
 
     Raises:
-        InputError: a setting or a tokenizer that cannot be exported exactly, or a directory that cannot be written.
+        InputError: a setting is out of range, the tokenizer cannot be exported exactly, or the directory cannot be
+            written.
         GateFailed: the perplexity is too high; nothing was published.
-        CanaryFailed: the finished version does not do what the model does; nothing was published.
+        CanaryFailed: the finished version does not behave as the model does; nothing was published.
+
+    Example:
+        >>> model, tokenizer = tfclm.load("runs/eli5")
+        >>> tfclm.export_saved_model(model, tokenizer, "serving_models/eli5").path
+        'serving_models/eli5/1'
     """
     settings, limits, log = settings or ServableSettings(), limits or Gate(), log or _log_nothing
-    measure = measure or _measure_nothing
     settings.check()
     limits.check()
-    where = address(serving_dir)
-    check_place(where, version)
-    served = gate.served_record(where, limits)
-    by_text = texts is not None and gate.can_be_measured(served)
-    # What is decided before there is a version to score a text with.
-    first = replace(limits, max_regression=None) if by_text else limits
-    gate.check_comparable(first, served)
-    verdicts = _Verdicts(where, dict(source or {}))
-    smaller = settings.weights != "float32"
-    if recorded is not None:  # what it decides is known before anything is built
-        gate.check_comparable(first, served, recorded.protocol, recorded.tokens)
-        if not smaller:
-            verdicts.require(gate.decide(first, recorded, served))
-    began = time.monotonic()
+    directory = ServingDirectory.open(serving_dir, version)
+    verdicts = _Verdicts(directory, dict(source or {}))
+    served = gate.served_record(directory, limits)
+    if not gate.can_be_measured(served):
+        texts = None
+    _check_early(verdicts, limits, served, recorded, texts, final=settings.weights == "float32")
+
+    started = time.monotonic()
     servable = GenerationModule(model, tokenizer, settings)
     if servable.tokenizer_problem is not None:
         log(f"generate_tokens alone is exported: {servable.tokenizer_problem}")
-        by_text, first = False, limits
-    network = servable.network
-    exact = recorded if recorded is not None else measure(model)
-    measured, cost = exact, None
-    if smaller:
-        cost = _cost(measure(model) if recorded is not None else exact, measure(network.model))
-        measured = cost.applied(exact) if cost is not None and exact is not None else None
-    verdict = gate.decide(first, measured, served)
+        texts = None
+    perplexities = _measure(model, servable, recorded, measure or _measure_nothing)
+    verdict = gate.decide(_decided_by_records(limits, texts), perplexities.exported, served)
     verdicts.require(verdict)
-    prompts = canary.make_prompts(network.model, network.vocab_size, network.context, servable.eos_ids, servable.limit)
-    samples = canary.make_texts(tokenizer, network.context) if servable.tokenizer_problem is None else []
-    with staged(where, log) as folder:
+    expected = _Expected.of(servable, tokenizer)
+    with directory.staged(log) as folder:
         log("writing the SavedModel")
         saving.write(servable, folder)
         records = warmup.write(servable, folder)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - started
         log(f"verifying it in a separate process ({records} warm-up records)")
         with verdicts.of_canary(verdict):
-            checked = canary.validate(folder, prompts, samples, xla=settings.compile == "xla")
-            if by_text and texts is not None:
-                scored = comparison.pieces(texts(), tokenizer)
-                log(f"scoring {len(scored)} texts with this version and with the one served now")
-                compared = comparison.compare(str(folder), str(gate.served_version(where)), scored)
-                recorded_too = {"perplexity": measured.finite if measured is not None else None}
-                verdict = gate.decide_by_text(limits, recorded_too | verdict, compared)
+            xla = settings.compile == "xla"
+            checked = canary.validate(folder, expected.prompts, expected.texts, xla=xla, log=log)
+            if texts is not None:
+                scored = comparison.split_documents(texts(), tokenizer)
+                log(f"scoring {len(scored)} texts with this version and the served one")
+                compared = comparison.compare(str(folder), str(directory.served()), scored)
+                verdict = gate.decide_by_text(limits, perplexities.recorded() | verdict, compared)
         verdicts.require(verdict)
         entries = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "source": dict(source or {}),
-            "model_type": model.config.model_type,
-            "perplexity": measured.finite if measured else None,
-            "float32_perplexity": exact.finite if exact else None,
-            "tokens": measured.tokens if measured else None,
-            "protocol": dict(measured.protocol) if measured else None,
-            "weights_cost": cost.record() if cost else None,
-            "tokenizer": type(tokenizer).__name__ if servable.tokenizer_problem is None else None,
-            "signatures": servable.names,
-            "settings": {name: value for name, value in record(settings).items() if hasattr(ServableSettings, name)},
-            "defaults": vars(servable.defaults),
-            "max_new_tokens_limit": servable.limit,
-            "max_request_tokens": servable.max_request_tokens,
-            "context": network.context,
-            "buckets": servable.buckets,
+            "source": verdicts.source,
+            **_describe(servable, tokenizer, perplexities),
             "gate": verdict,
-            "canary": {"prompts": len(prompts), "texts": len(samples), **checked},
+            "canary": {"prompts": len(expected.prompts), "texts": len(expected.texts), **checked},
             "export_seconds": round(seconds, 1),
             "peak_memory_mib": canary.peak_memory_mib(),
-            "saved_model_bytes": (folder / "saved_model.pb").stat().st_size,
-            "size_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            **_sizes(folder),
             "versions": {name: metadata.version(name) for name in ("tfclm", "tensorflow", "tf-keras", "transformers")},
         }
         saving.write_record(folder, entries)
-        number = publish(folder, where, version)
+        number = directory.publish(folder)
     verdicts.published(verdict, number, log)
-    return Exported(number, f"{where}/{number}", entries)
+    return Exported(number, f"{directory}/{number}", entries)
 
 
 def publish_exported(
     exported: Path,
-    serving_dir: str | os.PathLike[str],
+    serving_dir: str | os.PathLike[str] | ServingDirectory,
     *,
     version: int | None = None,
     limits: Gate | None = None,
     source: Mapping[str, Any] | None = None,
-    log: Callable[[str], None] | None = None,
+    log: Log | None = None,
 ) -> Exported:
-    """Makes a version that was exported elsewhere the next one here, if its record passes the gate.
+    """Publishes a version that was exported elsewhere, if its record passes the gate.
 
     Args:
-        exported: the version's folder. There is no Python model to compare it with: the canary replays its warm-up
+        exported: the version's directory. There is no Python model to compare it with: the canary replays its warm-up
             records.
-        serving_dir: where it goes to, as for `export_saved_model`.
-        version: its number here; the highest there plus 1 if not given.
-        limits: what the recorded perplexity must meet.
+        serving_dir: as for `export_saved_model`.
+        version: its number here; the highest there plus 1 if None.
+        limits: what the recorded perplexity must meet; no limits if None.
         source: where it came from, for the verdict.
         log: gets a line of progress now and then.
 
+    Returns:
+        The published version.
+
     Raises:
-        InputError: a damaged record, one without the perplexity that is asked for, or a directory that cannot be
+        InputError: the record is damaged or lacks the perplexity that a limit needs, or the directory cannot be
             written.
         GateFailed: the perplexity is too high; nothing was published.
-        CanaryFailed: it cannot be loaded, or a warm-up record fails; nothing was published.
+        CanaryFailed: the version does not load, or a warm-up record fails; nothing was published.
+
+    Example:
+        >>> publish_exported(Path("downloads/7"), "serving_models/eli5").path
+        'serving_models/eli5/1'
     """
     limits, log = limits or Gate(), log or _log_nothing
     limits.check()
-    where = address(serving_dir)
-    check_place(where, version)
+    directory = ServingDirectory.open(serving_dir, version)
     entries = gate.read_record(str(exported))
     measured = None
     if entries.get("perplexity") is not None:
         measured = PerplexityResult(entries["perplexity"], entries.get("tokens"), entries.get("protocol") or {})
     elif limits != Gate():
-        raise InputError("the gate needs a perplexity, and the exported model's record has none: leave out the limits")
-    verdicts = _Verdicts(where, {**(entries.get("source") or {}), **(source or {})})
-    verdict = gate.decide(limits, measured, gate.served_record(where, limits))
+        raise InputError(
+            "the gate needs a perplexity, and the exported model's record has none: leave out `max_perplexity` and "
+            "`max_regression`"
+        )
+    verdicts = _Verdicts(directory, {**(entries.get("source") or {}), **(source or {})})
+    verdict = gate.decide(limits, measured, gate.served_record(directory, limits))
     verdicts.require(verdict)
-    with staged(where, log) as folder:
+    with directory.staged(log) as folder:
         copy_folder(exported, folder)
         log("verifying it in a separate process")
         with verdicts.of_canary(verdict):
-            canary.validate(folder, xla=(entries.get("settings") or {}).get("compile") == "xla")
-        number = publish(folder, where, version)
+            canary.validate(folder, xla=(entries.get("settings") or {}).get("compile") == "xla", log=log)
+        number = directory.publish(folder)
     verdicts.published(verdict, number, log)
-    return Exported(number, f"{where}/{number}", entries)
+    return Exported(number, f"{directory}/{number}", entries)
 
 
 def _log_nothing(line: str) -> None:
     pass
 
 
-def _measure_nothing(model: Any) -> PerplexityResult | None:
+def _measure_nothing(model: TFPreTrainedModel) -> PerplexityResult | None:
     return None
-
-
-def _cost(exact: PerplexityResult | None, smaller: PerplexityResult | None) -> QuantizationLoss | None:
-    return QuantizationLoss(exact, smaller) if exact is not None and smaller is not None else None
 
 
 @dataclass(frozen=True)
 class _Verdicts:
-    """Those on one model, which are written down whatever they are."""
+    """Records every verdict on one model, whether it passed or not."""
 
-    where: str
+    directory: ServingDirectory
     source: dict[str, Any]
 
     def require(self, verdict: Mapping[str, Any]) -> None:
-        """Goes on if the gate lets the model pass."""
+        """Raises GateFailed if the gate did not let the model pass."""
         if not verdict["passed"]:
             raise GateFailed(f"not published: {verdict['reason']} ({self._write(verdict)})")
 
     @contextmanager
     def of_canary(self, verdict: Mapping[str, Any]) -> Iterator[None]:
-        """Goes on if the canary, which is asked inside, lets it pass too."""
+        """Records that the canary, which runs inside, refused a model that had passed so far."""
         try:
             yield
         except CanaryFailed as error:
-            kept = self._write({**verdict, "passed": False, "reason": str(error)})
-            raise CanaryFailed(f"not published: {error} ({kept})") from error
+            written = self._write({**verdict, "passed": False, "reason": str(error)})
+            raise CanaryFailed(f"not published: {error} ({written})") from error
 
-    def published(self, verdict: Mapping[str, Any], version: int, log: Callable[[str], None]) -> None:
-        """Writes the verdict of a version that may be served by now, and whose own record holds it too."""
+    def published(self, verdict: Mapping[str, Any], version: int, log: Log) -> None:
+        """Records the verdict on a published version; a failure is only logged, its record holds the verdict too."""
         try:
-            gate.record_verdict(self.where, {**verdict, "version": version, "source": self.source})
+            gate.record_verdict(self.directory, {**verdict, "version": version, "source": self.source})
         except InputError as error:
             log(f"version {version} is published, but {error}")
 
     def _write(self, verdict: Mapping[str, Any]) -> str:
         try:
-            return f"the verdict is in {gate.record_verdict(self.where, {**verdict, 'source': self.source})}"
+            return f"the verdict is in {gate.record_verdict(self.directory, {**verdict, 'source': self.source})}"
         except InputError as error:
             return str(error)
+
+
+def _decided_by_records(limits: Gate, texts: Callable[[], Iterable[str]] | None) -> Gate:
+    """The limits that are decided before a version is written: not the regression, if both score the same texts."""
+    return limits if texts is None else replace(limits, max_regression=None)
+
+
+def _check_early(
+    verdicts: _Verdicts,
+    limits: Gate,
+    served: Mapping[str, Any],
+    recorded: PerplexityResult | None,
+    texts: Callable[[], Iterable[str]] | None,
+    *,
+    final: bool,
+) -> None:
+    """Refuses what can be refused before the graph is built; `final` if the recorded perplexity is the exported one."""
+    by_records = _decided_by_records(limits, texts)
+    gate.check_comparable(by_records, served)
+    if recorded is not None:
+        gate.check_comparable(by_records, served, recorded.protocol, recorded.tokens)
+        if final:
+            verdicts.require(gate.decide(by_records, recorded, served))
+
+
+@dataclass(frozen=True)
+class _Perplexities:
+    """The perplexity of the float32 weights, that of the exported ones, and the loss between them if they differ."""
+
+    float32: PerplexityResult | None
+    exported: PerplexityResult | None
+    loss: QuantizationLoss | None
+
+    def recorded(self) -> dict[str, float | None]:
+        """The exported perplexity as a verdict holds it."""
+        return {"perplexity": self.exported.finite if self.exported is not None else None}
+
+
+def _measure(
+    model: TFPreTrainedModel, servable: GenerationModule, recorded: PerplexityResult | None, measure: Measure
+) -> _Perplexities:
+    """Measures what is not recorded; smaller weights always, next to the float32 weights on the same text."""
+    exact = recorded if recorded is not None else measure(model)
+    if servable.settings.weights == "float32":
+        return _Perplexities(exact, exact, None)
+    before = measure(model) if recorded is not None else exact
+    after = measure(servable.network.model)
+    if before is None or after is None or exact is None:
+        return _Perplexities(exact, None, None)
+    loss = QuantizationLoss(before, after)
+    return _Perplexities(exact, loss.applied(exact), loss)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What the canary asks the version, with the answers of the Python model and its tokenizer."""
+
+    prompts: list[canary.Prompt]
+    texts: list[canary.Text]
+
+    @classmethod
+    def of(cls, servable: GenerationModule, tokenizer: PreTrainedTokenizerBase) -> _Expected:
+        network = servable.network
+        return cls(
+            canary.make_prompts(network.model, network.vocab_size, network.context, servable.eos_ids, servable.limit),
+            [] if servable.tokenizer_problem is not None else canary.make_texts(tokenizer, network.context),
+        )
+
+
+def _describe(
+    servable: GenerationModule, tokenizer: PreTrainedTokenizerBase, perplexities: _Perplexities
+) -> dict[str, Any]:
+    """The entries of a version's record about the model and its signatures."""
+    measured, exact, settings = perplexities.exported, perplexities.float32, servable.settings
+    return {
+        "model_type": servable.network.model.config.model_type,
+        "perplexity": measured.finite if measured else None,
+        "float32_perplexity": exact.finite if exact else None,
+        "tokens": measured.tokens if measured else None,
+        "protocol": dict(measured.protocol) if measured else None,
+        "weights_cost": perplexities.loss.record() if perplexities.loss else None,
+        "tokenizer": type(tokenizer).__name__ if servable.tokenizer_problem is None else None,
+        "signatures": servable.names,
+        "settings": {name: value for name, value in record(settings).items() if hasattr(ServableSettings, name)},
+        "defaults": vars(servable.defaults),
+        "max_new_tokens_limit": servable.limit,
+        "max_request_tokens": servable.max_request_tokens,
+        "context": servable.network.context,
+        "buckets": servable.buckets,
+    }
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The entries of a version's record about its files, in bytes."""
+    return {
+        "saved_model_bytes": (folder / "saved_model.pb").stat().st_size,
+        "size_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+    }

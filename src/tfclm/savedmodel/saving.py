@@ -1,4 +1,4 @@
-"""Writing a servable as a SavedModel, with the record of where it came from."""
+"""Writes a `GenerationModule` as a SavedModel, with the record of where it came from."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ __all__ = ["RECORD", "read_record", "write", "write_record"]
 
 RECORD = "assets.extra/tfclm.json"
 
-# The inputs' ranks as clients are told; in the graph they are open, for it to refuse others itself.
+# The ranks of inputs in the signatures' metadata, 1 for all others. In the graph they are unknown, so that the graph
+# itself checks them.
 RANKS = {"input_ids": 2, "attention_mask": 2}
 
 
-def write(servable: GenerationModule, folder: Path) -> None:
+def write(module: GenerationModule, folder: Path) -> None:
     """Writes `saved_model.pb`, the fingerprint and the variables into a folder."""
-    # Without what Python's own loading would need beyond the signatures: other paths of this machine among it.
+    # No debug info: it holds paths of this machine.
     options = tf.saved_model.SaveOptions(save_debug_info=False)
-    tf.saved_model.save(servable, str(folder), signatures=servable.signatures(), options=options)
+    tf.saved_model.save(module, str(folder), signatures=module.signatures(), options=options)
     path = folder / "saved_model.pb"
     model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
     for graph in model.meta_graphs:
@@ -36,7 +37,7 @@ def write(servable: GenerationModule, folder: Path) -> None:
                     )
                 )
     path.write_bytes(model.SerializeToString(deterministic=True))
-    # TensorFlow's own, of the file that it wrote, would name another one in a server's metrics.
+    # TensorFlow's fingerprint is that of the file before this change; servers report it in their metrics.
     fingerprint = folder / FINGERPRINT_FILENAME
     if fingerprint.exists():
         fingerprint.write_bytes(create_fingerprint(str(folder)))
@@ -50,7 +51,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(version: str) -> dict[str, Any]:
-    """The record of a version's folder or address; empty where somebody else's export has none."""
+    """The record of a version's folder or address; empty for a SavedModel that was exported by other software."""
     path = f"{version.rstrip('/')}/{RECORD}"
     if not tf.io.gfile.exists(path):
         return {}

@@ -1,4 +1,4 @@
-"""What an exported model is told when it is made."""
+"""Settings of an exported model, and the default values of its sampling parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INT32 = 2**31 - 1
 DEFAULT_NEW_TOKENS = 100
 # The largest and the smallest normal float32.
 LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
-# Of whole numbers, the smallest and the largest.
+# The smallest and the largest value of each integer.
 RANGES = {
     "max_new_tokens": (1, INT32),
     "max_new_tokens_limit": (1, INT32),
@@ -30,64 +30,64 @@ RANGES = {
 class ServableSettings:
     """Settings of `export_saved_model`; None takes the checkpoint's generation_config."""
 
-    max_new_tokens: int | None = setting(None, "default of max_new_tokens; 100 if generation_config has none")
+    max_new_tokens: int | None = setting(None, "default of `max_new_tokens`; 100 if generation_config has none")
     max_new_tokens_limit: int | None = setting(
-        None, "the largest max_new_tokens that a request may ask for; what the context holds, with xla 256 at most"
+        None, "largest `max_new_tokens` of a request; the context size - 1 if not given, with xla 256 at most"
     )
-    temperature: float | None = setting(None, "default temperature; 0 is greedy, as where do_sample is false")
-    top_k: int | None = setting(None, "default of top_k; 0 is off")
-    top_p: float | None = setting(None, "default of top_p; 1 is off")
-    repetition_penalty: float | None = setting(None, "default repetition_penalty; 1 is off")
+    temperature: float | None = setting(None, "default of `temperature`; 0 = greedy, as with do_sample false")
+    top_k: int | None = setting(None, "default of `top_k`; 0 = off")
+    top_p: float | None = setting(None, "default of `top_p`; 1 = off")
+    repetition_penalty: float | None = setting(None, "default of `repetition_penalty`; 1 = off")
     truncate_prompts: bool = setting(
-        False, "cut the left side of a prompt until max_new_tokens more fit into the context"
+        False, "cut long prompts on the left, so that `max_new_tokens` more tokens fit into the context"
     )
-    max_batch_size: int = setting(8, "rows that are decoded together, of one request or several")
-    batch_timeout: float = setting(30.0, "milliseconds that a request waits for others to be decoded with")
-    max_request_rows: int = setting(4096, "rows that one request may have; the model refuses more")
+    max_batch_size: int = setting(8, "most rows that are decoded together, of one request or several")
+    batch_timeout: float = setting(30.0, "milliseconds that a request waits for others to be decoded together with")
+    max_request_rows: int = setting(4096, "most rows of a request; the model refuses more")
     max_request_tokens: int | None = setting(
         None,
-        "tokens that one request may have: its rows times the longest of them, and for texts 4 bytes per token; "
+        "most tokens of a request: its rows times the longest of them, and for texts 4 bytes per token; "
         "1048576, or a batch of full contexts if that is more",
     )
     compile: Literal["none", "xla"] = setting(
-        "none", "xla is faster, and for servers with --xla_cpu_compilation_enabled only"
+        "none", "xla is faster, but only servers started with --xla_cpu_compilation_enabled can run it"
     )
-    buckets: tuple[int, ...] = setting((), "with xla, the prompt lengths that are compiled for; 32, 128, 512 and so on")
+    buckets: tuple[int, ...] = setting(
+        (), "with xla, the prompt lengths that are compiled; if not given, 32, 128, 512 and so on"
+    )
     weights: Literal["float32", "bfloat16"] = setting(
-        "float32", "type that the weights are kept in; bfloat16 needs xla"
+        "float32", "type that the weights are stored in; bfloat16 needs xla"
     )
 
     def check(self) -> None:
-        """Raises InputError for a value out of its range, naming the flag."""
+        """Raises `InputError`, naming the field, for a value out of its range."""
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise InputError(f"--{name.replace('_', '-')} {value}: give {low} or more")
+                raise InputError(f"`{name}` {value}: give {low} or more")
             if value is not None and value > high:
-                raise InputError(f"--{name.replace('_', '-')} {value}: give {high} at most")
+                raise InputError(f"`{name}` {value}: give {high} at most")
         if self.temperature is not None and not 0 <= self.temperature <= LARGEST:
-            raise InputError(f"--temperature {self.temperature}: give 0, which is greedy, or more, 3.4e38 at most")
+            raise InputError(f"`temperature` {self.temperature}: give 0 (greedy) to 3.4e38")
         if self.top_p is not None and not SMALLEST <= self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: give a number from 1.2e-38 to 1, which is off")
+            raise InputError(f"`top_p` {self.top_p}: give 1.2e-38 to 1 (1 = off)")
         if self.repetition_penalty is not None and not SMALLEST <= self.repetition_penalty <= LARGEST:
-            raise InputError(
-                f"--repetition-penalty {self.repetition_penalty}: give a number from 1.2e-38 to 3.4e38; 1 is off"
-            )
+            raise InputError(f"`repetition_penalty` {self.repetition_penalty}: give 1.2e-38 to 3.4e38 (1 = off)")
         if not 0 <= self.batch_timeout <= 60_000:
-            raise InputError(f"--batch-timeout {self.batch_timeout}: give milliseconds, 0 to 60000")
+            raise InputError(f"`batch_timeout` {self.batch_timeout}: give 0 to 60000 milliseconds")
         if self.buckets and self.compile != "xla":
-            raise InputError("--buckets goes with --compile xla: otherwise a prompt of any length runs as it is")
+            raise InputError("`buckets` requires `compile` xla: without it, prompts are not padded to buckets")
         if any(size < 1 for size in self.buckets):
-            raise InputError(f"--buckets {' '.join(map(str, self.buckets))}: give numbers of tokens, 1 or more")
+            raise InputError(f"`buckets` {' '.join(map(str, self.buckets))}: give numbers of tokens, 1 or more")
         if self.weights != "float32" and self.compile != "xla":
             raise InputError(
-                f"--weights {self.weights} goes with --compile xla: not compiled, it is slower than float32"
+                f"`weights` {self.weights} requires `compile` xla: without it, {self.weights} is slower than float32"
             )
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """The value of each knob that a request does not give."""
+    """The values of the sampling parameters that a request does not give."""
 
     max_new_tokens: int
     temperature: float
@@ -96,7 +96,7 @@ class Defaults:
     repetition_penalty: float
 
 
-# What generation_config may ask for beyond the knobs, with the value that asks for nothing.
+# Other fields of generation_config that change the output, each with the value that turns it off.
 UNSUPPORTED: dict[str, Any] = {
     **generation.UNSUPPORTED,
     "diversity_penalty": 0.0,
@@ -113,36 +113,43 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 def defaults(settings: ServableSettings, generation_config: Any, limit: int) -> Defaults:
-    """The knobs' defaults: the settings', else those of the checkpoint's generation_config.
+    """The sampling parameters' default values, from the settings, else from the checkpoint's generation_config.
+
+    Args:
+        settings: of the export.
+        generation_config: of the model.
+        limit: the largest max_new_tokens.
 
     Raises:
-        InputError: generation_config asks for what the graph does not do.
+        InputError: generation_config asks for something that the graph does not support, or has a value out of range.
     """
     for name, off in UNSUPPORTED.items():
         value = getattr(generation_config, name, off)
         if value not in (off, None):
             raise InputError(
-                f"generation_config.json has {name} {value}, which an exported model does not do: take it out"
+                f"generation_config.json has {name} {value}, which an exported model does not support: remove it"
             )
     try:
-        made = _knobs(settings, generation_config, limit)
-        dataclasses.replace(settings, **vars(made)).check()
+        resolved = _resolve(settings, generation_config, limit)
+        dataclasses.replace(settings, **vars(resolved)).check()
     except (InputError, OverflowError) as error:
         raise InputError(f"generation_config.json has a value that no request may have: {error}") from error
-    # Its own default is 20.
+    # 20 is the default of max_length itself.
     given = settings.max_new_tokens or generation_config.max_new_tokens
     if given is None and getattr(generation_config, "max_length", None) not in (None, 20):
         raise InputError(
             f"generation_config.json has max_length {generation_config.max_length}, which counts the prompt: give "
-            "--max-new-tokens, which does not"
+            "`max_new_tokens`, which does not"
         )
     if settings.max_new_tokens is not None and settings.max_new_tokens > limit:
-        raise InputError(f"--max-new-tokens {settings.max_new_tokens}: the limit is {limit}")
-    return made
+        raise InputError(f"`max_new_tokens` {settings.max_new_tokens}: the limit is {limit}")
+    return resolved
 
 
-def _knobs(settings: ServableSettings, generation_config: Any, limit: int) -> Defaults:
+def _resolve(settings: ServableSettings, generation_config: Any, limit: int) -> Defaults:
     given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Defaults)}
     resolved = generation.resolve_parameters(generation_config, given)
-    new = resolved["max_new_tokens"]
-    return Defaults(**resolved | {"max_new_tokens": min(limit, DEFAULT_NEW_TOKENS if new is None else new)})
+    new_tokens = resolved["max_new_tokens"]
+    if new_tokens is None:
+        new_tokens = DEFAULT_NEW_TOKENS
+    return Defaults(**resolved | {"max_new_tokens": min(limit, new_tokens)})

@@ -1,1 +1,1 @@
-"""The embedded model server: TensorFlow Serving's REST and gRPC contract on the TensorFlow that is installed anyway."""
+"""The embedded model server: TensorFlow Serving's REST and gRPC APIs on the installed TensorFlow."""

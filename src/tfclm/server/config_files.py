@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +13,8 @@ from google.protobuf.message import Message
 from tensorflow_serving.config import model_server_config_pb2
 
 from tfclm.errors import InputError
+from tfclm.server.folders import misplaced_model
+from tfclm.server.status import invalid
 
 M = TypeVar("M", bound=Message)
 
@@ -19,7 +23,7 @@ METRICS_PATH = "/monitoring/prometheus/metrics"
 
 @dataclass(frozen=True)
 class Tls:
-    """Key, certificate and authority of the gRPC server, in PEM."""
+    """Key, certificate and certificate authority of the gRPC server, in PEM."""
 
     key: bytes
     certificate: bytes
@@ -29,7 +33,7 @@ class Tls:
 
 def read_models(path: str) -> Any:
     """Reads a ModelServerConfig."""
-    return _read("--model_config_file", path, model_server_config_pb2.ModelServerConfig())
+    return _read("model_config_file", path, model_server_config_pb2.ModelServerConfig())
 
 
 def single_model(name: str, base_path: str) -> Any:
@@ -41,40 +45,63 @@ def single_model(name: str, base_path: str) -> Any:
     return config
 
 
+def check_models(configs: Iterable[Any]) -> None:
+    """Raises StatusError, INVALID_ARGUMENT, for ModelConfigs that cannot be served."""
+    seen = set()
+    for model in configs:
+        if model.name in seen:
+            raise invalid(f"Illegal to list model {model.name} multiple times in config list")
+        seen.add(model.name)
+        if not os.path.isabs(model.base_path):
+            raise invalid(
+                f"Expected model {model.name} to have an absolute path or URI; got base_path()={model.base_path}"
+            )
+        platform = model.model_platform or ("tensorflow" if model.model_type == 1 else "")
+        if not platform:
+            raise invalid(
+                "Illegal setting neither ModelServerConfig::model_type (deprecated) nor "
+                f"ModelServerConfig::model_platform, model name is {model.name}"
+            )
+        if platform != "tensorflow":
+            raise invalid(f"Model {model.name} requests unsupported platform {platform}")
+        if mistake := misplaced_model(model.base_path):
+            raise invalid(f"base_path {model.base_path} of model {model.name} {mistake}")
+
+
 def read_metrics_path(path: str | None) -> str | None:
-    """Where the metrics are to be had, by a MonitoringConfig; None if nowhere."""
+    """The URL path of the metrics according to a MonitoringConfig; None if there are no metrics."""
     if path is None:
         return None
-    config = _read("--monitoring_config_file", path, _message("MonitoringConfig"))
+    config = _read("monitoring_config_file", path, _message("MonitoringConfig"))
     prometheus = config.prometheus_config
     return (prometheus.path or METRICS_PATH) if prometheus.enable else None
 
 
 def read_tls(path: str | None) -> Tls | None:
-    """Reads an SSLConfig; None if there is none."""
+    """Reads an SSLConfig; None if no path is given."""
     if path is None:
         return None
-    config = _read("--ssl_config_file", path, _message("SSLConfig"))
+    config = _read("ssl_config_file", path, _message("SSLConfig"))
     if not config.server_key or not config.server_cert:
-        raise InputError(f"--ssl_config_file {path}: give server_key and server_cert, the texts of two PEM files")
+        raise InputError(f"`ssl_config_file` {path}: give server_key and server_cert, the texts of two PEM files")
     authority = config.custom_ca.encode() or None
     if config.client_verify and authority is None:
-        raise InputError(f"--ssl_config_file {path}: client_verify needs custom_ca, the text of a PEM file")
+        raise InputError(f"`ssl_config_file` {path}: client_verify needs custom_ca, the text of a PEM file")
     return Tls(config.server_key.encode(), config.server_cert.encode(), authority, config.client_verify)
 
 
-def _read(flag: str, path: str, message: M) -> M:
+def _read(setting: str, path: str, message: M) -> M:
     try:
         text_format.Parse(Path(path).read_text(encoding="utf-8"), message)
     except OSError as error:
-        raise InputError(f"{flag} {path}: {error.strerror}") from error
+        raise InputError(f"`{setting}` {path}: {error.strerror}") from error
     except (text_format.ParseError, UnicodeDecodeError) as error:
         name = message.DESCRIPTOR.name
-        raise InputError(f"{flag} {path}: no {name} in protobuf's text format: {error}") from error
+        raise InputError(f"`{setting}` {path}: not a {name} in protobuf text format: {error}") from error
     return message
 
 
-# The API package of TensorFlow Serving leaves these two files out.
+# The tensorflow-serving-api package does not include these two files.
 _STRING, _BOOL = descriptor_pb2.FieldDescriptorProto.TYPE_STRING, descriptor_pb2.FieldDescriptorProto.TYPE_BOOL
 _FIELDS: dict[str, dict[str, int | str]] = {
     "PrometheusConfig": {"enable": _BOOL, "path": _STRING},

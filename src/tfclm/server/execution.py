@@ -1,4 +1,4 @@
-"""Runs of models: a kernel that runs cannot be interrupted, but whoever waits for it can be answered without it."""
+"""Runs of models: a kernel cannot be interrupted, but the caller who waits for it can be answered without it."""
 
 from __future__ import annotations
 
@@ -11,98 +11,118 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import tensorflow as tf
+
 from tfclm.server.status import Code, StatusError
 
 T = TypeVar("T")
 Step = Callable[[int, int], T]
-"""Runs a session in the thread pool of this number, within so many milliseconds (0 for no limit)."""
+"""Runs a session in the thread pool of this number, within this many milliseconds (0 for no limit)."""
 
-POOLS = 32
-MAX_ABANDONED = 64  # of a model
+THREAD_POOLS = 32
+MAX_ABANDONED_RUNS = 64  # per model
+# TensorFlow's messages about a batch that was cancelled, while it ran or before it began. client/transport.py has the
+# same list, because the client imports nothing of the server.
+_CANCELLED_BATCH = ("Loop execution was cancelled", "Missing 0-th output from", "cancelled before it was started")
 
 
 class Caller:
-    """Whoever waits for a request's answer. One object serves all that is done for the request."""
+    """The caller who waits for the answer to a request; one object is used for the whole request.
+
+    Args:
+        seconds: how long the caller waits; None for no limit.
+    """
 
     def __init__(self, seconds: float | None = None) -> None:
-        """`seconds` is how long the caller waits; None for as long as it takes."""
         self._deadline = None if seconds is None else time.monotonic() + seconds
-        self._left = False
-        self._news = threading.Event()
+        self._cancelled = False
+        self._notified = threading.Event()
 
-    def leave(self) -> None:
-        """The caller waits no longer; another thread may call it."""
-        self._left = True
-        self._news.set()
+    def cancel(self) -> None:
+        """The caller no longer waits; another thread may call this."""
+        self._cancelled = True
+        self._notified.set()
 
     def remaining(self) -> float | None:
         """The seconds that are left, more than 0; None for no limit.
 
         Raises:
-            StatusError: CANCELLED or DEADLINE_EXCEEDED: nobody waits any longer.
+            StatusError: CANCELLED or DEADLINE_EXCEEDED: the caller no longer waits.
         """
         if self._deadline is not None:
             seconds = self._deadline - time.monotonic()
             if seconds <= 0:
                 raise StatusError(Code.DEADLINE_EXCEEDED, "Timed out waiting for notification")
-        if self._left:
+        if self._cancelled:
             raise StatusError(Code.CANCELLED, "The caller cancelled the request")
         return seconds if self._deadline is not None else None
 
     def wait(self, done: Callable[[], bool]) -> bool:
-        """Waits until `done()`, which is announced by `notify`; gives False if the caller left or ran out of time."""
+        """Waits for `done()` to be true, checking after each `notify`; returns False if the caller stopped waiting."""
         while not done():
             try:
                 seconds = self.remaining()
             except StatusError:
                 return False
-            self._news.wait(seconds)
-            self._news.clear()
+            self._notified.wait(seconds)
+            self._notified.clear()
         return True
 
     def notify(self) -> None:
-        """Makes `wait` look again."""
-        self._news.set()
+        """Makes `wait` check again."""
+        self._notified.set()
 
 
 class Runs:
     """The runs of a server's sessions, each in a thread of its own.
 
-    TensorFlow ends a run whose time is up only between two kernels, and has no way to end one whose caller has gone.
-    Such a run is abandoned: its request is answered at once, and its thread goes on until the run ends. Runs do not
-    share a pool of inter-op threads as long as there is a free one, so that they do not wait for an abandoned one.
+    TensorFlow stops a run that timed out only between two kernels, and has no way to stop one whose caller has
+    cancelled. Such a run is abandoned: its request is answered at once, and its thread continues until the run ends.
+    Runs do not share a pool of inter-op threads while another pool is free, so they do not wait for an abandoned run.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
-        # Pool 0 is left to what TensorFlow schedules by itself.
-        self._users = [0] * (POOLS + 1)
+        # Runs per pool. Pool 0 is left to what TensorFlow schedules by itself.
+        self._pool_runs = [0] * (THREAD_POOLS + 1)
         self._abandoned: Counter[str] = Counter()
 
     @property
     def count(self) -> int:
-        """How many are under way, with those that are abandoned."""
-        return sum(self._users)
+        """The number of current runs, abandoned ones included."""
+        return sum(self._pool_runs)
 
     def run(self, model: str, step: Step[T], caller: Caller) -> T:
-        """Gives the result of a model's step, or raises its error.
+        """Runs a step of a model and returns its result; repeats it if it was cancelled because of another request.
+
+        TensorFlow runs a batch of several requests under the deadline of the last one. When that passes, the others
+        are cancelled, or get no output if the batch had not started.
 
         Raises:
-            StatusError: CANCELLED or DEADLINE_EXCEEDED, for a caller that does not wait any longer; UNAVAILABLE, where
-                too many abandoned runs of the model are under way.
+            StatusError: CANCELLED or DEADLINE_EXCEEDED, if the caller no longer waits; UNAVAILABLE, while too many
+                abandoned runs of the model are in progress.
         """
+        while True:
+            try:
+                return self._run_once(model, step, caller)
+            except (tf.errors.CancelledError, tf.errors.InternalError) as error:
+                if not any(words in error.message for words in _CANCELLED_BATCH):
+                    raise
+                caller.remaining()  # raises if it was this caller's own deadline
+
+    def _run_once(self, model: str, step: Step[T], caller: Caller) -> T:
         seconds = caller.remaining()
         with self._lock:
-            if self._abandoned[model] >= MAX_ABANDONED:
+            if self._abandoned[model] >= MAX_ABANDONED_RUNS:
                 raise StatusError(
                     Code.UNAVAILABLE,
-                    f"{self._abandoned[model]} runs of model {model} whose callers no longer wait are still under way; "
-                    "try again later",
+                    f"{self._abandoned[model]} runs of model {model} whose callers no longer wait are still in "
+                    "progress; try again later",
                 )
             worker = self._idle.pop() if self._idle else _Worker()
-            pool = min(range(1, len(self._users)), key=self._users.__getitem__)
-            self._users[pool] += 1
+            pool = min(range(1, len(self._pool_runs)), key=self._pool_runs.__getitem__)
+            self._pool_runs[pool] += 1
         job = _Job(model, step, pool, 0 if seconds is None else math.ceil(seconds * 1000), caller)
         worker.jobs.put(partial(self._work, job, worker))
         if not caller.wait(job.is_done):
@@ -117,7 +137,7 @@ class Runs:
             result: T = job.result
             return result
         finally:
-            # The error's traceback holds this frame.
+            # The error's traceback refers to this frame, which would keep the job in memory.
             del job
 
     def _work(self, job: _Job, worker: _Worker) -> None:
@@ -127,7 +147,7 @@ class Runs:
             job.error = error
         with self._lock:
             job.done = True
-            self._users[job.pool] -= 1
+            self._pool_runs[job.pool] -= 1
             self._abandoned[job.model] -= job.abandoned
             self._idle.append(worker)
         job.caller.notify()

@@ -1,4 +1,4 @@
-"""HTTP: sockets, bodies, limits and the access log around the REST API."""
+"""The HTTP server around the REST API: connections, bodies, limits and the access log."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ from tfclm.server.wire.jsontensor import write_error
 
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("tfclm.server.access")
-
 _http = logging.getLogger("tfclm.server.http")
+
+_UNKNOWN_METHOD = re.compile(rb"[A-Za-z-]+ ")
+_MIN_READ_BYTES = 2**14  # a client that reads this much of its waiting replies is not idle
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the listener takes on before it refuses.
+    """The limits of the listener.
 
-    A client has `read_seconds` to send a request, and as long to take some of a reply that waits for it. Large bodies
-    (`jsontext.LARGE_BYTES`) may have a quarter of the threads, and a quarter of the queue.
+    A client has `read_seconds` to send a request, and the same to read some of a waiting reply. Requests with a large
+    body (`jsonreader.LARGE_BYTES`) may use a quarter of the threads and a quarter of the queue.
     """
 
     threads: int
@@ -40,11 +42,11 @@ class Limits:
     body_bytes: int
     read_seconds: float
     connections: int = 1000
-    spare_seconds: float = 5.0  # after which a useless connection gives its place to a new one
+    idle_seconds: float = 5.0  # at the limit of connections, one idle for this long makes room for a new one
 
 
-class Refused(Exception):
-    """A request that is answered without being run."""
+class RequestRefused(Exception):
+    """A request that is not run but answered with an error."""
 
     def __init__(self, status: int, code: Code, message: str) -> None:
         super().__init__(message)
@@ -52,24 +54,24 @@ class Refused(Exception):
 
 
 class Listener:
-    """An HTTP server in a thread of its own, with another few threads that run requests."""
+    """An HTTP server in a thread of its own, and a pool of threads that run requests."""
 
     def __init__(self, api: RestApi, host: str, port: int, limits: Limits) -> None:
         self._api, self._host, self._port, self._limits = api, host, port, limits
         self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="tfclm-rest")
         self._running = 0  # requests that have a thread or wait for one
-        self._large = 0  # of those, the ones with a large body
-        self._large_places = asyncio.Semaphore(max(limits.threads // 4, 1))
-        self._most_large = max(limits.threads // 4, 1) + limits.queued // 4
-        self._buffered = 0  # bytes of bodies that are held
+        self._large = 0  # how many of these have a large body
+        self._large_slots = asyncio.Semaphore(max(limits.threads // 4, 1))
+        self._max_large = max(limits.threads // 4, 1) + limits.queued // 4
+        self._buffered = 0  # bytes of all bodies in memory
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tfclm-http", daemon=True)
 
     def start(self) -> int:
-        """Listens; gives the port.
+        """Listens; returns the port.
 
         Raises:
-            OSError: the port cannot be had.
+            OSError: the port is not available.
         """
         self._thread.start()
         try:
@@ -79,7 +81,7 @@ class Listener:
             raise
 
     def stop(self, grace_seconds: float) -> None:
-        """Stops listening, waits for the requests that run, at most `grace_seconds`, and closes what is open."""
+        """Stops listening, waits up to `grace_seconds` for current requests, and closes all connections."""
         asyncio.run_coroutine_threadsafe(self._close(grace_seconds), self._loop).result()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._end_loop()
@@ -90,7 +92,7 @@ class Listener:
         self._loop.close()
 
     async def _listen(self) -> int:
-        self._web = _Connections(
+        self._web = _HttpServer(
             self._handle,
             access_log=None,
             logger=_http,
@@ -113,16 +115,16 @@ class Listener:
         await self._web.shutdown(1)
 
     def _connection(self) -> asyncio.Protocol:
-        if self._web.count >= self._limits.connections and not self._web.drop_useless(self._limits.spare_seconds):
-            return _Busy()
+        if self._web.count >= self._limits.connections and not self._web.drop_idle(self._limits.idle_seconds):
+            return _RefusedConnection()
         self._web.count += 1
         return self._web()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._web.has_spoken(request.protocol)
+        self._web.request_received(request.protocol)
         start = time.perf_counter()
         received = 0
-        # What is left of a body that is not read would be taken for the next request.
+        # The unread rest of a body would be taken for the next request.
         close = request.can_read_body
         path = local_path(request.raw_path)
         try:
@@ -131,7 +133,7 @@ class Listener:
             elif request.can_read_body and request.headers.get("Expect", "100-continue").lower() != "100-continue":
                 reply = error_page(417)
             elif self._api.is_inference(request.method, path):
-                sent = await self._read(request)
+                sent = await self._read_body(request)
                 received, close = len(sent), False
                 gzip = "gzip" in request.headers.get("Content-Encoding", "")
                 try:
@@ -142,12 +144,12 @@ class Listener:
                 finally:
                     self._buffered -= received
             else:
-                # Quick, and asked by probes: never behind the queue.
+                # These are quick, and used by probes: they do not wait in the queue.
                 reply = self._answer(request, path, Body(limit=0))
-        except Refused as refused:
+        except RequestRefused as refused:
             headers = {"Content-Type": "application/json"}
             reply = Reply(refused.status, write_error(refused.message), headers, code=refused.code)
-            # The rest of the body is not wanted.
+            # The rest of the body is not read.
             close = True
         response = _response(reply)
         if close:
@@ -173,27 +175,27 @@ class Listener:
 
     async def _in_thread(self, request: web.BaseRequest, path: str, body: Body) -> Reply:
         full = self._running >= self._limits.threads + self._limits.queued
-        if full or (body.large and self._large >= self._most_large):
-            raise Refused(503, Code.UNAVAILABLE, "The server is overloaded; try again later")
+        if full or (body.large and self._large >= self._max_large):
+            raise RequestRefused(503, Code.UNAVAILABLE, "The server is overloaded; try again later")
         self._running += 1
         self._large += body.large
         try:
             if body.large:
-                await self._large_places.acquire()
+                await self._large_slots.acquire()
             job = self._loop.run_in_executor(self._threads, self._answer, request, path, body)
         except BaseException:
             self._running -= 1
             self._large -= body.large
             raise
         job.add_done_callback(partial(self._done, body.large))
-        # A client that goes away leaves its request in its thread: its place is taken until it is done.
+        # If the client disconnects, the request keeps its thread, and counts, until it is done.
         return await asyncio.shield(job)
 
     def _done(self, large: bool, job: asyncio.Future[Reply]) -> None:
         self._running -= 1
         self._large -= large
         if large:
-            self._large_places.release()
+            self._large_slots.release()
 
     def _answer(self, request: web.BaseRequest, path: str, body: Body) -> Reply:
         try:
@@ -201,11 +203,11 @@ class Listener:
         except Exception:
             _log.exception("a request failed: %s %s", request.method, path[:512])
             headers = {"Content-Type": "application/json"}
-            return Reply(500, write_error("Internal error; the server's log says more"), headers, code=Code.INTERNAL)
+            return Reply(500, write_error("Internal error; see the server's log"), headers, code=Code.INTERNAL)
 
-    async def _read(self, request: web.BaseRequest) -> bytes:
+    async def _read_body(self, request: web.BaseRequest) -> bytes:
         limit = self._limits.body_bytes
-        too_large = Refused(413, Code.INVALID_ARGUMENT, f"The request is larger than {limit} bytes")
+        too_large = RequestRefused(413, Code.INVALID_ARGUMENT, f"The request is larger than {limit} bytes")
         if (request.content_length or 0) > limit:
             raise too_large
         if request.headers.get("Expect", "").lower() == "100-continue":
@@ -214,85 +216,85 @@ class Listener:
             return await asyncio.wait_for(self._receive(request, too_large), self._limits.read_seconds)
         except asyncio.TimeoutError:
             message = f"The request did not arrive within {self._limits.read_seconds:g} s"
-            raise Refused(408, Code.DEADLINE_EXCEEDED, message) from None
+            raise RequestRefused(408, Code.DEADLINE_EXCEEDED, message) from None
 
-    async def _receive(self, request: web.BaseRequest, too_large: Refused) -> bytes:
+    async def _receive(self, request: web.BaseRequest, too_large: RequestRefused) -> bytes:
         pieces: list[bytes] = []
-        held = 0
+        size = 0
         try:
             while piece := await request.content.readany():
-                held += len(piece)
+                size += len(piece)
                 self._buffered += len(piece)
                 pieces.append(piece)
-                if held > self._limits.body_bytes:
+                if size > self._limits.body_bytes:
                     raise too_large
                 if self._buffered > 8 * self._limits.body_bytes:
-                    raise Refused(503, Code.UNAVAILABLE, "The server is overloaded; try again later")
+                    raise RequestRefused(503, Code.UNAVAILABLE, "The server is overloaded; try again later")
         except BaseException:
-            self._buffered -= held
+            self._buffered -= size
             raise
         return b"".join(pieces)
 
 
 @dataclass
 class _Connection:
-    """A connection, and since when it is of no use: no request has come, or replies wait for the client."""
+    """A connection, and since when it is idle: no request has arrived, or the client does not read its replies."""
 
     transport: asyncio.Transport
-    since: float
-    silent: bool = True  # no head of a request has come yet
-    unread: int = 0  # bytes of replies that the client does not take
+    idle_since: float
+    no_request: bool = True  # the headers of the first request have not arrived yet
+    unread: int = 0  # bytes of replies that the client has not read
 
 
-class _Connections(web.Server):
-    """The open connections. Those end that are of no use for long, whatever the client does."""
+class _HttpServer(web.Server):
+    """The HTTP server of aiohttp, which also closes connections that are idle for long."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._options = options
         self._open: dict[Any, _Connection] = {}
-        self.count = 0  # with those that are about to be made, of which `_open` does not know
+        self.count = 0  # connections, including those that are being set up and not in `_open` yet
 
     def __call__(self) -> web.RequestHandler:
         """The protocol of a new connection."""
         return _Protocol(self, loop=asyncio.get_running_loop(), **self._options)
 
-    async def watch(self, patience: float) -> None:
-        """Ends, from now on, every connection that has been of no use for `patience` seconds."""
+    async def watch(self, max_idle_seconds: float) -> None:
+        """Closes, from now on, every connection that has been idle for `max_idle_seconds`."""
         while True:
-            await asyncio.sleep(min(patience / 4, 1.0))
+            await asyncio.sleep(min(max_idle_seconds / 4, 1.0))
             now = asyncio.get_running_loop().time()
             for protocol, connection in list(self._open.items()):
                 unread = connection.transport.get_write_buffer_size()
-                if not (unread or connection.silent) or connection.unread - unread >= _LEAST_TAKEN:
-                    connection.since = now
-                elif now - connection.since > patience:
-                    # To close it is to wait for the client to take what is left.
+                if not (unread or connection.no_request) or connection.unread - unread >= _MIN_READ_BYTES:
+                    connection.idle_since = now
+                elif now - connection.idle_since > max_idle_seconds:
+                    # `force_close` would wait for the client to read the rest.
                     if unread:
                         connection.transport.abort()
                     else:
                         protocol.force_close()
                 else:
-                    # It is the most that counts, so that a client cannot stay by taking a byte at a time.
+                    # Keep the maximum, so that a client cannot stay by reading a byte at a time.
                     unread = max(unread, connection.unread)
                 connection.unread = unread
 
-    def drop_useless(self, patience: float) -> bool:
-        """Ends the connection that has been of no use for the longest time, if that is `patience` seconds or more."""
-        useless = [pair for pair in self._open.items() if pair[1].silent or pair[1].unread]
-        if not useless:
+    def drop_idle(self, min_idle_seconds: float) -> bool:
+        """Closes the connection that has been idle for longest, if that is `min_idle_seconds` or more, and says so."""
+        idle = [pair for pair in self._open.items() if pair[1].no_request or pair[1].unread]
+        if not idle:
             return False
-        protocol, connection = min(useless, key=lambda pair: pair[1].since)
-        if asyncio.get_running_loop().time() - connection.since < patience:
+        protocol, connection = min(idle, key=lambda pair: pair[1].idle_since)
+        if asyncio.get_running_loop().time() - connection.idle_since < min_idle_seconds:
             return False
         del self._open[protocol]
         connection.transport.abort()
         return True
 
-    def has_spoken(self, protocol: Any) -> None:
-        """Notes that a request has come; from the next one on keep-alive's time-out does for it."""
-        if (connection := self._open.get(protocol)) and connection.silent:
-            connection.silent, connection.since = False, asyncio.get_running_loop().time()
+    def request_received(self, protocol: Any) -> None:
+        """Notes the first request of a connection; after that, aiohttp's keep-alive timeout applies."""
+        if (connection := self._open.get(protocol)) and connection.no_request:
+            connection.no_request, connection.idle_since = False, asyncio.get_running_loop().time()
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
@@ -305,7 +307,7 @@ class _Connections(web.Server):
 
 
 class _Protocol(web.RequestHandler):
-    """HTTP of a connection; what is no HTTP is answered as TensorFlow Serving answers it."""
+    """The HTTP of a connection; invalid HTTP is answered as TensorFlow Serving does."""
 
     _received = b""
 
@@ -320,16 +322,12 @@ class _Protocol(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        super().handle_error(request, status, exc)  # writes to the log, and refuses to answer twice
+        super().handle_error(request, status, exc)  # logs the error, and raises if a reply was already sent
         if isinstance(exc, BadHttpMethod) and _UNKNOWN_METHOD.match(self._received):
             status = 501
         response = _response(error_page(status))
         response.force_close()
         return response
-
-
-_UNKNOWN_METHOD = re.compile(rb"[A-Za-z-]+ ")
-_LEAST_TAKEN = 2**14
 
 
 def _response(reply: Reply) -> web.Response:
@@ -339,8 +337,8 @@ def _response(reply: Reply) -> web.Response:
     return response
 
 
-class _Terse(logging.Filter):
-    """A client's mistake, or its going away, is one line; the stack behind it says nothing of the server."""
+class _ShortClientErrors(logging.Filter):
+    """Logs an invalid request or a lost connection as one line, without the stack, which is not the server's fault."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -352,11 +350,11 @@ class _Terse(logging.Filter):
         return True
 
 
-_http.addFilter(_Terse())
+_http.addFilter(_ShortClientErrors())
 
 
-class _Busy(asyncio.Protocol):
-    """What a connection over the limit meets."""
+class _RefusedConnection(asyncio.Protocol):
+    """A connection above the limit: it is answered with 503 and closed."""
 
     def connection_made(self, transport: Any) -> None:
         transport.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")

@@ -1,6 +1,6 @@
-"""Counters and histograms under TensorFlow Serving's names, as Prometheus reads them.
+"""Counters and histograms with TensorFlow Serving's names, in Prometheus' text format.
 
-Every combination of label values stays in memory, so no request may choose one freely: see `UNKNOWN_MODEL`.
+Every combination of label values stays in memory, so requests must not choose label values freely: see `UNKNOWN_MODEL`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ _LATENCY_US = tuple(10 * 1.8**power for power in range(33))
 _EXAMPLES = tuple(float(2**power) for power in range(15))
 
 UNKNOWN_MODEL = "(unknown)"
-"""The label of all models that requests name and the server does not have."""
+"""The label value for all requests to models that the server does not have."""
 
 
 class Counter:
-    """A number that grows, a cell for each combination of label values."""
+    """A number that only grows, with one cell per combination of label values."""
 
     kind = "counter"
 
@@ -34,12 +34,12 @@ class Counter:
             self._cells[key] = self._cells.get(key, 0) + amount
 
     def total(self) -> int:
-        """The first cell's number."""
+        """The value of the first cell."""
         with self._lock:
             return int(next(iter(self._cells.values()), 0))
 
     def lines(self) -> Iterator[str]:
-        """The cells, a line each."""
+        """One line per cell."""
         with self._lock:
             cells = list(self._cells.items())
         for key, value in cells:
@@ -47,7 +47,7 @@ class Counter:
 
 
 class Histogram:
-    """How often values fell into each bucket, for each combination of label values."""
+    """How many values fell into each bucket, for each combination of label values."""
 
     kind = "histogram"
 
@@ -61,19 +61,19 @@ class Histogram:
         key = tuple(labels[label] for label in self._labels)
         with self._lock:
             buckets, total = self._cells.setdefault(key, ([0] * (len(self._limits) + 1), [0.0]))
-            # A bucket holds what is less than its limit.
+            # A bucket holds the values below its limit.
             buckets[bisect.bisect_right(self._limits, value)] += 1
             total[0] += value
 
     def lines(self) -> Iterator[str]:
-        """The buckets, summed up, then the sum and the count, for each cell."""
+        """The cumulative buckets, then the sum and the count, for each cell."""
         with self._lock:
             cells = [(key, list(buckets), total[0]) for key, (buckets, total) in self._cells.items()]
         for key, buckets, total in cells:
             pairs = _pairs(self._labels, key)
             count = 0
-            for limit, held in zip([f"{limit:g}" for limit in self._limits] + ["+Inf"], buckets, strict=True):
-                count += held
+            for limit, number in zip([f"{limit:g}" for limit in self._limits] + ["+Inf"], buckets, strict=True):
+                count += number
                 yield f'{self.name}_bucket{{{pairs},le="{limit}"}} {count}'
             yield f"{self.name}_sum{{{pairs}}} {total:g}"
             yield f"{self.name}_count{{{pairs}}} {count}"
@@ -93,14 +93,14 @@ class Metrics:
         self.warmup_records_read = Counter(f"{prefix}model_warmup_records_read", "model_path", "status")
 
     def page(self) -> str:
-        """All of them in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         lines = []
         for metric in sorted(vars(self).values(), key=lambda metric: str(metric.name)):
             lines += [f"# TYPE {metric.name} {metric.kind}", *metric.lines()]
         return "\n".join(lines) + "\n"
 
     def value(self, name: str) -> int:
-        """The number of a counter, named with slashes as in TensorFlow; 0 for what there is not."""
+        """The value of a counter, named with slashes as in TensorFlow; 0 for an unknown name."""
         flat = re.sub("[^a-zA-Z0-9_]", ":", name)
         return next((m.total() for m in vars(self).values() if isinstance(m, Counter) and m.name == flat), 0)
 

@@ -1,4 +1,4 @@
-"""The page to try a model on, `playground.html`: one file, which asks this server or another one."""
+"""A web page on which to try a model, `playground.html`: one file, which calls this server or another one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 __all__ = ["Playground"]
 
-_PLACE = 'id="served">[]<'
+_MODEL_NAMES = 'id="served">[]<'
 
 
 class Playground:
-    """The page and the headers that it is sent with; `names` gives the names of the models that are served."""
+    """The page and its HTTP headers; `names` returns the names of the models that are served."""
 
     def __init__(self, names: Callable[[], list[str]]) -> None:
         page = (Path(__file__).parent / "playground.html").read_text(encoding="utf-8")
         self._names = names
-        self._before, self._after = page.split(_PLACE)
-        # The page's own script and style run, and nothing that a text may smuggle in; it may ask any server.
+        self._before, self._after = page.split(_MODEL_NAMES)
+        # Only the page's own script and style may run, not what generated text may contain; it may call any server.
         policy = ["default-src 'none'", "connect-src *", "img-src data:"]
         policy += ["base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
         for kind in ("script", "style"):
@@ -36,6 +36,6 @@ class Playground:
         }
 
     def page(self) -> bytes:
-        """The page, with the models that are served now."""
+        """The page, with the names of the models that are served now."""
         names = json.dumps(self._names()).replace("<", "\\u003c")
-        return f"{self._before}{_PLACE.replace('[]', names)}{self._after}".encode()
+        return f"{self._before}{_MODEL_NAMES.replace('[]', names)}{self._after}".encode()

@@ -1,4 +1,4 @@
-"""The REST API: a method, a path and a body to a status and a body. It knows nothing of sockets."""
+"""The REST API: turns method, path and body into status and body. It has nothing to do with sockets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from tfclm.server.deadline import Deadline, expired
+from tfclm.server.deadline import Deadline, deadline_exceeded
 from tfclm.server.playground import Playground
 from tfclm.server.service import METADATA_FIELD, Service
 from tfclm.server.status import HTTP_STATUS, Code, StatusError, TooLarge, invalid
@@ -39,18 +39,18 @@ _FLAGS = re.IGNORECASE | re.ASCII | re.DOTALL
 _METHODS = {"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"}
 _CHARACTER = r"[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2}"
 _TARGET = re.compile(
-    # Scheme and host, of which nothing depends, then what counts: path, query and fragment.
+    # Scheme and host, which are ignored, then path, query and fragment.
     r"(?:[A-Za-z][A-Za-z0-9+.\-]*:)?(?://[^/?#]*)?"
     rf"((?:{_CHARACTER})*(?:\?(?:{_CHARACTER}|\?)*)?(?:\#(?:{_CHARACTER}|\?)*)?)"
 )
 _API = re.compile("/v1/.*", _FLAGS)
-_CALL = re.compile(f"/v1/models/{_NAME}{_VERSION}:(classify|regress|predict)", _FLAGS)
-_LOOK = re.compile(f"/v1/models(?:/{_NAME})?{_VERSION}(?:/(metadata))?", _FLAGS)
+_POST_PATH = re.compile(f"/v1/models/{_NAME}{_VERSION}:(classify|regress|predict)", _FLAGS)
+_GET_PATH = re.compile(f"/v1/models(?:/{_NAME})?{_VERSION}(?:/(metadata))?", _FLAGS)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What is answered. `model` and `code` are for the log."""
+    """The reply to a request; `model` and `code` are for the access log."""
 
     status: int
     body: bytes = b""
@@ -61,7 +61,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Path:
-    """A path of the API, taken apart: of a call the verb, of a look "metadata" or nothing."""
+    """A parsed path of the API; `verb` is the method of a POST, and "metadata" or "" of a GET."""
 
     spec: model_pb2.ModelSpec
     verb: str
@@ -70,9 +70,13 @@ class Path:
 class RestApi:
     """TensorFlow Serving's REST API over a service.
 
-    `timeout_ms` limits a request, from the reading of its body to the writing of the reply. A request may hold
-    `max_values` JSON values, by default any number. `metrics_path` is where Prometheus asks; None for nowhere.
-    `playground` is the page at `/`; None for no page.
+    Args:
+        service: runs the requests.
+        timeout_ms: time limit of a request, from parsing its body to writing the reply; 0 for no limit.
+        cors: whether to send CORS headers.
+        metrics_path: the URL path of Prometheus metrics; None for no metrics.
+        playground: the page at `/`; None for no page.
+        max_values: how many JSON values a request may hold; None for any number.
     """
 
     def __init__(
@@ -87,16 +91,16 @@ class RestApi:
     ) -> None:
         self._service, self._timeout_ms, self._metrics_path = service, timeout_ms, metrics_path
         self._max_values = max_values
-        self._large = threading.Lock()  # held by the one large body that is read
+        self._large = threading.Lock()  # large bodies are parsed one at a time
         self._cors = _CORS if cors else {}
         self._playground = playground
 
     def is_inference(self, method: str, path: str) -> bool:
-        """Whether a request may run a model, so that it needs a thread and a place in the queue."""
+        """Whether a request may run a model, so that it needs a thread and may have to wait for one."""
         return method == "POST" and _API.fullmatch(path) is not None
 
     def answer(self, method: str, path: str, body: Body, origin: str = "") -> Reply:
-        """Answers a request. `path` is one that `local_path` gave."""
+        """Answers a request; `path` comes from `local_path`."""
         if method not in _METHODS:
             return error_page(501)
         if self._metrics_path is not None and path.partition("?")[0] == self._metrics_path:
@@ -115,7 +119,7 @@ class RestApi:
             try:
                 parsed = _parse_path(method, path)
             except StatusError as error:
-                # This one goes out without a body.
+                # TensorFlow Serving sends this reply without a body.
                 self._service.metrics.request_count.add(model_name="", status=error.code.name)
                 return Reply(HTTP_STATUS[error.code], b"", headers, code=error.code)
             name = parsed.spec.name if parsed else ""
@@ -134,7 +138,7 @@ class RestApi:
 
     def _run(self, method: str, path: str, parsed: Path | None, body: Body) -> bytes:
         if method == "POST" and parsed is not None:
-            # The verb is matched without regard to case, and then refused: the path alone is free in that.
+            # The path is case-insensitive, the verb is not: `:PREDICT` matches the pattern, and is refused here.
             run = {"predict": self._predict, "classify": self._classify, "regress": self._regress}.get(parsed.verb)
             if run is not None:
                 return run(parsed.spec, body, Deadline(self._timeout_ms))
@@ -146,9 +150,10 @@ class RestApi:
 
     @contextmanager
     def _read(self, body: Body, deadline: Deadline) -> Iterator[bytes]:
-        """The body's bytes. Large ones are read one at a time: what they become takes several times their memory."""
-        if body.large and not self._large.acquire(timeout=-1 if (left := deadline.seconds()) is None else left):
-            raise expired()
+        """The body's bytes. Large bodies are parsed one at a time, because values take several times the memory."""
+        seconds = deadline.seconds()
+        if body.large and not self._large.acquire(timeout=-1 if seconds is None else seconds):
+            raise deadline_exceeded()
         try:
             yield body.read(deadline)
         finally:
@@ -157,17 +162,17 @@ class RestApi:
 
     def _predict(self, spec: model_pb2.ModelSpec, body: Body, deadline: Deadline) -> bytes:
         with ExitStack() as stack:
-            taken = []
+            servables = []
 
             def inputs_of(signature_name: str) -> jsontensor.Inputs:
-                taken.append(stack.enter_context(self._service.manager.use(spec)))
-                return taken[0].signature_inputs(signature_name)
+                servables.append(stack.enter_context(self._service.manager.use(spec)))
+                return servables[0].signature_inputs(signature_name)
 
             with self._read(body, deadline) as text:
                 request = jsontensor.read_predict(text, inputs_of, deadline, self._max_values)
                 del text
             timeout_ms = deadline.milliseconds()
-            outputs = taken[0].predict(request.signature_name, request.inputs, timeout_ms=timeout_ms)
+            outputs = servables[0].predict(request.signature_name, request.inputs, timeout_ms=timeout_ms)
         return jsontensor.write_predict(outputs, row=request.row, deadline=deadline)
 
     def _classify(self, spec: model_pb2.ModelSpec, body: Body, deadline: Deadline) -> bytes:
@@ -181,13 +186,13 @@ class RestApi:
         return jsontensor.write_regressions(self._service.regress(request, deadline.milliseconds()).result)
 
     def _examples(self, spec: model_pb2.ModelSpec, body: Body, deadline: Deadline) -> input_pb2.Input:
-        """The examples of a request; the name of its signature is put into `spec`."""
+        """The examples of a request; sets the signature's name in `spec`."""
         with self._read(body, deadline) as text:
             name, examples = jsontensor.read_examples(text, deadline, self._max_values)
         try:
             spec.signature_name = name
         except UnicodeEncodeError:
-            # No name of a signature is like that: names are valid UTF-8.
+            # A signature's name is always valid UTF-8.
             raise invalid(f"No signature was found with the name: {name}") from None
         return examples
 
@@ -210,16 +215,16 @@ class RestApi:
 
 
 def local_path(target: str) -> str | None:
-    """What a request asks for, without the scheme and host that it may name: path, query and fragment.
+    """The path, query and fragment of a request target, which may also have a scheme and host.
 
-    None for what is no URI, such as one with a percent sign that two hexadecimal digits do not follow.
+    None if it is not a URI, such as one with a percent sign that is not followed by two hexadecimal digits.
     """
     match = _TARGET.fullmatch(target)
     return match and match[1]
 
 
 def error_page(status: int) -> Reply:
-    """The answer to what does not reach the API, which TensorFlow Serving gives as HTML."""
+    """The reply to a request outside of the API, which TensorFlow Serving sends as HTML."""
     reason = HTTPStatus(status).phrase
     page = f"<!DOCTYPE html><title>{status} {reason}</title><h1>{reason}</h1>\n".encode()
     codes = {404: Code.NOT_FOUND, 501: Code.UNIMPLEMENTED}
@@ -227,12 +232,12 @@ def error_page(status: int) -> Reply:
 
 
 def _parse_path(method: str, path: str) -> Path | None:
-    """Takes a path apart; None for one that is not of the API.
+    """Parses a path; None if it is not a path of the API.
 
     Raises:
-        StatusError: INVALID_ARGUMENT, for a version that is no int64.
+        StatusError: INVALID_ARGUMENT, for a version that is not an int64.
     """
-    match = {"POST": _CALL, "GET": _LOOK}[method].fullmatch(path) if method in ("POST", "GET") else None
+    match = {"POST": _POST_PATH, "GET": _GET_PATH}[method].fullmatch(path) if method in ("POST", "GET") else None
     if match is None:
         return None
     name, version, label, verb = match.groups()

@@ -35,9 +35,9 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("tfclm.server.access")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-_MAX_MESSAGE = 1024  # bytes, of which three are sent for each that is not ASCII, and clients take 8 KiB in all
+_MAX_MESSAGE = 1024  # bytes; those that are not ASCII are sent as three each, and clients accept 8 KiB of metadata
 _MAX_LOGGED = 512
-_MAX_SECONDS = 1e9  # what is longer is no deadline
+_MAX_SECONDS = 1e9  # longer times mean no deadline
 _SERVICES = (
     "",
     "ModelService",
@@ -49,7 +49,7 @@ _SERVICES = (
 
 @dataclass(frozen=True)
 class RpcOptions:
-    """How the gRPC server listens; `port` 0 for no TCP, -1 for a free one."""
+    """How the gRPC server listens; `port` 0 means no TCP, -1 any free port."""
 
     host: str
     port: int
@@ -70,7 +70,7 @@ class RpcServer:
             ThreadPoolExecutor(options.threads, thread_name_prefix="tfclm-grpc"),
             maximum_concurrent_rpcs=options.threads + options.queued,
             options=[
-                # A port that another server has is an error, not to be shared with it.
+                # A port that is in use is an error, not shared.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", options.message_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -85,28 +85,28 @@ class RpcServer:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     def start(self) -> int:
-        """Listens; gives the TCP port, 0 if there is none.
+        """Listens; returns the TCP port, 0 if there is none.
 
         Raises:
-            InputError: the port or the socket cannot be had.
+            InputError: the port or the socket is not available.
         """
         port = 0
         if self._options.port:
             host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
-            port = self._add(f"{host}:{max(self._options.port, 0)}", "--port")
+            port = self._add_port(f"{host}:{max(self._options.port, 0)}", "port")
         if self._options.socket_path:
-            self._add(f"unix:{self._options.socket_path}", "--grpc_socket_path")
+            self._add_port(f"unix:{self._options.socket_path}", "grpc_socket_path")
         self._server.start()
         for name in _SERVICES:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return port
 
     def stop(self, grace_seconds: float) -> None:
-        """Takes no further calls and waits for those that run, at most `grace_seconds`; then cancels them."""
+        """Accepts no more calls, waits up to `grace_seconds` for current ones, then cancels them."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_seconds).wait(grace_seconds + 1)
 
-    def _add(self, address: str, flag: str) -> int:
+    def _add_port(self, address: str, setting: str) -> int:
         try:
             tls = self._options.tls
             if tls is None:
@@ -118,7 +118,7 @@ class RpcServer:
             )
             return int(self._server.add_secure_port(address, credentials))
         except RuntimeError as error:
-            raise InputError(f"{flag}: cannot listen on {address}; is another server running there?") from error
+            raise InputError(f"`{setting}`: cannot listen on {address}; is another server running there?") from error
 
 
 class _Prediction(prediction_service_pb2_grpc.PredictionServiceServicer):
@@ -161,7 +161,7 @@ class _Prediction(prediction_service_pb2_grpc.PredictionServiceServicer):
 class _Model(model_service_pb2_grpc.ModelServiceServicer):
     def __init__(self, service: Service, reloads: int) -> None:
         self._service = service
-        # A reload waits for its models to be loaded: not all threads may wait for that.
+        # A reload waits until its models are loaded: reloads must not take all threads.
         self._reloads = threading.Semaphore(reloads)
 
     def GetModelStatus(
@@ -186,7 +186,7 @@ class _Model(model_service_pb2_grpc.ModelServiceServicer):
             metrics = self._service.metrics
             before = {name: metrics.value(name) for name in request.metric_names}
             if not self._reloads.acquire(blocking=False):
-                raise StatusError(Code.UNAVAILABLE, "Other reloads still wait for their models; try again later")
+                raise StatusError(Code.UNAVAILABLE, "Other reloads are still waiting for their models; try again later")
             try:
                 self._service.manager.reload(request.config, caller)
             finally:
@@ -200,12 +200,12 @@ class _Model(model_service_pb2_grpc.ModelServiceServicer):
 
 
 def _call(method: str, model: str, context: Any, run: Callable[[Caller], T]) -> T:
-    """Runs a call, gives its failure to the client as gRPC does, and writes the access log."""
+    """Runs a call, reports its failure to the client as gRPC does, and writes the access log."""
     seconds = context.time_remaining()
     caller = Caller(seconds if seconds is not None and seconds < _MAX_SECONDS else None)
-    if not context.add_callback(caller.leave):
-        # It was cancelled while it waited for its thread.
-        caller.leave()
+    if not context.add_callback(caller.cancel):
+        # The call was cancelled while it waited for its thread.
+        caller.cancel()
     start, code = time.perf_counter(), Code.INTERNAL
     try:
         try:
@@ -218,7 +218,7 @@ def _call(method: str, model: str, context: Any, run: Callable[[Caller], T]) -> 
             context.abort(_CODES[error.code], message.decode("utf-8", "ignore"))
         except Exception:
             _log.exception("a call failed: %s", method)
-            context.abort(grpc.StatusCode.INTERNAL, "Internal error; the server's log says more")
+            context.abort(grpc.StatusCode.INTERNAL, "Internal error; see the server's log")
         code = Code.OK
         return result
     finally:

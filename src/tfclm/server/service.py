@@ -1,4 +1,4 @@
-"""What every protocol of the server does: takes the request's version of a model and runs it."""
+"""The calls of PredictionService behind both protocols: pick the requested version of a model and run it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from tfclm.server.examples import DEFAULT_SIGNATURE
 from tfclm.server.execution import Caller
 from tfclm.server.manager import Manager
 from tfclm.server.monitoring import UNKNOWN_MODEL, Metrics
-from tfclm.server.servable import DEFAULT_SIGNATURE, Servable
+from tfclm.server.servable import Servable
 from tfclm.server.status import Code, StatusError, invalid
 from tfclm.server.wire.messages import read_tensors, write_tensor
 
@@ -29,7 +30,7 @@ METADATA_FIELD = "signature_def"
 class Service:
     """The calls of PredictionService. Each raises `StatusError`.
 
-    `timeout_ms` limits a run, 0 for no limit; a `caller` may also leave, and then its run is not waited for.
+    `timeout_ms` limits a run, 0 for no limit; a `caller` may also cancel, and then does not wait for its run.
     """
 
     def __init__(self, manager: Manager, metrics: Metrics) -> None:
@@ -42,7 +43,7 @@ class Service:
             inputs = read_tensors(request.inputs)
             signature = request.model_spec.signature_name
             outputs = servable.predict(signature, inputs, only=request.output_filter, caller=caller)
-            _describe(response, servable, signature or DEFAULT_SIGNATURE)
+            _set_model_spec(response, servable, signature or DEFAULT_SIGNATURE)
         for name, array in outputs.items():
             if caller is not None:
                 caller.remaining()
@@ -58,7 +59,7 @@ class Service:
             signature = request.model_spec.signature_name
             result = servable.classify(signature, request.input, timeout_ms=timeout_ms, caller=caller)
             response.result.CopyFrom(result)
-            _describe(response, servable, signature or DEFAULT_SIGNATURE)
+            _set_model_spec(response, servable, signature or DEFAULT_SIGNATURE)
         return response
 
     def regress(
@@ -70,7 +71,7 @@ class Service:
             signature = request.model_spec.signature_name
             result = servable.regress(signature, request.input, timeout_ms=timeout_ms, caller=caller)
             response.result.CopyFrom(result)
-            _describe(response, servable, signature or DEFAULT_SIGNATURE)
+            _set_model_spec(response, servable, signature or DEFAULT_SIGNATURE)
         return response
 
     def multi_inference(
@@ -95,21 +96,21 @@ class Service:
         response = get_model_metadata_pb2.GetModelMetadataResponse()
         with self.manager.use(spec) as servable:
             signatures = get_model_metadata_pb2.SignatureDefMap(signature_def=servable.signatures)
-            _describe(response, servable, "")
+            _set_model_spec(response, servable, "")
         response.metadata[METADATA_FIELD].Pack(signatures)
         return response
 
     @contextmanager
     def counted(self, name: str, api: str, entrypoint: str) -> Iterator[None]:
-        """Counts a request to the named model with its outcome, and how long it took if it succeeded."""
+        """Counts a request to the named model by its status, and records its latency if it succeeds."""
         if name and not self.manager.has(name):
             name = UNKNOWN_MODEL
         start, code = time.perf_counter(), Code.INTERNAL
         try:
             yield
             code = Code.OK
-            taken = (time.perf_counter() - start) * 1e6
-            self.metrics.request_latency.observe(taken, model_name=name, API=api, entrypoint=entrypoint)
+            elapsed = (time.perf_counter() - start) * 1e6
+            self.metrics.request_latency.observe(elapsed, model_name=name, API=api, entrypoint=entrypoint)
         except StatusError as error:
             code = error.code
             raise
@@ -123,7 +124,7 @@ def _spec(request: Any) -> Any:
     return request.model_spec
 
 
-def _describe(response: Any, servable: Servable, signature_name: str) -> None:
+def _set_model_spec(response: Any, servable: Servable, signature_name: str) -> None:
     response.model_spec.name = servable.name
     response.model_spec.signature_name = signature_name
     response.model_spec.version.value = servable.version

@@ -1,4 +1,4 @@
-"""Canonical status codes: what went wrong, for REST and gRPC alike."""
+"""Canonical status codes and the errors that carry them, for REST and gRPC."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ HTTP_STATUS = {
     Code.UNAVAILABLE: 503,
     Code.UNAUTHENTICATED: 401,
 }
-"""The HTTP status of a code; 500 for those that are missing."""
+"""The HTTP status of each code; codes that are missing here map to 500."""
 
-_XLA_IS_OFF = "XLA compilation disabled"
+_XLA_DISABLED = "XLA compilation disabled"
 
 
 class StatusError(Exception):
-    """A request, or a model, that failed with a code and a message for whoever sent it."""
+    """A request or a model failed, with a code and a message for the client."""
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
@@ -62,7 +62,7 @@ class StatusError(Exception):
 
 
 class TooLarge(StatusError):
-    """A request that is larger than the server takes; 413 over HTTP."""
+    """A request larger than the server accepts; 413 over HTTP."""
 
     def __init__(self, message: str) -> None:
         super().__init__(Code.INVALID_ARGUMENT, message)
@@ -76,7 +76,7 @@ def invalid(message: str) -> StatusError:
 def from_tensorflow(error: Any) -> StatusError:
     """The status of a `tf.errors.OpError`."""
     message = str(error.message)
-    if _XLA_IS_OFF in message:
-        hint = f"{_XLA_IS_OFF}: this export needs a server that is started with --xla_cpu_compilation_enabled"
-        message = message.replace(_XLA_IS_OFF, hint, 1)
+    if _XLA_DISABLED in message:
+        hint = f"{_XLA_DISABLED}: this export needs a server that is started with --xla_cpu_compilation_enabled"
+        message = message.replace(_XLA_DISABLED, hint, 1)
     return StatusError(Code(error.error_code or Code.UNKNOWN), message)

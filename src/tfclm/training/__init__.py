@@ -1,4 +1,4 @@
-"""Training: the tf.data feed, the optimizer, the step, the callbacks, the fit, and resuming."""
+"""Training: data feed, optimizer, training step, callbacks, fine-tuning, and resuming."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["TrainingRecord", "TrainingSettings", "finetune"]
 
 
 def __getattr__(name: str) -> Any:
-    # The settings are read by `--help`, which does not wait for TensorFlow.
+    # Imported on first use: the command line needs the settings, but not TensorFlow.
     if name not in __all__:
         raise AttributeError(f"module 'tfclm.training' has no attribute {name!r}")
     value = getattr(importlib.import_module("tfclm.training.finetuning"), name)

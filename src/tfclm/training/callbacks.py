@@ -1,6 +1,6 @@
-"""Keras callbacks of a run: keeping its state, its best weights and its record, and showing how it goes."""
+"""Keras callbacks of a run: its state, best weights and record; a progress bar; TensorBoard events."""
 
-# The names of the hooks are Keras', and say when it calls them.
+# The hooks have Keras' names, which say when it calls them.
 # ruff: noqa: D102
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Diverged(RuntimeError):
     """The loss or the gradient is no longer finite."""
 
 
-class RunKeeper(tf_keras.callbacks.Callback):
-    """Counts steps, saves state, keeps the best weights and ends the run when it is to end."""
+class RunTracker(tf_keras.callbacks.Callback):
+    """Counts steps, saves the state and the best weights, and ends the run."""
 
     def __init__(
         self,
@@ -48,13 +48,13 @@ class RunKeeper(tf_keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.progress.step = batch + 1
         self.progress.steps += 1
-        # Read now: the validation after the epoch's last step begins the sums anew.
+        # Before validation, which resets the sums.
         self.progress.loss_sums = self.snapshots.loss_sums()
-        # Under float16 a gradient that overflows is skipped and the loss scale halved, which is no divergence.
+        # Under float16, steps whose gradient overflows are skipped and the loss scale is halved: not a divergence.
         norm = 0.0 if self.settings.mixed_precision == "float16" else logs["grad_norm"]
         if not (math.isfinite(logs["loss"]) and math.isfinite(norm)):
-            what = "loss" if not math.isfinite(logs["loss"]) else "norm of the gradient"
-            raise Diverged(f"the {what} is not finite at step {self.progress.steps}")
+            quantity = "loss" if not math.isfinite(logs["loss"]) else "gradient norm"
+            raise Diverged(f"the {quantity} is not finite at step {self.progress.steps}")
         if self.stop.is_set():
             self.save()
             raise Interrupted(f"stopped after step {self.progress.steps} of {self.total_steps}")
@@ -73,7 +73,7 @@ class RunKeeper(tf_keras.callbacks.Callback):
         if not math.isfinite(logs["val_loss"]):
             raise Diverged(f"the validation loss is not finite after step {progress.steps}")
         if logs["val_loss"] < progress.best_loss:
-            self.snapshots.keep_best(progress, float(logs["val_loss"]))
+            self.snapshots.save_best(progress, float(logs["val_loss"]))
         progress.epochs.append(
             {
                 "epoch": progress.epoch + 1,
@@ -88,19 +88,19 @@ class RunKeeper(tf_keras.callbacks.Callback):
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.save()
 
-    def _patience_over(self) -> bool:
+    def _is_patience_exhausted(self) -> bool:
         patience = self.settings.early_stopping_patience
         losses = [self.progress.initial_loss, *(epoch["val_loss"] for epoch in self.progress.epochs)]
         return bool(patience) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to train."""
+        """Whether the run is complete: all steps are done and validated, or it stopped early."""
         epochs = self.progress.epochs
-        return bool(epochs) and (epochs[-1]["step"] >= self.total_steps or self._patience_over())
+        return bool(epochs) and (epochs[-1]["step"] >= self.total_steps or self._is_patience_exhausted())
 
     def save(self) -> None:
-        """Saves a snapshot of the present state."""
+        """Saves a snapshot of the current state."""
         now = time.monotonic()
         self.progress.seconds += now - self._since
         self._since = now
@@ -108,24 +108,24 @@ class RunKeeper(tf_keras.callbacks.Callback):
 
 
 class ProgressBar(tf_keras.callbacks.Callback):
-    """Tokens done, tokens a second, time left, loss and perplexity, on stderr."""
+    """Progress bar on stderr: tokens, tokens per second, remaining time, loss and perplexity."""
 
-    def __init__(self, keeper: RunKeeper, tokens_per_step: int) -> None:
+    def __init__(self, tracker: RunTracker, tokens_per_step: int) -> None:
         super().__init__()
-        self.keeper, self.tokens_per_step = keeper, tokens_per_step
+        self.tracker, self.tokens_per_step = tracker, tokens_per_step
 
     def on_train_begin(self, logs: Any = None) -> None:
         self.bar = tqdm(
-            total=self.keeper.total_steps * self.tokens_per_step,
-            initial=self.keeper.progress.steps * self.tokens_per_step,
+            total=self.tracker.total_steps * self.tokens_per_step,
+            initial=self.tracker.progress.steps * self.tokens_per_step,
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
-            # A log file gets a line now and then, a terminal a bar that moves.
+            # In a log file, each update is a line.
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
-        if not self.keeper.progress.epochs:
-            loss = self.keeper.progress.initial_loss
+        if not self.tracker.progress.epochs:
+            loss = self.tracker.progress.initial_loss
             text = f"before: validation loss {loss:.4f}, validation perplexity {exp(loss):.2f}"
             self.bar.write(text, file=sys.stderr)
 
@@ -137,12 +137,12 @@ class ProgressBar(tf_keras.callbacks.Callback):
             refresh=False,
             loss=f"{logs['loss']:.3f}",
             perplexity=f"{exp(logs['loss']):.1f}",
-            step=self.keeper.progress.steps,
+            step=self.tracker.progress.steps,
         )
         self.bar.update(self.tokens_per_step)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        record = self.keeper.progress.epochs[-1]
+        record = self.tracker.progress.epochs[-1]
         self.bar.write(
             f"epoch {record['epoch']:.0f}: loss {record['loss']:.4f}, validation loss {record['val_loss']:.4f}, "
             f"validation perplexity {record['val_perplexity']:.2f}",
@@ -153,36 +153,36 @@ class ProgressBar(tf_keras.callbacks.Callback):
         self.close()
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar; may be called again, or before training began."""
         if hasattr(self, "bar"):
             self.bar.close()
 
 
 class EventLog(tf_keras.callbacks.Callback):
-    """TensorBoard scalars over optimizer steps: loss, gradient norm and learning rate; by epoch the validation's."""
+    """TensorBoard scalars: loss, gradient norm and learning rate per step; validation loss and perplexity per epoch."""
 
-    def __init__(self, keeper: RunKeeper, folder: Path, every: int = 10) -> None:
+    def __init__(self, tracker: RunTracker, folder: Path, every: int = 10) -> None:
         super().__init__()
-        self.keeper, self.every = keeper, every
+        self.tracker, self.every = tracker, every
         self.writer = tf.summary.create_file_writer(str(folder))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        step = self.keeper.progress.steps
-        if step % self.every == 0 or step == self.keeper.total_steps:
+        step = self.tracker.progress.steps
+        if step % self.every == 0 or step == self.tracker.total_steps:
             rate = self.model.optimizer.learning_rate
             self._write(step, loss=logs["loss"], grad_norm=logs["grad_norm"], learning_rate=rate(step - 1))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        record = self.keeper.progress.epochs[-1]
+        record = self.tracker.progress.epochs[-1]
         self._write(int(record["step"]), **{name: record[name] for name in ("val_loss", "val_perplexity")})
         self.writer.flush()
 
     def _write(self, step: int, **values: Any) -> None:
         with self.writer.as_default(step):
             for name, value in values.items():
-                # A perplexity may be beyond float32, which a scalar is written in: infinity says so.
+                # Scalars are float32: a perplexity beyond its range becomes infinity.
                 tf.summary.scalar(name, tf.cast(tf.constant(float(value), tf.float64), tf.float32))
 
     def close(self) -> None:
-        """Writes what is pending and closes the file."""
+        """Writes pending events and closes the file."""
         self.writer.close()

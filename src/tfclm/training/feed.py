@@ -1,4 +1,4 @@
-"""Token blocks to batches, through the model's own `prepare_tf_dataset` and the stock TensorFlow collator."""
+"""Feeds token blocks to Keras in batches, by the model's own `prepare_tf_dataset` and transformers' collator."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ import numpy as np
 import tensorflow as tf
 from transformers import DataCollatorForLanguageModeling
 
+from tfclm.compat import is_selection
+
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
 
-# How many tokens one Python call fetches; a call costs the same for one row and for a thousand.
+# Tokens per Python call: a call costs nearly the same for one row and for a thousand.
 FETCH_TOKENS = 1 << 16
 
 
 class BlockCollator(DataCollatorForLanguageModeling):
-    """The stock causal collator, with a short way for what `pack` gives: rows of equal length and nothing to pad."""
+    """transformers' causal collator, with a fast path for rows of equal length, which need no padding."""
 
     def tf_call(self, examples: list[Any]) -> dict[str, Any]:
-        """Stack rows of equal length; anything else takes the stock way."""
+        """Stacks rows of equal length; anything else goes to transformers' implementation."""
         rows = [example["input_ids"] for example in examples if example.keys() == {"input_ids"}]
         if len(rows) < len(examples) or len({len(row) for row in rows}) != 1 or self.pad_to_multiple_of:
             padded: dict[str, Any] = super().tf_call(examples)
             return padded
-        # NumPy first: each TensorFlow operation would wait for the interpreter lock that the training loop holds.
+        # In NumPy: each TensorFlow operation would wait for the interpreter lock, which the training loop holds.
         input_ids = np.asarray(rows)
         labels = np.where(input_ids == self.tokenizer.pad_token_id, -100, input_ids)
         batch = {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids), "labels": labels}
@@ -34,15 +36,15 @@ class BlockCollator(DataCollatorForLanguageModeling):
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForLanguageModeling:
-    """The collator for causal language modelling, labels equal to the inputs: every EOS keeps its label.
+    """The collator for causal language modeling, with labels equal to the inputs, also for EOS tokens.
 
-    The stock collator needs a pad token, which GPT-2 has not, and sets the label of each id equal to it to -100: with
-    pad == EOS the model never learns to stop. This one pads, if ever, with a token of its own beyond the vocabulary,
-    added to a copy of the tokenizer.
+    transformers' collator needs a padding token, which GPT-2 lacks, and sets the labels of all tokens equal to it to
+    -100: with pad == EOS, the model never learns to stop. So the copy of the tokenizer used here has a padding token
+    beyond the vocabulary.
     """
-    own = copy.deepcopy(tokenizer)
-    own.add_special_tokens({"pad_token": "<|tfclm_pad|>"})
-    return BlockCollator(own, mlm=False, return_tensors="tf")
+    padding = copy.deepcopy(tokenizer)
+    padding.add_special_tokens({"pad_token": "<|tfclm_pad|>"})
+    return BlockCollator(padding, mlm=False, return_tensors="tf")
 
 
 def feed(
@@ -54,12 +56,22 @@ def feed(
     order: np.ndarray[Any, Any] | None = None,
     drop_remainder: bool = False,
 ) -> tf.data.Dataset:
-    """Batches for `model.fit`: ({"input_ids" [B, L], "attention_mask" [B, L]}, labels [B, L]), all int64.
+    """Makes batches for `model.fit`.
 
-    They are what `model.prepare_tf_dataset(blocks, collate_fn=DataCollatorForLanguageModeling(...))` gives, at many
-    times its speed. Rows come exactly in `order`: indices into `blocks`, of a whole run and as often as they occur
-    there, so a resumed run passes `order[done:]`. Without `order`, every block once. The last batch is short unless
-    `drop_remainder`.
+    They equal those of `model.prepare_tf_dataset(blocks, collate_fn=DataCollatorForLanguageModeling(...))`, but are
+    made several times faster.
+
+    Args:
+        model: the model to train.
+        blocks: a dataset with a column `input_ids`, lists of equal length.
+        tokenizer: the model's tokenizer.
+        batch_size: rows per batch.
+        order: indices into `blocks`, of all rows of a run; a resumed run passes `order[done:]`. If None, every block
+            once.
+        drop_remainder: leave out a short last batch.
+
+    Returns:
+        Batches ({"input_ids" [B, L], "attention_mask" [B, L]}, labels [B, L]), all int64.
     """
     import datasets
     import pyarrow as pa
@@ -77,14 +89,14 @@ def feed(
 
 
 class _Fetch:
-    """From rows of block indices to rows of ids, read from the memory-mapped Arrow buffers.
+    """Replaces block indices by token ids, read from the memory-mapped Arrow buffers.
 
-    `blocks.select(order)` would do the same with some Python for every row, which made it the slowest part of a feed.
+    `blocks.select(order)` does the same, but runs Python code for every row and would be the slowest part of the feed.
     """
 
     def __init__(self, blocks: datasets.Dataset) -> None:
-        # A shuffle or selection is a list of indices beside the whole table.
-        self._blocks = blocks if blocks._indices is None else blocks.flatten_indices()
+        # A shuffle or selection is a list of indices into a table that is not reordered itself.
+        self._blocks = blocks.flatten_indices() if is_selection(blocks) else blocks
         column = self._blocks.data.column("input_ids")
         self.block_size = len(column[0])
         self._chunks = [
@@ -93,24 +105,24 @@ class _Fetch:
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])
 
     def __reduce__(self) -> tuple[type[_Fetch], tuple[datasets.Dataset]]:
-        # datasets hashes what it is given to call: the name of a file, not its gigabytes.
+        # datasets hashes this object by its pickle: that should hold file names, not gigabytes.
         return _Fetch, (self._blocks,)
 
     def __call__(self, rows: dict[str, list[int]]) -> dict[str, np.ndarray[Any, Any]]:
-        wanted = np.asarray(rows["block"])
-        places = np.searchsorted(self._starts, wanted, side="right") - 1
-        ids = np.empty((len(wanted), self.block_size), self._chunks[0].dtype)
-        for place in np.unique(places):
-            here = places == place
-            ids[here] = self._chunks[place][wanted[here] - self._starts[place]]
+        indices = np.asarray(rows["block"])
+        chunk_of = np.searchsorted(self._starts, indices, side="right") - 1
+        ids = np.empty((len(indices), self.block_size), self._chunks[0].dtype)
+        for number in np.unique(chunk_of):
+            rows_here = chunk_of == number
+            ids[rows_here] = self._chunks[number][indices[rows_here] - self._starts[number]]
         return {"input_ids": ids}
 
 
 def run_order(blocks: int, batch_size: int, epochs: int, seed: int) -> np.ndarray[Any, Any]:
-    """The block of every row of a whole run, epoch after epoch: int64 [epochs * steps * batch].
+    """The order of blocks over a whole run: int64 [epochs * steps * batch].
 
-    Each epoch is a permutation of the blocks that depends on (seed, epoch) alone, cut to whole batches: another
-    remainder is left out each time. With fewer blocks than `batch_size` a batch is all of them.
+    Each epoch is a permutation that depends on (seed, epoch) only, cut to whole batches, so each epoch leaves out
+    other blocks. With fewer blocks than `batch_size`, a batch is all of them.
     """
     whole = blocks - blocks % min(batch_size, blocks)
     epochs_order = [np.random.default_rng([seed, epoch]).permutation(blocks)[:whole] for epoch in range(epochs)]

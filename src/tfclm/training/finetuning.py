@@ -1,201 +1,311 @@
-"""Fine-tuning with Keras' fit: from token blocks to the best weights."""
+"""Fine-tuning with Keras' fit: trains on token blocks and keeps the best weights."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 import tf_keras
 
 from tfclm.corpus import check_ids
 from tfclm.errors import InputError
-from tfclm.training.callbacks import Diverged, EventLog, ProgressBar, RunKeeper
+from tfclm.terminal import log
+from tfclm.training.callbacks import Diverged, EventLog, ProgressBar, RunTracker
 from tfclm.training.feed import feed, run_order
 from tfclm.training.optimizer import make_optimizer
 from tfclm.training.resume import Progress, Snapshots, seed_dropout, stop_signals
 from tfclm.training.settings import TrainingSettings
 from tfclm.training.step import finetuning_step
 
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
+
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a run did; losses are mean negative log-likelihoods a token (natural log)."""
+    """What a training run did.
+
+    Attributes:
+        initial_loss: validation loss before training. All losses are mean negative log-likelihoods per token, in nats.
+        best_loss: validation loss of the best weights, with which the model ends.
+        best_step: optimizer step after which they were saved; 0 for the initial weights.
+        best_epoch: the epoch that ended with that step; None if it lies inside an epoch.
+        epochs: epoch, step, loss, val_loss and val_perplexity of each epoch.
+        steps: number of optimizer steps.
+        tokens: number of predicted tokens trained on.
+        seconds: time spent, over all processes of a resumed run.
+        diverged: why training ended early, if the loss or the gradient was no longer finite.
+    """
 
     initial_loss: float
     best_loss: float
-    best_step: int  # optimizer steps that the best weights have seen; 0: those that the run began with
-    best_epoch: int | None  # the epoch that ended with that step; None if it lies inside an epoch
-    epochs: list[dict[str, float]]  # epoch, step, loss, val_loss, val_perplexity
+    best_step: int
+    best_epoch: int | None
+    epochs: list[dict[str, float]]
     steps: int
     tokens: int
     seconds: float
     diverged: str | None = None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a run, derived from its settings, blocks and devices.
+
+    Attributes:
+        block_size: tokens per block.
+        step_rows: blocks per optimizer step, over all replicas and forward passes.
+        pass_rows: blocks per forward pass on one replica; None for one pass per step.
+        steps_per_epoch: optimizer steps per epoch.
+        total_steps: optimizer steps of the run.
+    """
+
+    block_size: int
+    step_rows: int
+    pass_rows: int | None
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs; the last one may end early."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    def is_end_of_epoch(self, progress: Progress) -> bool:
+        """Whether all steps of the present epoch are done, but not its validation."""
+        end = min((progress.epoch + 1) * self.steps_per_epoch, self.total_steps)
+        return progress.step > 0 and progress.steps == end
+
+
 def finetune(
-    model: Any,
-    tokenizer: Any,
-    train: Any,
-    validation: Any,
+    model: TFPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: datasets.Dataset,
+    validation: datasets.Dataset,
     settings: TrainingSettings | None = None,
     *,
     output_dir: str | Path | None = None,
     callbacks: Sequence[tf_keras.callbacks.Callback] = (),
     strategy: tf.distribute.Strategy | None = None,
 ) -> TrainingRecord:
-    """Fine-tunes a causal language model in place; it ends with the weights of the best validation loss.
+    """Fine-tunes a causal language model in place; it ends with the weights of the lowest validation loss.
 
     Args:
-        model: a TensorFlow causal language model of transformers, built under `strategy` if one is given.
-        tokenizer: its tokenizer.
-        train: a dataset of token blocks, `input_ids` int32 [L], as `tfclm.pack` makes them.
-        validation: the same of texts that are not trained on.
+        model: a TensorFlow causal language model of transformers, created under `strategy` if one is given.
+        tokenizer: the model's tokenizer.
+        train: blocks to train on, `input_ids` int32 [L], as `tfclm.pack` makes them.
+        validation: blocks of other text to validate on.
         settings: how to train; `TrainingSettings()` if not given.
-        output_dir: gets `logs/` (TensorBoard) and `resume/`. A run that was interrupted goes on from there when called
-            with the same arguments, to the same weights as if it had not been (bit for bit on one CPU).
+        output_dir: gets `logs/` (TensorBoard) and `resume/`. When called again with the same arguments, an interrupted
+            run resumes from there, with the same result as without the interruption (bit for bit on one CPU).
         callbacks: more Keras callbacks.
-        strategy: the tf.distribute strategy to train under.
+        strategy: the tf.distribute strategy to train under; the current one if not given.
 
     Returns:
-        A `TrainingRecord`; `diverged` says why the run ended early if the loss was no longer finite.
+        A `TrainingRecord`.
 
     Raises:
-        InputError: settings out of range or not those that the model was made under, no block or no token ids, a model
-            whose loss is not finite, or the state in `output_dir` is of another run or broken.
-        Interrupted: Ctrl-C or SIGTERM came; the state is saved.
+        InputError: settings are out of range or differ from those that the model was created under; there are no
+            blocks or no token ids; the model's initial loss is not finite; or the state in `output_dir` belongs to
+            another run or is broken.
+        Interrupted: Ctrl-C or SIGTERM was received; the state is saved.
+
+    Example:
+        >>> model, tokenizer = tfclm.load("distilgpt2")
+        >>> settings = tfclm.TrainingSettings(epochs=1, learning_rate=2e-5)
+        >>> record = tfclm.finetune(model, tokenizer, train.blocks, validation.blocks, settings)
+        >>> math.exp(record.best_loss)  # validation perplexity
     """
     settings = settings or TrainingSettings()
     settings.check()
-    if model.dtype_policy.name != settings.policy:
-        raise InputError(
-            f"the model computes in {model.dtype_policy.name}, mixed_precision {settings.mixed_precision!r} in "
-            f"{settings.policy}: call tf_keras.mixed_precision.set_global_policy({settings.policy!r}) before tfclm.load"
-        )
-    if settings.strategy == "mirrored" and strategy is None and not tf.distribute.has_strategy():
-        raise InputError(
-            "strategy 'mirrored' needs the model made under it: load it inside of "
-            "tf.distribute.MirroredStrategy().scope(), and give that strategy to finetune"
-        )
+    _check_model(model, settings, strategy)
     check_ids(train, "train")
     check_ids(validation, "validation")
-    if output_dir is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return finetune(
-                model, tokenizer, train, validation, settings, output_dir=folder, callbacks=callbacks, strategy=strategy
-            )
     if not len(train) or not len(validation):
-        raise InputError("no block of tokens to train on or to validate with: give more text, or a smaller block size")
+        raise InputError("no block of tokens to train on or to validate on: give more text, or a smaller `block_size`")
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
     tf_keras.utils.set_random_seed(settings.seed)
     strategy = strategy or tf.distribute.get_strategy()
-    output = Path(output_dir)
+    plan = _make_plan(settings, train, strategy.num_replicas_in_sync)
+    _report_left_out(settings, plan, len(train))
+    with contextlib.ExitStack() as stack:
+        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        return _run(model, tokenizer, train, validation, settings, plan, Path(folder), callbacks, strategy)
 
-    rows = min(settings.batch_size * settings.gradient_accumulation_steps, len(train))
-    steps_per_epoch = len(train) // rows
-    total_steps = min(settings.epochs * steps_per_epoch, settings.max_steps or sys.maxsize)
-    left_out = len(train) % rows
-    if left_out > len(train) / 10:
-        print(
-            f"each epoch leaves out {left_out} of {len(train)} blocks, because a step takes {rows} (--batch-size "
-            f"{settings.batch_size} x --gradient-accumulation-steps {settings.gradient_accumulation_steps}): "
-            "make one of them smaller to leave out fewer",
-            file=sys.stderr,
+
+def _check_model(model: TFPreTrainedModel, settings: TrainingSettings, strategy: tf.distribute.Strategy | None) -> None:
+    """Raises `InputError` unless the model was created with the settings' precision and strategy."""
+    if model.dtype_policy.name != settings.policy:
+        raise InputError(
+            f"the model computes in {model.dtype_policy.name}, `mixed_precision` {settings.mixed_precision!r} in "
+            f"{settings.policy}: call tf_keras.mixed_precision.set_global_policy({settings.policy!r}) before tfclm.load"
         )
-    order = run_order(len(train), rows, -(-total_steps // steps_per_epoch), settings.seed)
-    replicas = strategy.num_replicas_in_sync
-    block_size = len(train[0]["input_ids"])
+    if settings.strategy == "mirrored" and strategy is None and not tf.distribute.has_strategy():
+        raise InputError(
+            "`strategy` 'mirrored' needs a model that was created under it: load it inside "
+            "tf.distribute.MirroredStrategy().scope(), and give that strategy to finetune"
+        )
 
-    accumulate = settings.gradient_accumulation_steps > 1
-    pass_rows = -(-settings.batch_size // replicas) if accumulate else None
-    with strategy.scope(), finetuning_step(model, pass_rows, settings.max_grad_norm), stop_signals() as stop:
+
+def _make_plan(settings: TrainingSettings, train: datasets.Dataset, replicas: int) -> Plan:
+    step_rows = min(settings.batch_size * settings.gradient_accumulation_steps, len(train))
+    steps_per_epoch = len(train) // step_rows
+    accumulates = settings.gradient_accumulation_steps > 1
+    return Plan(
+        block_size=len(train[0]["input_ids"]),
+        step_rows=step_rows,
+        pass_rows=-(-settings.batch_size // replicas) if accumulates else None,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=min(settings.epochs * steps_per_epoch, settings.max_steps or sys.maxsize),
+    )
+
+
+def _report_left_out(settings: TrainingSettings, plan: Plan, blocks: int) -> None:
+    """Logs how many blocks an epoch leaves out, because they do not fill a step, if these are many."""
+    left_out = blocks % plan.step_rows
+    if left_out > blocks / 10:
+        log(
+            f"each epoch leaves out {left_out} of {blocks} blocks, because a step takes {plan.step_rows} "
+            f"(`batch_size` {settings.batch_size} x `gradient_accumulation_steps` "
+            f"{settings.gradient_accumulation_steps}): make one of them smaller to leave out fewer"
+        )
+
+
+def _run(
+    model: TFPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: datasets.Dataset,
+    validation: datasets.Dataset,
+    settings: TrainingSettings,
+    plan: Plan,
+    output: Path,
+    callbacks: Sequence[tf_keras.callbacks.Callback],
+    strategy: tf.distribute.Strategy,
+) -> TrainingRecord:
+    """Trains from the saved state in `output`, or from the beginning, to the end."""
+    diverged = None
+    with strategy.scope(), finetuning_step(model, plan.pass_rows, settings.max_grad_norm), stop_signals() as stop:
         generators = seed_dropout(model, settings.seed)
-        optimizer = make_optimizer(model, settings, total_steps)
+        optimizer = make_optimizer(model, settings, plan.total_steps)
         model.compile(optimizer=optimizer, jit_compile=settings.jit_compile)
         validation_feed = feed(model, validation, tokenizer, batch_size=settings.batch_size)
 
         snapshots = Snapshots(output / "resume", model, optimizer, generators, model.step_state.loss)
-        identity = _identity(settings, train, validation)
-        progress = snapshots.restore() or Progress(identity)
-        if progress.identity != identity:
-            raise InputError(
-                f"text or settings have changed since the run in {output} began; --overwrite starts afresh"
-            )
+        progress = _restore_progress(snapshots, _hash_run(settings, train, validation), output)
+        tracker = RunTracker(snapshots, progress, settings, plan.total_steps, stop)
+        tracker.set_model(model)
         model.step_state.progress = progress
-        keeper = RunKeeper(snapshots, progress, settings, total_steps, stop)
-        keeper.set_model(model)
 
-        def validate(watching: Any) -> float:
-            return float(model.evaluate(validation_feed, callbacks=watching, verbose=0, return_dict=True)["loss"])
+        def validate(callbacks: object) -> float:
+            return float(model.evaluate(validation_feed, callbacks=callbacks, verbose=0, return_dict=True)["loss"])
+
+        def train_feed() -> tf.data.Dataset:
+            """The batches that are left."""
+            order = run_order(len(train), plan.step_rows, plan.epochs, settings.seed)
+            return feed(
+                model, train, tokenizer, batch_size=plan.step_rows, order=order[progress.steps * plan.step_rows :]
+            )
 
         if progress.best_step is None:
-            progress.initial_loss = validate([keeper])
-            if not math.isfinite(progress.initial_loss):
-                raise InputError(
-                    "the model's loss on the validation text is not finite before any training: its weights, or what "
-                    "it computes from them, hold NaN or infinity; begin with another checkpoint"
-                )
-            snapshots.keep_best(progress, progress.initial_loss)
-            keeper.save()
-
-        diverged = None
-        bar, event_log = ProgressBar(keeper, rows * block_size), EventLog(keeper, output / "logs")
-        watching = [keeper, bar, event_log, *callbacks]
+            _measure_initial_loss(snapshots, tracker, validate)
+        bar, event_log = ProgressBar(tracker, plan.step_rows * plan.block_size), EventLog(tracker, output / "logs")
         try:
-            if progress.step and progress.steps == min((progress.epoch + 1) * steps_per_epoch, total_steps):
-                # Interrupted after an epoch's last step, before its validation was over: what is left of the epoch is,
-                # for the callbacks, a fit of its own.
-                rest = tf_keras.callbacks.CallbackList(watching, model=model)
-                rest.on_train_begin()
-                rest.on_epoch_end(progress.epoch, {"loss": progress.loss, "val_loss": validate(rest)})
-                rest.on_train_end()
-            if not keeper.finished:
-                model.step_state.start = (progress.epoch, progress.step)
-                model.fit(
-                    feed(model, train, tokenizer, batch_size=rows, order=order[progress.steps * rows :]),
-                    validation_data=validation_feed,
-                    epochs=-(-total_steps // steps_per_epoch),
-                    steps_per_epoch=steps_per_epoch,
-                    callbacks=watching,
-                    verbose=0,
-                )
+            _fit(model, plan, tracker, [tracker, bar, event_log, *callbacks], train_feed, validation_feed, validate)
         except Diverged as error:
             diverged = str(error)
-            keeper.progress = progress = snapshots.restore() or progress
-            loss = validate([keeper])
+            tracker.progress = progress = snapshots.restore() or progress
+            loss = validate([tracker])
             if loss < progress.best_loss:
-                snapshots.keep_best(progress, loss)
-                keeper.save()
+                snapshots.save_best(progress, loss)
+                tracker.save()
         finally:
             bar.close()
             event_log.close()
         snapshots.restore_best(progress)
+    return _make_record(plan, progress, diverged)
 
-    ends = {0: 0} | {int(epoch["step"]): int(epoch["epoch"]) for epoch in progress.epochs}
+
+def _restore_progress(snapshots: Snapshots, identity: str, output: Path) -> Progress:
+    """Restores the saved state of the run, if there is one; else the progress of a new run."""
+    progress = snapshots.restore() or Progress(identity)
+    if progress.identity != identity:
+        raise InputError(
+            f"text or settings have changed since the run in {output} began: use `overwrite` to start over"
+        )
+    return progress
+
+
+def _measure_initial_loss(snapshots: Snapshots, tracker: RunTracker, validate: Callable[[object], float]) -> None:
+    """Validates the initial weights and saves them as the best so far."""
+    progress = tracker.progress
+    progress.initial_loss = validate([tracker])
+    if not math.isfinite(progress.initial_loss):
+        raise InputError(
+            "the model's loss on the validation text is not finite before any training: its weights or logits hold NaN "
+            "or infinity; start from another checkpoint"
+        )
+    snapshots.save_best(progress, progress.initial_loss)
+    tracker.save()
+
+
+def _fit(
+    model: TFPreTrainedModel,
+    plan: Plan,
+    tracker: RunTracker,
+    callbacks: list[tf_keras.callbacks.Callback],
+    train_feed: Callable[[], tf.data.Dataset],
+    validation_feed: tf.data.Dataset,
+    validate: Callable[[object], float],
+) -> None:
+    """Runs Keras' fit from the restored position to the end of the run."""
+    progress = tracker.progress
+    if plan.is_end_of_epoch(progress):
+        # Interrupted during an epoch's validation: to the callbacks, the rest of that epoch is a fit of its own.
+        rest = tf_keras.callbacks.CallbackList(callbacks, model=model)
+        rest.on_train_begin()
+        rest.on_epoch_end(progress.epoch, {"loss": progress.loss, "val_loss": validate(rest)})
+        rest.on_train_end()
+    if not tracker.finished:
+        model.step_state.start = (progress.epoch, progress.step)
+        model.fit(
+            train_feed(),
+            validation_data=validation_feed,
+            epochs=plan.epochs,
+            steps_per_epoch=plan.steps_per_epoch,
+            callbacks=callbacks,
+            verbose=0,
+        )
+
+
+def _make_record(plan: Plan, progress: Progress, diverged: str | None) -> TrainingRecord:
+    epoch_at_step = {0: 0} | {int(epoch["step"]): int(epoch["epoch"]) for epoch in progress.epochs}
     best_step = int(progress.best_step or 0)
     return TrainingRecord(
         initial_loss=progress.initial_loss,
         best_loss=progress.best_loss,
         best_step=best_step,
-        best_epoch=ends.get(best_step),
+        best_epoch=epoch_at_step.get(best_step),
         epochs=progress.epochs,
         steps=progress.steps,
-        tokens=progress.steps * rows * (block_size - 1),
+        tokens=progress.steps * plan.step_rows * (plan.block_size - 1),
         seconds=progress.seconds,
         diverged=diverged,
     )
 
 
-def _identity(settings: TrainingSettings, *splits: Any) -> str:
-    """A digest of all that determines a run's weights; how often it is saved does not."""
+def _hash_run(settings: TrainingSettings, *splits: datasets.Dataset) -> str:
+    """A digest of everything that determines a run's weights: its settings, except `save_steps`, and its blocks."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainingSettings)}
     digest = hashlib.sha256(repr(fields | {"save_steps": None}).encode())
     for blocks in splits:

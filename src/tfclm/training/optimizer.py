@@ -1,8 +1,8 @@
-"""AdamW with a warm-up and a schedule, and decay for the weights that should decay."""
+"""AdamW with warm-up, a learning rate schedule, and weight decay for matrices only."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 import tf_keras
@@ -11,15 +11,18 @@ from transformers import AdamWeightDecay
 from tfclm.compat import create_all_weights
 from tfclm.training.settings import TrainingSettings
 
+if TYPE_CHECKING:
+    from transformers import TFPreTrainedModel
+
 
 class WarmupSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
-    """Learning rate by optimizer step: linear from 0 to the peak, then linear or cosine to 0, or constant."""
+    """Learning rate schedule: linear from 0 to the peak, then linear or cosine to 0, or constant."""
 
     def __init__(self, peak: float, steps: int, warmup_steps: int, course: str) -> None:
         self.peak, self.steps, self.warmup_steps, self.course = peak, steps, warmup_steps, course
 
     def __call__(self, step: Any) -> tf.Tensor:
-        """The rate of the step numbered `step` from 0, as float32."""
+        """The learning rate of a step, numbered from 0, as float32."""
         step = tf.cast(step, tf.float32)
         warmup = float(self.warmup_steps)
         done = tf.clip_by_value((step - warmup) / max(self.steps - warmup, 1.0), 0.0, 1.0)
@@ -36,11 +39,11 @@ class WarmupSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
         return {"peak": self.peak, "steps": self.steps, "warmup_steps": self.warmup_steps, "course": self.course}
 
 
-def exempt_from_decay(model: Any) -> list[str]:
-    """Names of the trainable variables that weight decay leaves alone: biases, and all that a norm layer owns.
+def exempt_from_decay(model: TFPreTrainedModel) -> list[str]:
+    """Names of the trainable variables without weight decay: biases and the weights of normalization layers.
 
-    A list of name patterns, as in `create_optimizer` of transformers, knows some architectures' norm layers and
-    misses others (GPT-2 calls them ln_1, ln_2, ln_f); the layers themselves say what they are.
+    The name patterns of transformers' `create_optimizer` match the normalization layers of some architectures only
+    (GPT-2 calls them ln_1, ln_2, ln_f), so these are found by the type of the layer.
     """
     norms = {
         id(variable)
@@ -49,18 +52,20 @@ def exempt_from_decay(model: Any) -> list[str]:
         for variable in getattr(layer, "trainable_variables", ())
     }
     return [
-        # The optimizer looks for these names inside of a variable's, which on a second replica ends in /replica_1:0.
+        # The optimizer searches for these in a variable's name, which on a second replica ends in /replica_1:0.
         variable.name.removesuffix(":0")
         for variable in model.trainable_variables
-        # GPT-2's convolution keeps its bias as [1, n].
+        # Biases of GPT-2's Conv1D have shape [1, n].
         if id(variable) in norms or "bias" in variable.name.split("/")[-1] or sum(n > 1 for n in variable.shape) < 2
     ]
 
 
-def make_optimizer(model: Any, settings: TrainingSettings, steps: int) -> tf_keras.optimizers.legacy.Optimizer:
-    """AdamWeightDecay of transformers for a run of `steps` optimizer steps, with all its variables.
+def make_optimizer(
+    model: TFPreTrainedModel, settings: TrainingSettings, steps: int
+) -> tf_keras.optimizers.legacy.Optimizer:
+    """AdamWeightDecay of transformers for a run of `steps` optimizer steps, with its variables created.
 
-    Clipping is the training step's: it has to see the gradients of all replicas.
+    The training step clips gradients itself, because clipping needs the sum over all replicas.
     """
     optimizer = AdamWeightDecay(
         learning_rate=WarmupSchedule(settings.learning_rate, steps, settings.warmup_steps, settings.schedule),
@@ -68,7 +73,7 @@ def make_optimizer(model: Any, settings: TrainingSettings, steps: int) -> tf_ker
         epsilon=1e-8,
         exclude_from_weight_decay=exempt_from_decay(model),
     )
-    # Not at the first step, as Keras does: a state is restored before that, and restores what is there.
+    # Keras would create them at the first step, but restoring a saved state needs them before.
     create_all_weights(optimizer, model.trainable_variables)
     if settings.mixed_precision == "float16":
         return tf_keras.mixed_precision.LossScaleOptimizer(optimizer)

@@ -1,11 +1,11 @@
-"""The training and validation step that Keras' fit runs: a loss weighted by tokens, and gradient accumulation."""
+"""The training and validation steps that Keras' fit runs: a token-weighted loss, and gradient accumulation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 import tf_keras
@@ -13,51 +13,54 @@ import tf_keras
 from tfclm.metrics.perplexity import TokenLoss, token_losses
 from tfclm.training.resume import Progress
 
+if TYPE_CHECKING:
+    from transformers import TFPreTrainedModel
+
 
 @dataclass
 class StepState:
-    """What the step needs beside the model; no Keras object itself, so that Keras does not save it with the weights."""
+    """State of the steps; not a Keras object, so that Keras does not save it with the weights."""
 
     loss: TokenLoss
-    pass_rows: int | None  # rows of one forward pass on one replica; None: all at once
+    pass_rows: int | None  # rows per forward pass on one replica; None: all rows in one pass
     max_grad_norm: float
-    start: tuple[int, int] = (0, 0)  # epoch and step that fit begins with
-    progress: Progress | None = None  # for callbacks: the record of the run, which outlives its process
+    start: tuple[int, int] = (0, 0)  # epoch and step to start from
+    progress: Progress | None = None  # of the whole run, for other callbacks
 
 
 class FinetuningStep:
-    """Mixed in before the model's own class: replaces the steps of transformers, whose loss is a mean of means.
+    """Base class put before the model's own: replaces the steps of transformers, whose loss is a mean of batch means.
 
-    One call of `train_step` is one optimizer step: its batch holds the rows of all forward passes that are accumulated,
-    so no accumulator outlives the step, and the gradient is that of the mean loss over all tokens of the batch.
+    One call of `train_step` is one optimizer step, whose batch holds the rows of all accumulated forward passes. So no
+    accumulator outlives the step, and the gradient is that of the mean loss over all tokens of the batch.
     """
 
     step_state: StepState
-    # What the model's own class brings.
+    # Attributes of the model's own class.
     optimizer: Any
     trainable_variables: Any
     __call__: Any
-    # What the steps report is equal on all replicas, and Keras would report its sum over them.
+    # The steps return the same values on all replicas; by default Keras would sum them.
     distribute_reduction_method = "first"
 
     def _maybe_load_initial_counters_from_ckpt(self, steps_per_epoch: int, initial_epoch: int) -> tuple[int, int]:
-        # Where Keras asks at which epoch and step to begin; fit's own argument knows epochs alone.
+        # Keras asks here for the epoch and step to start from; fit's own argument is the epoch only.
         return self.step_state.start
 
     @property
     def metrics(self) -> list[tf_keras.metrics.Metric]:
-        """The one metric; reported as `loss` and `val_loss`."""
+        """The token-weighted loss, reported as `loss` and `val_loss`."""
         return [self.step_state.loss]
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
-        """One optimizer step on (features of [B, L], labels [B, L])."""
+        """Runs one optimizer step on (features [B, L], labels [B, L])."""
         features, labels = data
         state = self.step_state
         replicas = tf.distribute.get_replica_context()
         tokens = tf.reduce_sum(tf.cast(tf.not_equal(labels[:, 1:], -100), tf.float32))
         tokens = tf.maximum(replicas.all_reduce(tf.distribute.ReduceOp.SUM, tokens), 1.0)
 
-        def gradients_of(part: dict[str, tf.Tensor]) -> list[tf.Tensor]:
+        def compute_gradients(part: dict[str, tf.Tensor]) -> list[tf.Tensor]:
             part_labels = part.pop("labels")
             with tf.GradientTape() as tape:
                 losses, mask = token_losses(self(part, training=True).logits, part_labels)
@@ -68,17 +71,20 @@ class FinetuningStep:
             gradients = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
             return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
+        def add_gradients(sums: list[tf.Tensor], part: dict[str, tf.Tensor]) -> list[tf.Tensor]:
+            return [total + gradient for total, gradient in zip(sums, compute_gradients(part), strict=True)]
+
         variables = self.trainable_variables
         rows = {**features, "labels": labels}
         if state.pass_rows is None:
-            gradients = gradients_of(rows)
+            gradients = compute_gradients(rows)
         else:
-            passes, parts = _split(rows, state.pass_rows)
+            passes, parts = _split_passes(rows, state.pass_rows)
             _, gradients = tf.while_loop(
                 lambda i, _: i < passes,
                 lambda i, sums: (
                     i + 1,
-                    [a + b for a, b in zip(sums, gradients_of({k: v[i] for k, v in parts.items()}), strict=True)],
+                    add_gradients(sums, {name: value[i] for name, value in parts.items()}),
                 ),
                 (tf.constant(0), [tf.zeros_like(variable) for variable in variables]),
             )
@@ -86,7 +92,7 @@ class FinetuningStep:
         return {"loss": state.loss.result(), "grad_norm": norm}
 
     def _apply(self, gradients: list[tf.Tensor], variables: list[tf.Variable]) -> tf.Tensor:
-        """Clips and applies gradients that are already summed over the replicas; returns their norm before."""
+        """Clips and applies gradients that are summed over all replicas; returns their norm before clipping."""
         optimizer = self.optimizer
         if isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer):
             gradients = optimizer.get_unscaled_gradients(gradients)
@@ -97,17 +103,17 @@ class FinetuningStep:
         return norm
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
-        """Loss of (features of [B, L], labels [B, L])."""
+        """Adds (features [B, L], labels [B, L]) to the validation loss."""
         features, labels = data
         self.step_state.loss.update_state(*token_losses(self(features, training=False).logits, labels))
         return {"loss": self.step_state.loss.result()}
 
 
-def _split(rows: dict[str, tf.Tensor], size: int) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
-    """Rows [B, L] as [passes, size, L]; the last pass is filled up with rows that have no label."""
+def _split_passes(rows: dict[str, tf.Tensor], size: int) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+    """Reshapes rows [B, L] to [passes, size, L]; the last pass is filled with rows that have no label."""
     count = tf.shape(rows["labels"])[0]
     passes = -(-count // size)
-    # A row without a label adds nothing to loss or gradient.
+    # Rows without a label add nothing to the loss or the gradient.
     return passes, {
         name: tf.reshape(
             tf.pad(value, [[0, passes * size - count], [0, 0]], constant_values=-100 if name == "labels" else 0),
@@ -118,16 +124,18 @@ def _split(rows: dict[str, tf.Tensor], size: int) -> tuple[tf.Tensor, dict[str, 
 
 
 @contextmanager
-def finetuning_step(model: Any, pass_rows: int | None, max_grad_norm: float) -> Iterator[Any]:
-    """The model with our steps, as the same object and under its class' own name; itself again afterwards.
+def finetuning_step(
+    model: TFPreTrainedModel, pass_rows: int | None, max_grad_norm: float
+) -> Iterator[TFPreTrainedModel]:
+    """Replaces the model's training and validation steps within a block; the object and the class name stay the same.
 
     Args:
         model: a TensorFlow causal language model of transformers.
-        pass_rows: rows of one forward pass on one replica; None runs a batch in one pass.
+        pass_rows: rows per forward pass on one replica; None runs a batch in one pass.
         max_grad_norm: gradients are clipped to this global norm; 0 is off.
     """
     original = type(model)
-    # Saving reads the class' name (config.architectures), so the name stays.
+    # The class name is kept, because saving writes it to config.architectures.
     model.__class__ = type(original.__name__, (FinetuningStep, original), {"__module__": original.__module__})
     object.__setattr__(model, "step_state", StepState(TokenLoss(), pass_rows, max_grad_norm))
     try:

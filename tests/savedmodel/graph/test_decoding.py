@@ -1,4 +1,4 @@
-"""The decoding loop against transformers' `generate`, a row at a time, for every architecture of the tests."""
+"""The decoding loop compared with transformers' `generate`, row by row, for every architecture of the tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, LONG
 
 from tfclm.savedmodel.graph.decoding import Decoded, decode
 from tfclm.savedmodel.graph.network import Network
@@ -19,14 +19,15 @@ from tfclm.savedmodel.graph.sampling import SamplingParams, uniform_samples
 CONTEXT = 64
 NEW = 14
 EOS = tuple(range(0, 512, 25))
-PAD = 600  # beyond the vocabulary, as where it was added to a tokenizer alone
-LENGTHS = (1, 2, 3, 8, 17, 31, CONTEXT - NEW, CONTEXT - 3)
-PROMPTS = 200
-FEW = 72  # of them, where each has knobs of its own, and for the other architectures
+PAD = 600  # beyond the vocabulary, as if it had been added to a tokenizer but not to the model
+# `generate` of transformers takes a second for each length.
+LENGTHS = (1, 3, 17, CONTEXT - NEW, CONTEXT - 3, *((2, 8, 31) if LONG else ()))
+PROMPTS = 200 if LONG else 100
+SOME = 72  # prompts with parameters per row, and for architectures other than GPT-2
 
 
 class Loop(NamedTuple):
-    """A model, the loop around it, and prompts of mixed lengths."""
+    """A model, its decoding loop, and prompts of mixed lengths."""
 
     model: Any
     decode: Callable[..., Decoded]
@@ -38,15 +39,15 @@ class Loop(NamedTuple):
     params=[name if name == "gpt2" else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES],
 )
 def loop(request: pytest.FixtureRequest) -> Loop:
-    """A tiny model and the loop around it, traced once."""
+    """A tiny model and its decoding loop, traced once."""
     from conftest import tiny_config
     from tf_keras.utils import set_random_seed
 
     from tfclm.checkpoint import create
 
     set_random_seed(2)
-    model = create(tiny_config(request.param, context=CONTEXT))
-    # Fresh weights are so small that all logits are nearly alike.
+    model = create(tiny_config(request.param, context=CONTEXT, layers=2))
+    # Initial weights are so small that all logits are nearly equal.
     model.set_weights([3 * weight for weight in model.get_weights()])
     network = Network(model)
 
@@ -69,12 +70,12 @@ def loop(request: pytest.FixtureRequest) -> Loop:
     rng = random.Random(1)
     prompts = [[rng.randrange(512) for _ in range(LENGTHS[i % len(LENGTHS)])] for i in range(PROMPTS)]
     if request.param != "gpt2":
-        prompts = prompts[:FEW]
+        prompts = prompts[:SOME]
     return Loop(model, traced, prompts)
 
 
 def run(loop: Loop, prompts: list[list[int]], params: list[dict[str, float]]) -> list[list[int]]:
-    """The new tokens of each prompt, decoded together, with one dictionary of knobs a row."""
+    """The new tokens of prompts that are decoded together, with one dictionary of parameters per row."""
     default = {
         "max_new_tokens": NEW,
         "temperature": 0.0,
@@ -99,21 +100,21 @@ def run(loop: Loop, prompts: list[list[int]], params: list[dict[str, float]]) ->
 def batches(count: int) -> list[list[int]]:
     """Row numbers in a random order, in batches of 2 to 16."""
     rng = random.Random(count)
-    order, cut = rng.sample(range(count), count), []
+    order, parts = rng.sample(range(count), count), []
     while order:
         size = min(rng.randrange(2, 17), len(order))
-        cut.append(order[:size])
+        parts.append(order[:size])
         order = order[size:]
-    return cut
+    return parts
 
 
 def references(loop: Loop, penalty: float) -> list[list[int]]:
-    """What transformers' greedy `generate` gives; prompts of one length go together, so that none is padded."""
-    alike = defaultdict(list)
+    """The tokens of transformers' greedy `generate`; prompts of one length are batched, so that none is padded."""
+    by_length = defaultdict(list)
     for number, prompt in enumerate(loop.prompts):
-        alike[len(prompt)].append(number)
+        by_length[len(prompt)].append(number)
     tokens: dict[int, list[int]] = {}
-    for length, numbers in alike.items():
+    for length, numbers in by_length.items():
         ids = tf.constant([loop.prompts[number] for number in numbers])
         whole = loop.model.generate(
             ids,
@@ -125,14 +126,14 @@ def references(loop: Loop, penalty: float) -> list[list[int]]:
             pad_token_id=1,
         ).numpy()
         for number, row in zip(numbers, whole[:, length:].tolist(), strict=True):
-            ends = [place for place, token in enumerate(row) if token in EOS]
+            ends = [index for index, token in enumerate(row) if token in EOS]
             tokens[number] = row[: ends[0] + 1] if ends else row
     return [tokens[number] for number in range(len(loop.prompts))]
 
 
 def is_tie(model: Any, prompt: list[int], ours: list[int], theirs: list[int], penalty: float) -> bool:
-    """Whether two continuations part where an uncached forward gives both tokens the same score, but for rounding."""
-    same = next(place for place, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other)
+    """Whether two continuations diverge at tokens whose scores without a cache are equal up to rounding."""
+    same = next(index for index, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other)
     seen = prompt + ours[:same]
     scores = model(tf.constant([seen]), training=False).logits[0, -1].numpy()
     scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
@@ -141,29 +142,29 @@ def is_tie(model: Any, prompt: list[int], ours: list[int], theirs: list[int], pe
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_is_transformers(loop: Loop, penalty: float) -> None:
-    """Positions, masks, the cache, the penalty or the end of a row that differ from `generate`, alone or in company."""
+    """Positions, masks, cache, penalty or the end of a row that differ from `generate`, alone or in a batch."""
     expected = references(loop, penalty)
-    knob = {"repetition_penalty": penalty}
-    alone = [run(loop, [prompt], [knob])[0] for prompt in loop.prompts]
+    params = {"repetition_penalty": penalty}
+    alone = [run(loop, [prompt], [params])[0] for prompt in loop.prompts]
     together: dict[int, list[int]] = {}
     for rows in batches(len(loop.prompts)):
-        together |= dict(zip(rows, run(loop, [loop.prompts[row] for row in rows], [knob] * len(rows)), strict=True))
+        together |= dict(zip(rows, run(loop, [loop.prompts[row] for row in rows], [params] * len(rows)), strict=True))
     ties = 0
     for number, tokens in enumerate(expected):
         for ours in (alone[number], together[number]):
             if ours != tokens:
                 assert is_tie(loop.model, loop.prompts[number], ours, tokens, penalty)
                 ties += 1
-    # About one in 10,000 tokens has two candidates this close.
+    # About one in 10,000 tokens has two candidates with scores this close.
     assert ties <= 2
-    # Rows that stop, rows that reach max_new_tokens and rows at the end of the context are all among them.
+    # There are rows that stop, that reach max_new_tokens and that reach the end of the context.
     assert {len(tokens) for tokens in expected} >= {3, NEW}
     assert sum(tokens[-1] in EOS for tokens in expected) > 3
     assert len({tuple(tokens) for tokens in expected}) > len(expected) // 2
 
 
 def test_a_row_depends_on_itself_alone(loop: Loop) -> None:
-    """A knob, a length, a seed or a cache slot that is read from a neighbour."""
+    """A parameter, a length, a seed or a cache slot read from another row."""
     rng = random.Random(5)
     params = [
         {
@@ -174,21 +175,21 @@ def test_a_row_depends_on_itself_alone(loop: Loop) -> None:
             "repetition_penalty": rng.choice([0.8, 1.0, 1.3]),
             "seed": rng.randrange(2**40),
         }
-        for _ in range(FEW)
+        for _ in range(SOME)
     ]
-    alone = [run(loop, [prompt], [knob])[0] for prompt, knob in zip(loop.prompts[:FEW], params, strict=True)]
-    for rows in batches(FEW):
+    alone = [run(loop, [prompt], [row])[0] for prompt, row in zip(loop.prompts[:SOME], params, strict=True)]
+    for rows in batches(SOME):
         together = run(loop, [loop.prompts[row] for row in rows], [params[row] for row in rows])
         assert together == [alone[row] for row in rows]
-    assert all(len(tokens) <= knob["max_new_tokens"] for tokens, knob in zip(alone, params, strict=True))
-    assert len({tuple(tokens) for tokens in alone}) > FEW // 2
+    assert all(len(tokens) <= row["max_new_tokens"] for tokens, row in zip(alone, params, strict=True))
+    assert len({tuple(tokens) for tokens in alone}) > SOME // 2
 
 
-def test_steps_are_drawn_apart(loop: Loop) -> None:
-    """One number for all steps, or for all rows: text that repeats itself where the model is indifferent."""
-    knob = {"temperature": 1e6}
-    rows = run(loop, [[3]] * 16, [knob | {"seed": seed} for seed in range(16)])
+def test_steps_are_sampled_independently(loop: Loop) -> None:
+    """One uniform sample for all steps or for all rows, so that equally likely tokens repeat."""
+    params = {"temperature": 1e6}
+    rows = run(loop, [[3]] * 16, [params | {"seed": seed} for seed in range(16)])
     tokens = [token for row in rows for token in row]
-    # 16 x 14 draws from 512 tokens that are all alike, but for the rows that end early.
+    # 16 x 14 draws from 512 equally likely tokens; some rows end early.
     assert len(set(tokens)) > 0.7 * len(tokens)
-    assert run(loop, [[3]] * 2, [knob | {"seed": 4}] * 2) == [rows[4]] * 2
+    assert run(loop, [[3]] * 2, [params | {"seed": 4}] * 2) == [rows[4]] * 2

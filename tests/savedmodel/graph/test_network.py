@@ -1,4 +1,4 @@
-"""Every architecture that can be exported, through the network that the decoding loop calls."""
+"""The architectures that can be exported, called through `Network` as the decoding loop does."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONFIGS: dict[str, Any] = {
     "xglm": lambda: XGLMConfig(
         d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, max_position_embeddings=64, **VOCABULARY
     ),
-    # Embeddings of another size than the layers.
+    # Its embeddings have another size than its layers.
     "opt": lambda: OPTConfig(
         hidden_size=32,
         ffn_dim=64,
@@ -57,14 +57,14 @@ CONFIGS: dict[str, Any] = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "dtype"), [*((each, "float32") for each in CONFIGS), ("xglm", "bfloat16")])
 def test_cached_logits_are_the_models_own(architecture: str, dtype: str) -> None:
-    """A layer that takes its kernel, its past or its positions in a way of its own: making the network compares."""
-    network = Network(create(CONFIGS[architecture]()), dtype, turned=dtype != "float32")
-    kept = {variable.dtype for variable in network.variables}
-    assert kept == {tf.float32, tf.as_dtype(dtype)}
+    """A layer that uses its kernel, its past or its positions in an unsupported way; `Network` compares the logits."""
+    network = Network(create(CONFIGS[architecture]()), dtype, transposed=dtype != "float32")
+    stored = {variable.dtype for variable in network.variables}
+    assert stored == {tf.float32, tf.as_dtype(dtype)}
 
 
-def test_the_context_begins_behind_the_padding() -> None:
-    """Prompts that fit by the config and read positions beyond RoBERTa's table."""
+def test_the_context_excludes_reserved_positions() -> None:
+    """A prompt as long as max_position_embeddings, which reads beyond RoBERTa's table of positions."""
     model = create(RobertaPreLayerNormConfig(**BERT | {"max_position_embeddings": 24}))
     network = Network(model)
     assert network.context == context_size(model) == 22
@@ -76,13 +76,13 @@ def test_the_context_begins_behind_the_padding() -> None:
 
 
 def test_padding_ids_within_a_text_are_not_counted() -> None:
-    """A text with <pad> in it, whose score is another than its perplexity."""
+    """A score of a text with <pad> in it that differs from its perplexity."""
     model = create(RobertaPreLayerNormConfig(**BERT))
     network = Network(model)
     ids = np.array([[5, 1, 1, 7, 8, 1], [9, 8, 7, 6, 5, 4]], np.int32)
     weights = network.weights()
     out = network.hidden(tf.constant(ids), weights)
-    logits = network.logits(out.last_hidden_state, weights, few=False)
+    logits = network.logits(out.last_hidden_state, weights, small_batch=False)
     np.testing.assert_allclose(logits, model(ids).logits, atol=1e-4)
     # With a cache, the next token's position is the text's length.
     cached = model(ids[:, :5], use_cache=True).past_key_values
@@ -95,9 +95,9 @@ def test_padding_ids_within_a_text_are_not_counted() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_rows_of_any_length_reach_the_end_of_the_context(architecture: str) -> None:
-    """A table that ends before the cache does, which fails the long row and with it the short one beside it."""
+    """A table that is shorter than the cache, so that a row at the end of the context fails, and its batch with it."""
     model = create(CONFIGS[architecture]())
-    network = Network(model, turned=True)  # as it is compiled; above, as it is not
+    network = Network(model, transposed=True)  # as for XLA; the tests above use the other layout
     context = network.context
     ids = tf.random.stateless_uniform([2, context - 3], [0, 2], 2, 300, tf.int32)
     lengths = tf.constant([context - 3, 5])
@@ -114,11 +114,11 @@ def test_rows_of_any_length_reach_the_end_of_the_context(architecture: str) -> N
         whole = tf.concat([ids[row, :length], decoded.output_ids[row, :count]], 0)
         logits = model(whole[None], training=False).logits[0, length - 1 : -1].numpy()
         given = np.take_along_axis(logits, whole.numpy()[length:, None], 1)[:, 0]
-        # Each is the likeliest, but for rounding.
+        # Each is the likeliest token, up to rounding.
         np.testing.assert_allclose(given, logits.max(-1), atol=1e-4)
 
 
 def test_a_model_without_a_cache_is_refused() -> None:
-    """An export whose every step would read the whole text again."""
+    """An export that reads the whole text again at every step."""
     with pytest.raises(InputError, match="has no cache and cannot be exported"):
         Network(create(OpenAIGPTConfig(**GPT)))

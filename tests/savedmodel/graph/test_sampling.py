@@ -1,4 +1,4 @@
-"""What is drawn, against the distribution that transformers' own warpers define."""
+"""Sampled tokens, compared with the distribution that transformers' own warpers define."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPILED = pytest.mark.parametrize("xla", [False, True], ids=["default", "xla"])
 
 
 def params(temperature: list[float], top_k: list[int], top_p: list[float]) -> SamplingParams:
-    """Knobs [B] of which only these are looked at."""
+    """Parameters [B]; the others are off."""
     count = len(temperature)
     return SamplingParams(
         max_new_tokens=tf.ones([count], tf.int32),
@@ -47,8 +47,8 @@ def warped(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> 
     return tf.nn.softmax(tf.cast(scores[0], tf.float64)).numpy()
 
 
-def chosen(logits: np.ndarray, settings: SamplingParams, uniform: np.ndarray, *, xla: bool) -> np.ndarray:
-    """`sample_next_token`, traced as in an exported model; the first token of each row was there before."""
+def sample_tokens(logits: np.ndarray, settings: SamplingParams, uniform: np.ndarray, *, xla: bool) -> np.ndarray:
+    """`sample_next_token`, traced as in an exported model, after the token 0 in each row."""
 
     def sample(logits: tf.Tensor, settings: SamplingParams, uniform: tf.Tensor) -> tf.Tensor:
         tokens = tf.zeros([tf.shape(logits)[0], 1], tf.int32)
@@ -71,71 +71,72 @@ def chosen(logits: np.ndarray, settings: SamplingParams, uniform: np.ndarray, *,
     ],
 )
 def test_frequencies(temperature: float, top_k: int, top_p: float, xla: bool) -> None:
-    """Knobs in another order, a token too many or too few, or a choice that is off the distribution."""
+    """Parameters applied in another order, a token too many or too few, or another distribution."""
     logits = np.random.default_rng(4).normal(0, 1.5, 40).astype(np.float32)
     expected = warped(logits, temperature, top_k, top_p) * DRAWS
-    # Numbers as a request draws them, of many seeds and many steps.
+    # Uniform samples as in requests, of many seeds and many steps.
     uniform = sampling.uniform_samples(tf.range(100, dtype=tf.int64), DRAWS // 100).numpy().reshape(-1)
     settings = params([temperature] * DRAWS, [top_k] * DRAWS, [top_p] * DRAWS)
-    tokens = chosen(np.tile(logits, [DRAWS, 1]), settings, uniform, xla=xla)
+    tokens = sample_tokens(np.tile(logits, [DRAWS, 1]), settings, uniform, xla=xla)
     counts = np.bincount(tokens, minlength=40)
     kept = expected > 0
     assert not counts[~kept].any()
     statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
     free = max(kept.sum() - 1, 1)
-    # Wilson and Hilferty's normal score of a chi-square: beyond 3.5 once in 4,000 tests.
+    # Wilson and Hilferty's normal approximation of a chi-square: above 3.5 once in 4,000 tests.
     score = ((statistic / free) ** (1 / 3) - 1 + 2 / (9 * free)) / math.sqrt(2 / (9 * free))
     assert score < 3.5
 
 
 def test_compiled_and_not_keep_the_same_tokens() -> None:
-    """A bisection that ends beside the edge, or a sorted head that is taken for the whole vocabulary."""
+    """A bisection that ends next to the edge, a sorted head taken for the whole vocabulary, or another row's edge."""
     rng = np.random.default_rng(0)
     size = 50257
     logits = np.concatenate([rng.normal(0, 3, [24, size]), rng.normal(0, 0.01, [8, size])]).astype(np.float32)
+    logits = -np.sort(-logits)
     top_k = rng.choice([0, 1, 5, 50, 3000, 50256, 50257, 60000], 32).astype(np.int32)
     top_p = rng.choice([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0], 32).astype(np.float32)
-    scores = tf.constant(logits - logits.max(-1, keepdims=True))
 
-    def threshold(xla: bool, rows: slice) -> np.ndarray:
-        return traced[xla](scores[rows], top_k[rows], top_p[rows]).numpy()
+    def last_token(logits: tf.Tensor, top_k: tf.Tensor, top_p: tf.Tensor, xla: bool) -> tf.Tensor:
+        given = params([1.0], [1], [1.0])._replace(temperature=tf.ones_like(top_p), top_k=top_k, top_p=top_p)
+        tokens = tf.zeros_like(top_k)[:, None]
+        # The largest uniform sample draws the last token that is kept.
+        uniform = tf.fill([tf.size(top_k)], tf.constant(np.nextafter(1.0, 0.0), tf.float64))
+        return sampling.sample_next_token(logits, tokens, tokens == 0, given, uniform, xla=xla)
 
-    def rows_of(scores: tf.Tensor, k: tf.Tensor, p: tf.Tensor, xla: bool) -> tf.Tensor:
-        given = params([1.0], [1], [1.0])._replace(temperature=tf.ones_like(p), top_k=k, top_p=p)
-        whole = sampling._pad(scores)
-        return sampling._threshold(whole, tf.exp(whole), given, size, xla)
+    def kept(xla: bool, rows: slice) -> np.ndarray:
+        return traced[xla](logits[rows], top_k[rows], top_p[rows]).numpy() + 1
 
-    traced = {xla: tf.function(partial(rows_of, xla=xla), jit_compile=xla) for xla in (False, True)}
-    thresholds = [threshold(xla, slice(32)) for xla in (False, True)]
-    # A row's company, which may need the search or the whole vocabulary, is nothing to it.
+    traced = {xla: tf.function(partial(last_token, xla=xla), jit_compile=xla) for xla in (False, True)}
+    together = [kept(xla, slice(32)) for xla in (False, True)]
+    # The same as alone, although other rows need the search or the whole vocabulary.
     for xla in (False, True):
-        alone = [threshold(xla, slice(row, row + 1))[0] for row in range(32)]
-        assert np.array_equal(alone, thresholds[xla])
-    kept = [(scores.numpy() >= threshold[:, None]).sum(-1) for threshold in thresholds]
+        assert [kept(xla, slice(row, row + 1))[0] for row in range(32)] == together[xla].tolist()
     limited = (top_k > 0) & (top_k < size)
-    assert (kept[0][limited & (top_p == 1)] == top_k[limited & (top_p == 1)]).all()
-    # At the edge of top-p the order of a sum of 50,000 small numbers decides: more of them where they are all alike.
-    assert (np.abs(kept[0] - kept[1]) <= np.where(top_p < 1, np.maximum(1, kept[0] * 1e-4), 0)).all()
-    assert (kept[0] > sampling.CANDIDATES).any()
-    assert (kept[0][~limited & (top_p == 1)] == size).all()
+    assert (together[0][limited & (top_p == 1)] == top_k[limited & (top_p == 1)]).all()
+    # At the edge of top-p the order of a sum of 50,000 small numbers matters, most for nearly equal logits.
+    tolerance = np.where(top_p < 1, np.maximum(1, together[0] * 1e-4), 0)
+    assert (np.abs(together[0] - together[1]) <= tolerance).all()
+    assert (together[0] > sampling.CANDIDATES).any()
+    assert (together[0][~limited & (top_p == 1)] == size).all()
 
 
-@pytest.mark.parametrize("alike", [1, 1000, 10**6])
-def test_highest_scores_of_blocks(alike: int) -> None:
-    """One that is left out because others stand in its block, or counted twice where scores are equal."""
-    scores = np.random.default_rng(5).integers(0, 10**6 // alike, [4, 400]).astype(np.float32)
+@pytest.mark.parametrize("copies", [1, 1000, 10**6])
+def test_highest_scores(copies: int) -> None:
+    """A score that is left out because others are in its block, or counted twice because scores are equal."""
+    scores = np.random.default_rng(5).integers(0, 10**6 // copies, [4, 400]).astype(np.float32)
     scores[:, :40] += 10**6
     scores[2] = -np.inf
-    traced = tf.function(sampling._highest)
+    traced = tf.function(sampling.highest_scores)
     for count in (1, 2, 24, 25, 26, 400):
         expected = -np.sort(-scores, -1)[:, :count]
         assert np.array_equal(traced(scores, tf.constant(count)), expected)
-        assert np.array_equal(tf.function(sampling._highest, jit_compile=True)(scores, count), expected)
+        assert np.array_equal(tf.function(sampling.highest_scores, jit_compile=True)(scores, count), expected)
 
 
 @COMPILED
-def test_every_chosen_token_is_possible(xla: bool) -> None:
-    """A token of probability 0, or none at all, at the ends of the uniform numbers, the logits and the knobs."""
+def test_every_sampled_token_is_possible(xla: bool) -> None:
+    """A token of probability 0, or none at all, for extreme uniform samples, logits and parameters."""
     tiny = np.finfo(np.float32).tiny
     rows = [
         np.linspace(-4, 4, 37),
@@ -156,7 +157,7 @@ def test_every_chosen_token_is_possible(xla: bool) -> None:
     ]
     logits, temperature, top_k, top_p, uniform = (list(column) for column in zip(*cases, strict=True))
     values = np.array(logits, np.float32)
-    tokens = chosen(values, params(temperature, top_k, top_p), np.array(uniform), xla=xla)
+    tokens = sample_tokens(values, params(temperature, top_k, top_p), np.array(uniform), xla=xla)
     assert tokens.min() >= 0
     assert tokens.max() < 37
     scores = values[np.arange(len(tokens)), tokens] - values.max(-1)
@@ -167,15 +168,15 @@ def test_every_chosen_token_is_possible(xla: bool) -> None:
 
 
 @COMPILED
-def test_a_row_takes_its_own_knobs(xla: bool) -> None:
-    """A knob that is read from a neighbour, or decided for the whole batch."""
+def test_a_row_uses_its_own_params(xla: bool) -> None:
+    """A parameter that is read from another row, or applied to the whole batch."""
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 2, [64, 300]).astype(np.float32)
     temperature = rng.choice([0.0, 0.5, 1.0, 2.0, 1e-30, 1e30], 64).tolist()
     top_k = rng.choice([0, 1, 7, 299, 300], 64).tolist()
     top_p = rng.choice([0.3, 0.9, 1.0], 64).tolist()
     uniform = rng.random(64)
-    together = chosen(logits, params(temperature, top_k, top_p), uniform, xla=xla)
+    together = sample_tokens(logits, params(temperature, top_k, top_p), uniform, xla=xla)
     tokens = tf.zeros([1, 1], tf.int32)
     traced = tf.function(
         lambda row, settings, number: sampling.sample_next_token(row, tokens, tokens == 0, settings, number, xla=xla),
@@ -192,8 +193,8 @@ def test_a_row_takes_its_own_knobs(xla: bool) -> None:
 
 
 def test_seeds() -> None:
-    """Numbers that repeat: one seed for all steps, neighbours alike, or fresh ones that are always the same."""
-    # As in the process of fit, where most random ops refuse to run without a seed.
+    """Repeated samples: the same for all steps, for other rows, or for every request with seed -1."""
+    # As in the process of `fit`, where most random ops refuse to run without a seed.
     tf.config.experimental.enable_op_determinism()
     seeds = tf.constant([5, 6, 2**63 - 1, -1, -1, 5], tf.int64)
     numbers = sampling.uniform_samples(seeds, 50).numpy()
@@ -203,7 +204,7 @@ def test_seeds() -> None:
     again = tf.function(sampling.uniform_samples)(seeds, 50).numpy()
     assert (again[:3] == numbers[:3]).all()
     assert not np.isin(again[3:5], numbers).any()
-    # Fewer steps, or a row elsewhere in the batch: the same numbers.
+    # They do not depend on the number of steps or on the row's place in the batch.
     assert (sampling.uniform_samples(tf.constant([6], tf.int64), 20).numpy()[0] == numbers[1, :20]).all()
     many = sampling.uniform_samples(tf.range(500, dtype=tf.int64), 80).numpy()
     # 5 standard errors of a correlation.
@@ -213,7 +214,7 @@ def test_seeds() -> None:
 
 @COMPILED
 def test_repetition_penalty(xla: bool) -> None:
-    """Tokens that are not there penalised, those of another row, or some of them twice."""
+    """A penalty for unknown tokens or for another row's, or one that is applied twice."""
     rng = np.random.default_rng(3)
     logits = rng.normal(0, 2, [6, 30]).astype(np.float32)
     tokens = rng.integers(0, 30, [6, 12]).astype(np.int32)
@@ -228,14 +229,14 @@ def test_repetition_penalty(xla: bool) -> None:
 
 
 @COMPILED
-def test_extreme_knobs(xla: bool) -> None:
-    """A penalty or temperature that leaves float32, so that infinities are subtracted and unlikely tokens are drawn."""
+def test_extreme_params(xla: bool) -> None:
+    """A penalty or temperature beyond float32, so that infinities are subtracted and unlikely tokens are sampled."""
     rng = np.random.default_rng(6)
     rows, size = 2000, 24
     wide = np.float32(10.0) ** rng.uniform(-37.9, 38.5, [2, rows])
     temperature, penalty = np.where(rng.random([2, rows]) < 0.7, wide, 1).astype(np.float32)
     temperature[rng.random(rows) < 0.1] = 0
-    # The temperature that is of a size with what the penalty makes is the one at which mistakes show.
+    # Mistakes show if the temperature is about as large as the penalized logits.
     near = rng.random(rows) < 0.3
     temperature[near] = np.clip(penalty[near] ** rng.choice([-1, 1], near.sum()), 1.2e-38, 3e38)
     logits = rng.normal(0, 3, [rows, size]).astype(np.float32)
@@ -245,9 +246,9 @@ def test_extreme_knobs(xla: bool) -> None:
 
     exact = logits.astype(np.float64)
     for row in range(rows):
-        there = np.unique(tokens[row][known[row]])
-        old = exact[row, there]
-        exact[row, there] = np.where(old > 0, old / penalty[row], old * np.float64(penalty[row]))
+        repeated = np.unique(tokens[row][known[row]])
+        before = exact[row, repeated]
+        exact[row, repeated] = np.where(before > 0, before / penalty[row], before * np.float64(penalty[row]))
     scores = exact - exact.max(-1, keepdims=True)
     with np.errstate(under="ignore", over="ignore"):
         scores /= np.where(temperature > 0, temperature, 1).astype(np.float64)[:, None]
@@ -262,7 +263,7 @@ def test_extreme_knobs(xla: bool) -> None:
         return sampling.sample_next_token(logits, tokens, known, settings, uniform, xla=xla)
 
     drawn = tf.function(sample, jit_compile=xla)(logits, tokens, known, temperature, penalty, uniform).numpy()
-    # float32 moves the edges between tokens by some 1e-6 of the whole.
+    # Rounding to float32 moves the edges between tokens by about 1e-6.
     unsure = (np.abs(edges - uniform[:, None]) < 1e-5).any(-1)
     assert unsure.mean() < 0.01
     assert (drawn == expected)[~unsure].all()

@@ -1,4 +1,4 @@
-"""Stop strings found in the bytes of tokens, against `bytes.find` on the text so far."""
+"""Stop strings found in the bytes of tokens, compared with `bytes.find` in the text so far."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfclm.savedmodel.graph.stopping import LONGEST, Stop, StopFinder
+from tfclm.savedmodel.graph.stopping import MAX_STOP_BYTES, Stop, StopFinder
 
 PIECES = [b"a", b"b", b"ab", b"ba", b"aab", b"", b"\xc3", b"\xa9", b"e\xcc", b"\x81 ", b"bbbbbbbbb", b"\0", b"\n\n"]
 
 
 def search(finder: StopFinder, stops: list[bytes], rows: np.ndarray, ends: list[int], *, xla: bool) -> Stop:
-    """What is found in rows of tokens [B, L], of which those before `ends` [B] are the row's."""
+    """The state after rows of tokens [B, L], each of which ends at `ends` [B]."""
 
     @tf.function(jit_compile=xla)
-    def every(state: Stop, tokens: tf.Tensor, ends: tf.Tensor) -> Stop:
-        def step(place: tf.Tensor, state: Stop) -> tuple[tf.Tensor, Stop]:
-            return place + 1, finder.find(state, tokens[:, place], (place < ends) & ~state.found)
+    def find_all(state: Stop, tokens: tf.Tensor, ends: tf.Tensor) -> Stop:
+        def step(index: tf.Tensor, state: Stop) -> tuple[tf.Tensor, Stop]:
+            return index + 1, finder.find(state, tokens[:, index], (index < ends) & ~state.found)
 
-        return tf.while_loop(lambda place, _: place < tokens.shape[1], step, (0, state))[1]
+        return tf.while_loop(lambda index, _: index < tokens.shape[1], step, (0, state))[1]
 
-    return every(finder.begin(tf.constant(stops)), tf.constant(rows), tf.constant(ends))
+    return find_all(finder.begin(tf.constant(stops)), tf.constant(rows), tf.constant(ends))
 
 
 @pytest.mark.parametrize("xla", [False, True], ids=["default", "xla"])
 def test_random_texts(xla: bool) -> None:
-    """A stop string missed across tokens or inside of one, or forgotten while other rows go on."""
+    """A stop string missed across tokens or inside one, or lost while other rows continue."""
     rng = random.Random(7)
     batch, length = 400, 24
     rows = np.array([[rng.randrange(len(PIECES)) for _ in range(length)] for _ in range(batch)], np.int32)
@@ -54,9 +54,9 @@ def test_random_texts(xla: bool) -> None:
     assert 100 < sum(found) < 300
 
 
-@pytest.mark.parametrize("size", [1, 2, LONGEST - 1, LONGEST])
+@pytest.mark.parametrize("size", [1, 2, MAX_STOP_BYTES - 1, MAX_STOP_BYTES])
 def test_longest(size: int) -> None:
-    """A stop string that is cut, or bytes lost from the window where the longest meets the longest token."""
+    """A stop string that is cut off, or bytes lost from the window when the longest one ends in the longest token."""
     pieces = [bytes([65 + token]) for token in range(26)] + [b"0123456789" * 7]
     rng = random.Random(size)
     rows = [[26, *(rng.randrange(26) for _ in range(70)), 26]]
@@ -69,7 +69,7 @@ def test_longest(size: int) -> None:
 
 
 def test_not_found_before_the_text() -> None:
-    """Nothing at all, or the padding behind a row's end, taken for the stop string's bytes."""
+    """The empty window at the beginning, or padding after a row's end, taken for the bytes of a stop string."""
     finder = StopFinder([b"\0", b"a", b""])
     rows = np.array([[1, 0, 0], [2, 2, 2], [1, 1, 1]], np.int32)
     state = search(finder, [b"\0", b"\0\0", b"aa"], rows, [1, 3, 1], xla=False)
@@ -77,7 +77,7 @@ def test_not_found_before_the_text() -> None:
 
 
 def test_ids_beyond_the_pieces() -> None:
-    """A vocabulary padded beyond the tokenizer's, whose last ids read out of the table."""
+    """A vocabulary larger than the tokenizer's, whose last ids read beyond the table."""
     finder = StopFinder([b"a", b"b", b""])
     state = search(finder, [b"ab"], np.array([[0, 700, 1]], np.int32), [3], xla=False)
     assert state.found.numpy().tolist() == [True]

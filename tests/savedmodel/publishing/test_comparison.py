@@ -15,7 +15,7 @@ from conftest import tiny_config
 from tfclm.errors import InputError
 from tfclm.savedmodel import saving
 from tfclm.savedmodel.publishing.canary import CanaryFailed
-from tfclm.savedmodel.publishing.comparison import Compared, compare, pieces
+from tfclm.savedmodel.publishing.comparison import Comparison, compare, split_documents
 from tfclm.savedmodel.publishing.gate import Gate, can_be_measured, decide_by_text, served_record
 
 
@@ -79,13 +79,13 @@ def test_a_model_that_has_diverged_is_kept_out(tmp_path: Path):
     assert verdict["reason"] == "the model has diverged and has no perplexity: train it again"
     assert json.loads(json.dumps(verdict, allow_nan=False))["compared"]["perplexity"] is None
     with pytest.raises(InputError, match="no finite perplexity on this text"):
-        decide_by_text(limits, {"passed": True}, Compared(5.0, math.nan, 3, 1))
+        decide_by_text(limits, {"passed": True}, Comparison(5.0, math.nan, 3, 1))
 
 
 @pytest.mark.parametrize(("new", "limit", "passed"), [(10.2, 0.02, True), (10.21, 0.02, False), (9.1, -0.1, False)])
 def test_verdicts_by_text(new: float, limit: float, passed: bool):
     """A limit compared the wrong way round, or a verdict on the rest that is lost."""
-    compared = Compared(new, 10.0, 1000, 7)
+    compared = Comparison(new, 10.0, 1000, 7)
     verdict = decide_by_text(Gate(max_regression=limit), {"passed": True, "perplexity": 20.0}, compared)
     assert verdict["passed"] is passed
     assert ("reason" in verdict) is not passed
@@ -94,10 +94,10 @@ def test_verdicts_by_text(new: float, limit: float, passed: bool):
     assert verdict["compared"] == expected
 
 
-def test_pieces_hold_the_whole_text(tokenizer: Any):
+def test_split_documents_hold_the_whole_text(tokenizer: Any):
     """Text that is lost where a document is cut, or one token alone, which no version can score."""
     long = "some words and more " * 1000
-    found = pieces(["one document", long, "", "a", "y" * 9000], tokenizer)
+    found = split_documents(["one document", long, "", "a", "y" * 9000], tokenizer)
     assert all(len(piece) <= 4096 for piece in found)
     assert [len(piece) for piece in found] == sorted(len(piece) for piece in found)
     assert sum(map(len, found)) == len("one document") + len(long) + 9000
@@ -112,9 +112,7 @@ def make_model(seed: int) -> Any:
     from tfclm.checkpoint import create
 
     tf_keras.utils.set_random_seed(seed)
-    config = tiny_config("gpt2")
-    config.n_layer = 1
-    return create(config)
+    return create(tiny_config("gpt2"))
 
 
 @pytest.mark.long
@@ -141,13 +139,13 @@ def test_second_training_on_other_data_is_compared_on_one_text(
     )
     monkeypatch.chdir(tmp_path)
     common = {"model": "second", "serving_dir": "m", "max_regression": 0.5}
-    with pytest.raises(InputError, match=r"measured otherwise .*: give --dataset or --file, on which both are"):
+    with pytest.raises(InputError, match=r"measured differently .*: give `dataset` or `file`, on which both are"):
         export.run(export.ExportSettings(**common))
     settings = export.ExportSettings(**common, file=("tickets.txt",), block_size=32)
     assert export.run(settings) == 0
     entries = served_record("m", Gate(max_regression=0.5))
     compared = entries["gate"]["compared"]
-    scored = pieces(export.documents(settings), tokenizer)
+    scored = split_documents(export.documents(settings), tokenizer)
 
     def expected(model: Any) -> float:
         losses = [(perplexity(model, np.array([ids])), len(ids) - 1) for ids in tokenizer(scored)["input_ids"]]
@@ -156,6 +154,6 @@ def test_second_training_on_other_data_is_compared_on_one_text(
     assert compared["perplexity"] == pytest.approx(expected(new), rel=1e-4)
     assert compared["served_perplexity"] == pytest.approx(expected(old), rel=1e-4)
     assert compared["perplexity"] != compared["served_perplexity"]
-    # What --max-perplexity and the record go by is the perplexity by blocks.
+    # `max_perplexity` and the record use the perplexity by blocks.
     assert entries["protocol"]["block_size"] == 32
     assert entries["gate"]["perplexity"] == entries["perplexity"] != compared["perplexity"]

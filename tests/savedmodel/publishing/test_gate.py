@@ -98,7 +98,7 @@ def test_what_cannot_be_compared():
     with pytest.raises(InputError, match=r"block_size, split differ"):
         decide(Gate(max_regression=0.1), MEASURED, served(block_size=64, split="train"))
     # Another tokenizer's tokens of the same text, or another text under the same name.
-    with pytest.raises(InputError, match=r"\(tokens differ\): give --dataset or --file, on which both are"):
+    with pytest.raises(InputError, match=r"\(tokens differ\): give `dataset` or `file`, on which both are"):
         decide(Gate(max_regression=0.1), MEASURED, served() | {"tokens": 1400})
     with pytest.raises(InputError, match="no perplexity in its record"):
         decide(Gate(max_regression=0.1), MEASURED, served(None))
@@ -146,22 +146,22 @@ def test_what_the_corpus_says_of_its_validation_is_understood(tmp_path: Path):
         if comparable:
             assert decide(Gate(max_regression=0.0), measured("more.txt", **options), record)["passed"]
         else:
-            with pytest.raises(InputError, match="measured otherwise"):
+            with pytest.raises(InputError, match="measured differently"):
                 decide(Gate(max_regression=0.0), measured("more.txt", **options), record)
 
 
 @pytest.mark.parametrize(
-    ("limits", "flag"),
+    ("limits", "named"),
     [
-        (Gate(max_perplexity=0.5), "--max-perplexity 0.5"),
-        (Gate(max_perplexity=float("nan")), "--max-perplexity nan"),
-        (Gate(max_regression=-1.0), "--max-regression -1.0"),
-        (Gate(max_regression=float("nan")), "--max-regression nan"),
+        (Gate(max_perplexity=0.5), "`max_perplexity` 0.5"),
+        (Gate(max_perplexity=float("nan")), "`max_perplexity` nan"),
+        (Gate(max_regression=-1.0), "`max_regression` -1.0"),
+        (Gate(max_regression=float("nan")), "`max_regression` nan"),
     ],
 )
-def test_limits_out_of_range(limits: Gate, flag: str):
+def test_limits_out_of_range(limits: Gate, named: str):
     """A limit that no model meets, or that every model meets."""
-    with pytest.raises(InputError, match=flag):
+    with pytest.raises(InputError, match=named):
         limits.check()
 
 
@@ -171,5 +171,5 @@ def test_verdicts_are_kept(tmp_path: Path):
     assert [json.loads(Path(path).read_text())["passed"] for path in paths] == [True, False]
     assert [entry.name for entry in tmp_path.iterdir()] == [".verdicts"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--serving-dir .*file: the verdict cannot be written"):
+    with pytest.raises(InputError, match=r"`serving_dir` .*file: the verdict cannot be written"):
         record_verdict(f"{tmp_path}/file", {"passed": True})

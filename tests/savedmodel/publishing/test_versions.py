@@ -13,19 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import LONG
 
 from tfclm.errors import InputError
 from tfclm.savedmodel.publishing.numbering import LARGEST
-from tfclm.savedmodel.publishing.versions import (
-    check_place,
-    folders,
-    incomplete,
-    keep,
-    publish,
-    rollback,
-    staged,
-    versions,
-)
+from tfclm.savedmodel.publishing.versions import ServingDirectory
 
 FILES = {
     "saved_model.pb": 40_000,
@@ -43,12 +35,30 @@ def fill(folder: Path) -> None:
 
 def export(serving_dir: Path | str, count: int = 1) -> list[int]:
     """Publishes `count` versions; their numbers."""
-    numbers = []
-    for _ in range(count):
-        with staged(serving_dir) as folder:
-            fill(folder)
-            numbers.append(publish(folder, serving_dir))
-    return numbers
+    return [publish(serving_dir) for _ in range(count)]
+
+
+def publish(serving_dir: Path | str, version: int | None = None) -> int:
+    """Publishes a version; its number."""
+    directory = ServingDirectory.open(serving_dir, version)
+    with directory.staged() as folder:
+        fill(folder)
+        return directory.publish(folder)
+
+
+def versions(serving_dir: Path | str) -> list[int]:
+    """The numbers of the versions that are there."""
+    return ServingDirectory.at(serving_dir).versions()
+
+
+def keep(serving_dir: Path | str, count: int) -> list[int]:
+    """Removes all but the newest versions; the numbers removed."""
+    return ServingDirectory.at(serving_dir).keep(count)
+
+
+def rollback(serving_dir: Path | str) -> tuple[int, int]:
+    """Removes the newest version; the numbers removed and served."""
+    return ServingDirectory.at(serving_dir).rollback()
 
 
 def assert_only_complete(serving_dir: Path) -> None:
@@ -64,21 +74,41 @@ def test_next_version_and_a_given_one(tmp_path: Path):
     (tmp_path / "007").write_text("a file")
     assert versions(tmp_path / "nowhere") == []
     export(tmp_path)
-    with staged(tmp_path) as folder:
-        fill(folder)
-        assert publish(folder, tmp_path, version=41) == 41
+    assert publish(tmp_path, version=41) == 41
     export(tmp_path)
     assert versions(tmp_path) == [1, 41, 42]
-    with pytest.raises(InputError, match="--version 41"), staged(tmp_path) as folder:
-        fill(folder)
-        publish(folder, tmp_path, version=41)
+    assert ServingDirectory.at(tmp_path).served() == f"{tmp_path}/42"
+    assert ServingDirectory.at(tmp_path / "nowhere").served() is None
+    with pytest.raises(InputError, match=r"`version` 41 is in .* already"):
+        publish(tmp_path, version=41)
     assert_only_complete(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["007", "1", "41", "42", "notes"]
 
 
+@pytest.mark.parametrize("other", ["41", "041"])
+def test_a_number_that_is_taken_during_the_export(tmp_path: Path, other: str):
+    """A version that replaces the one that another export published, or a folder of another name that servers read."""
+    directory = ServingDirectory.open(tmp_path, version=41)
+    with pytest.raises(InputError, match=r"`version` 41 is in .* already"), directory.staged() as folder:
+        fill(folder)
+        (tmp_path / other).mkdir()
+        directory.publish(folder)
+    assert [entry.name for entry in tmp_path.iterdir()] == [other]
+
+
+def test_an_open_directory_is_not_checked_again(tmp_path: Path):
+    """An address that is resolved and listed five times for one export; or a number that goes lost on the way."""
+    directory = ServingDirectory.open(f"file://{tmp_path}/m/", version=7)
+    assert ServingDirectory.open(directory) is directory
+    assert ServingDirectory.open(directory, 7) is directory
+    assert ServingDirectory.at(directory) is directory
+    assert (str(directory), directory.version) == (f"{tmp_path}/m", 7)
+    assert ServingDirectory.open(directory, 8) == ServingDirectory(f"{tmp_path}/m", 8)
+
+
 def test_failed_export_leaves_nothing(tmp_path: Path):
     """A version that failed its checks but is there for a server to load."""
-    with pytest.raises(RuntimeError), staged(tmp_path) as folder:
+    with pytest.raises(RuntimeError), ServingDirectory.open(tmp_path).staged() as folder:
         fill(folder)
         raise RuntimeError("the canary failed")
     assert list(tmp_path.iterdir()) == []
@@ -88,7 +118,7 @@ def test_killed_at_random_moments(tmp_path: Path):
     """A half-written version, or what is left of one that stops the next export."""
     moments = random.Random(3)
     context = multiprocessing.get_context("fork")
-    for _ in range(50):
+    for _ in range(50 if LONG else 15):
         process = context.Process(target=export, args=(tmp_path, 1000))
         process.start()
         time.sleep(moments.uniform(0.0, 0.06))
@@ -138,7 +168,7 @@ def test_full_disk_is_named(tmp_path: Path):
     """A traceback instead of one line."""
     with (
         pytest.raises(InputError, match="disk is full"),
-        staged(tmp_path),
+        ServingDirectory.open(tmp_path).staged(),
         open("/dev/full", "wb", buffering=0) as full,
     ):
         full.write(b"x")
@@ -153,7 +183,7 @@ def test_keep_and_rollback(tmp_path: Path):
     assert rollback(tmp_path) == (4, 3)
     with pytest.raises(InputError, match="nothing to go back to"):
         rollback(tmp_path)
-    with pytest.raises(InputError, match="--keep-versions 0"):
+    with pytest.raises(InputError, match="`keep_versions` 0"):
         keep(tmp_path, 0)
     assert versions(tmp_path) == [3]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["3"]
@@ -162,7 +192,11 @@ def test_keep_and_rollback(tmp_path: Path):
 def test_unwritable_place_is_named(tmp_path: Path):
     """A traceback for a path that is a file."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--serving-dir"), staged(tmp_path / "file"):
+    with pytest.raises(InputError, match=r"`serving_dir` .*/file: .*/file is not a directory"):
+        ServingDirectory.open(tmp_path / "file")
+    # A file that was created after the check.
+    named = pytest.raises(InputError, match=r"`serving_dir` .*/file: File exists")
+    with named, ServingDirectory.at(tmp_path / "file").staged():
         pass
 
 
@@ -170,7 +204,7 @@ def test_folders_named_otherwise(tmp_path: Path):
     """A rollback that says 7 is removed and leaves 007, which servers read as 7; or a name that none of them reads."""
     for name in ("5", "007", str(LARGEST + 1), "7" * 200):
         (tmp_path / name).mkdir()
-    assert folders(tmp_path) == {5: ["5"], 7: ["007"]}
+    assert ServingDirectory.at(tmp_path).folders() == {5: ["5"], 7: ["007"]}
     export(tmp_path)
     assert keep(tmp_path, 1) == [5, 7]
     (tmp_path / "08").mkdir()
@@ -184,18 +218,19 @@ def test_no_number_beyond_the_largest(tmp_path: Path):
     """A version that no server reads, because its number does not fit into 64 bits."""
     (tmp_path / str(LARGEST)).mkdir()
     with pytest.raises(InputError, match=f"version {LARGEST} is there, and servers take no higher one"):
-        check_place(tmp_path)
-    with pytest.raises(InputError, match=r"give a free --version"), staged(tmp_path) as folder:
-        publish(folder, tmp_path)
-    check_place(tmp_path, version=5)
+        ServingDirectory.open(tmp_path)
+    with pytest.raises(InputError, match="give a free `version`"), ServingDirectory.at(tmp_path).staged() as folder:
+        ServingDirectory.at(tmp_path).publish(folder)
+    ServingDirectory.open(tmp_path, version=5)
 
 
 def test_file_addresses_are_folders(tmp_path: Path):
     """A version that is uploaded file by file into a folder, where it could be renamed."""
-    with staged(f"file://{tmp_path}/m/") as folder:
+    directory = ServingDirectory.open(f"file://{tmp_path}/m/")
+    with directory.staged() as folder:
         assert folder.parent == tmp_path / "m"
         fill(folder)
-        assert publish(folder, f"file://{tmp_path}/m/") == 1
+        assert directory.publish(folder) == 1
     assert rollback_refused(f"file://localhost{tmp_path}/m")
     assert_only_complete(tmp_path / "m")
 
@@ -255,12 +290,13 @@ def test_remote_exports_at_once_get_a_version_each(where: str):
     def run(name: int) -> list[int]:
         numbers = []
         for _ in range(5):
-            with staged(where) as folder:
+            directory = ServingDirectory.open(where)
+            with directory.staged() as folder:
                 for file in FILES:
                     (folder / file).parent.mkdir(exist_ok=True)
                     (folder / file).write_text(f"exporter {name}")
                 start.wait()
-                numbers.append(publish(folder, where))
+                numbers.append(directory.publish(folder))
         return numbers
 
     with ThreadPoolExecutor(4) as pool:
@@ -277,12 +313,11 @@ def test_remote_exports_at_once_get_a_version_each(where: str):
             assert texts == {f"exporter {name}"}, number
 
 
-def test_a_number_that_two_want_at_once_is_one_ones(where: str):
+def test_a_number_claimed_by_another_upload_is_taken(where: str):
     """A claim that is not looked at, because the folder is not there yet."""
     put(f"{where}/.claims/1.{int(time.time())}.another")
-    with pytest.raises(InputError, match="--version 1 is in ram://"), staged(where) as folder:
-        fill(folder)
-        publish(folder, where, version=1)
+    with pytest.raises(InputError, match="`version` 1 is in ram://"):
+        publish(where, version=1)
     assert export(where) == [2]
     assert versions(where) == [2]
 
@@ -292,15 +327,16 @@ def test_killed_uploads_are_no_versions(where: str):
     export(where, 2)
     put(f"{where}/3/variables/variables.index")
     put(f"{where}/.claims/3.{int(time.time()) - 3600}.killed")
-    said: list[str] = []
-    with staged(where, said.append) as folder:
+    lines: list[str] = []
+    directory = ServingDirectory.open(where)
+    with directory.staged(lines.append) as folder:
         fill(folder)
-        assert publish(folder, where) == 4
-    assert len(said) == 1
-    assert f"{where}/3 has no saved_model.pb and counts as no version" in said[0]
-    assert (versions(where), incomplete(where)) == ([1, 2, 4], [3])
-    with pytest.raises(InputError, match="--version 3 is in ram://"):
-        check_place(where, version=3)
+        assert directory.publish(folder) == 4
+    assert len(lines) == 1
+    assert f"{where}/3 has no saved_model.pb and does not count as a version" in lines[0]
+    assert (directory.versions(), directory.incomplete()) == ([1, 2, 4], [3])
+    with pytest.raises(InputError, match="`version` 3 is in ram://"):
+        ServingDirectory.open(where, version=3)
     assert keep(where, 1) == [1, 2]
     assert rollback_refused(where)
     assert held(where) == {
@@ -318,17 +354,18 @@ def test_a_day_later_killed_uploads_are_removed(where: str):
         put(f"{where}/{number}/variables/variables.index")
     put(f"{where}/.claims/2.{yesterday}.killed")
     put(f"{where}/.claims/1.{yesterday}.killed-when-all-was-there")
-    said: list[str] = []
-    with staged(where, said.append) as folder:
+    lines: list[str] = []
+    directory = ServingDirectory.open(where)
+    with directory.staged(lines.append) as folder:
         assert held(where) == {
             *(f"1/{name}" for name in FILES),
             "3/variables/variables.index",
             # So that its number is not used again by one export while another one still removes it.
             f".claims/2.{yesterday}.killed",
         }
-        assert [line.split()[0] for line in said] == [f"{where}/3"]
+        assert [line.split()[0] for line in lines] == [f"{where}/3"]
         fill(folder)
-        assert publish(folder, where) == 4
+        assert directory.publish(folder) == 4
     export(where)
     assert held(where) == {*(f"{n}/{name}" for n in (1, 4, 5) for name in FILES), "3/variables/variables.index"}
 
@@ -336,30 +373,32 @@ def test_a_day_later_killed_uploads_are_removed(where: str):
 def test_an_upload_that_fails_is_one_line_and_leaves_nothing(where: str):
     """A traceback of TensorFlow's, or half a version that is called incomplete from then on."""
     export(where)
-    with pytest.raises(InputError, match=r"--serving-dir ram://\S+: \w+Error: .*; give an"), staged(where) as folder:
+    directory = ServingDirectory.open(where)
+    failed = pytest.raises(InputError, match=r"`serving_dir` ram://\S+: \w+Error: .*; give an")
+    with failed, directory.staged() as folder:
         fill(folder)
         (folder / "saved_model.pb").unlink()
         (folder / "saved_model.pb").symlink_to("/proc/self/mem")  # a file whose first byte cannot be read
-        publish(folder, where)
+        directory.publish(folder)
     assert held(where) == {f"1/{name}" for name in FILES}
-    assert incomplete(where) == []
+    assert directory.incomplete() == []
     assert export(where) == [2]
-    with pytest.raises(InputError, match=r"--serving-dir nowhere://x: .*'nowhere' not implemented"):
-        check_place("nowhere://x")
+    with pytest.raises(InputError, match=r"`serving_dir` nowhere://x: .*'nowhere' not implemented"):
+        ServingDirectory.open("nowhere://x")
 
 
 def test_temporary_folder_without_room_is_named(where: str):
     """A traceback, or the blame on the place that the version is uploaded to."""
     with (
-        pytest.raises(InputError, match=r"the temporary folder .* disk is full, nothing was published; .* TMPDIR"),
-        staged(where),
+        pytest.raises(InputError, match=r"the temporary directory .* disk is full, nothing was published; .* TMPDIR"),
+        ServingDirectory.open(where).staged(),
         open("/dev/full", "wb", buffering=0) as full,
     ):
         full.write(b"x")
 
 
 def _stage_for_ever(where: str, connection) -> None:
-    with staged(where) as folder:
+    with ServingDirectory.open(where).staged() as folder:
         fill(folder)
         connection.send(folder)
         time.sleep(60)
@@ -372,12 +411,12 @@ def test_temporary_files_of_a_killed_export_are_removed(where: str):
     process = context.Process(target=_stage_for_ever, args=(where, sender))
     process.start()
     left = receiver.recv()
-    with staged(where) as folder:
+    with ServingDirectory.open(where).staged() as folder:
         assert folder.parent == left.parent
         assert (left / "saved_model.pb").exists()
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        with staged(where):
+        with ServingDirectory.open(where).staged():
             assert not left.exists()
             assert folder.exists()
     assert not folder.exists()

@@ -1,4 +1,4 @@
-"""The detokenizer in the graph against `decode` of the fast tokenizer."""
+"""The detokenizer in the graph, compared with `decode` of the fast tokenizer."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def tokenizer(request: pytest.FixtureRequest) -> GPT2TokenizerFast:
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]) -> list[bytes]:
-    """The texts that the graph makes of rows of ids."""
+    """The texts of rows of ids, decoded by the graph."""
     graph = GraphDetokenizer(tokenizer)
     ids = tf.ragged.constant(rows, tf.int32, ragged_rank=1)
-    # What stands behind a row's length is not the row's.
+    # Ids beyond a row's length must be ignored.
     lengths = tf.constant([len(row) for row in rows], tf.int32)
     return graph.decode(ids.to_tensor(default_value=7), lengths).numpy().tolist()
 
@@ -45,20 +45,20 @@ def test_random_ids(tokenizer: GPT2TokenizerFast) -> None:
         [rng.choice(odd) if rng.random() < 0.3 else rng.randrange(50256) for _ in range(rng.randrange(20))]
         for _ in range(5_000)
     ]
-    # Tokens 0 to 255 are single bytes: nearly never a valid character.
+    # Tokens 0 to 255 are single bytes, which rarely make a valid character.
     rows += [[rng.randrange(256) for _ in range(rng.randrange(12))] for _ in range(5_000)]
     expected = [tokenizer.decode(row, skip_special_tokens=True).encode() for row in rows]
     assert decode(tokenizer, rows) == expected
 
 
 def test_every_token(tokenizer: GPT2TokenizerFast) -> None:
-    """An entry of the vocabulary that decodes to something else."""
+    """An entry of the vocabulary that decodes to another text."""
     rows = [[i] for i in range(len(tokenizer))]
     assert decode(tokenizer, rows) == [tokenizer.decode(row, skip_special_tokens=True).encode() for row in rows]
 
 
-def test_real_text_comes_back(tokenizer: GPT2TokenizerFast, documents: list[str]) -> None:
-    """Bytes lost on the way through the ids."""
+def test_real_text_round_trip(tokenizer: GPT2TokenizerFast, documents: list[str]) -> None:
+    """Bytes lost between text and ids."""
     rows = tokenizer(documents)["input_ids"]
     graph = GraphDetokenizer(tokenizer)
     ids = tf.ragged.constant(rows, tf.int32)
@@ -67,7 +67,7 @@ def test_real_text_comes_back(tokenizer: GPT2TokenizerFast, documents: list[str]
 
 
 def test_raw_bytes_and_their_valid_form(tokenizer: GPT2TokenizerFast) -> None:
-    """Raw bytes that were made valid, or a valid form that differs from Python's."""
+    """Raw bytes that are made valid, or valid text that differs from Python's."""
     graph = GraphDetokenizer(tokenizer)
     cut = tokenizer("漢字")["input_ids"][:-1]
     assert graph.decode_bytes(tf.constant([cut]), tf.constant([len(cut)])).numpy()[0] == "漢字".encode()[:-1]
@@ -98,7 +98,7 @@ def test_no_rows_and_no_ids(tokenizer: GPT2TokenizerFast) -> None:
 
 
 def test_other_decoders_are_refused(tokenizer: GPT2TokenizerFast) -> None:
-    """A decoder that joins tokens in another way, taken for one of those that are known."""
+    """An unsupported decoder that is treated as a supported one."""
     for decoder, name in ((decoders.CTC(), "CTC"), (decoders.BPEDecoder(), "BPEDecoder"), (None, "none")):
         tokenizer.backend_tokenizer.decoder = decoder
         try:
@@ -110,7 +110,7 @@ def test_other_decoders_are_refused(tokenizer: GPT2TokenizerFast) -> None:
 
 @pytest.mark.parametrize("kind", ["bert-uncased", "llama", "mistral", "unigram", "xglm", "camembert"])
 def test_other_kinds(kind: str, documents: list[str]) -> None:
-    """A space at the beginning kept, one between words lost, or a token that is another one where a text begins."""
+    """A leading space kept, one between words lost, or the wrong piece for the first token."""
     made, _ = both(kind)
     rng = random.Random(5)
     size = len(made)
@@ -119,20 +119,20 @@ def test_other_kinds(kind: str, documents: list[str]) -> None:
     rows += made([text[:1_000] for text in documents[::10]])["input_ids"]
     for row, text in zip(rows, decode(made, rows), strict=True):
         expected = made.decode(row, skip_special_tokens=True)
-        # Of bytes that are no text the fast tokenizer makes one U+FFFD each.
+        # The fast tokenizer decodes each invalid byte to one U+FFFD.
         assert text.decode() == expected or "\ufffd" in expected
 
 
-def test_what_goes_on_from_a_prompt() -> None:
-    """A continuation glued to the prompt, as if a text began there; bytes made valid where they were asked for raw."""
-    for kind, bytewise in [("bert-uncased", False), ("llama", True)]:
+def test_continuations() -> None:
+    """A completion without its leading space, as if a text began there, or raw bytes that are made valid."""
+    for kind, byte_fallback in [("bert-uncased", False), ("llama", True)]:
         made, _ = both(kind)
         graph = GraphDetokenizer(made)
         ids = made("the import", add_special_tokens=False)["input_ids"]
         raw = graph.decode_bytes(tf.constant([ids]), tf.constant([len(ids)])).numpy()[0]
         assert raw == b" the import"
         assert b"".join(graph.pieces(len(made))[i] for i in ids) == raw
-        if bytewise:
+        if byte_fallback:
             cut = made("漢", add_special_tokens=False)["input_ids"][:-1]
             raw = graph.decode_bytes(tf.constant([cut]), tf.constant([len(cut)])).numpy()[0]
             assert raw == b" " + "漢".encode()[:-1]

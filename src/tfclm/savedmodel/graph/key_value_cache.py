@@ -1,12 +1,12 @@
-"""The key-value cache of a decoding loop, handed to the layers of transformers as the past that they expect.
+"""The key-value cache of a decoding loop, passed to the layers of transformers as their past.
 
-Those layers append to their past by `tf.concat`, which copies all of it at every step. What is handed to them here
-looks like a past of one position less than its capacity, and `tf.concat` of it with a new position writes in place
-instead: into the row's own slot, for the steps to come, and into the last slot, where the layers look for the present
-one. So one loop serves every architecture, each row may have a length of its own, and no op needs XLA.
+Those layers append to their past with `tf.concat`, which copies all of it at every step. A `Past` looks one position
+shorter than its buffer, and `tf.concat` of it with a new position writes into the buffer in place: into the row's own
+slot, for later steps, and into the last slot, where the layers expect the current position. So one loop serves every
+architecture, each row has its own length, and no op needs XLA.
 """
 
-# No postponed annotations here: the dispatch of TensorFlow reads the real ones.
+# No postponed annotations here: TensorFlow's dispatch reads the real ones.
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -20,9 +20,10 @@ Tensor = Any
 
 
 class Past(tf.experimental.ExtensionType):
-    """Keys or values of one layer: buffer [B, heads, capacity, size], whose last slot is the present position's.
+    """Keys or values of one layer: `buffer` [B, heads, capacity, size], whose last slot is the current position's.
 
-    `slots` int32 [B] is where each row keeps the present position.
+    `slots` int32 [B] are the slots in which the rows store the current position. `index` is the buffer's place among
+    all layers' buffers. `compiled`: XLA compiles the call.
     """
 
     index: int
@@ -42,7 +43,7 @@ class Past(tf.experimental.ExtensionType):
 
 
 class _Shape:
-    """A static shape which gives a tensor for a size that is not known: some layers take sizes from here only."""
+    """A static shape whose unknown sizes are tensors, for layers that read sizes from `shape` only."""
 
     def __init__(self, past: Past) -> None:
         self._past = past
@@ -56,35 +57,35 @@ class _Shape:
         return tf.shape(self._past)[dimension] if static is None else static
 
 
-_written: list[dict[int, Tensor]] = []  # what the calls of `as_past` that are under way have had written
+_updated_buffers: list[dict[int, Tensor]] = []  # by index, for each call of `as_past` that is in progress
 
 
-def allocate(present: Tensor, capacity: Tensor) -> Tensor:
-    """A buffer [B, heads, capacity, size] that begins with the keys or values of a prompt, [B, heads, L, size]."""
-    free = capacity - tf.shape(present)[2]
-    return tf.pad(present, [[0, 0], [0, 0], [0, free], [0, 0]])
+def allocate(prompt: Tensor, capacity: Tensor) -> Tensor:
+    """A buffer [B, heads, capacity, size] that begins with the keys or values of prompts, [B, heads, L, size]."""
+    free = capacity - tf.shape(prompt)[2]
+    return tf.pad(prompt, [[0, 0], [0, 0], [0, free], [0, 0]])
 
 
 @contextlib.contextmanager
 def as_past(
     buffers: Sequence[Tensor], slots: Tensor, *, xla: bool = False
 ) -> Iterator[tuple[tuple[tuple[Past, ...], ...], list[Tensor]]]:
-    """The past for one call of a model, ((keys, values) a layer, ...), and a list.
+    """The past for one call of a model, one (keys, values) per layer, and a list for the updated buffers.
 
-    The list has the buffers as they are after the call, once the context is left; the given ones are gone by then.
-    `xla`: the call is to be compiled.
+    The list is filled when the context ends; the given buffers must not be used afterwards. `xla`: XLA compiles the
+    call.
     """
     pasts = [Past(index, xla, buffer, slots) for index, buffer in enumerate(buffers)]
-    after: list[Tensor] = []
-    _written.append({})
+    updated: list[Tensor] = []
+    _updated_buffers.append({})
     try:
-        yield tuple(tuple(pasts[first : first + 2]) for first in range(0, len(pasts), 2)), after
-        written = _written[-1]
-        if len(written) != len(pasts):
-            raise ValueError(f"the model's layers took {len(written)} of {len(pasts)} tensors of the past")
-        after.extend(written[index] for index in range(len(pasts)))
+        yield tuple(tuple(pasts[first : first + 2]) for first in range(0, len(pasts), 2)), updated
+        by_index = _updated_buffers[-1]
+        if len(by_index) != len(pasts):
+            raise ValueError(f"the model's layers used {len(by_index)} of {len(pasts)} tensors of the past")
+        updated.extend(by_index[index] for index in range(len(pasts)))
     finally:
-        _written.pop()
+        _updated_buffers.pop()
 
 
 @tf.experimental.dispatch_for_api(tf.shape, {"input": Past})
@@ -97,26 +98,25 @@ def _unstack(value: Any, num: int | None = None, axis: int = 0, name: str = "uns
     return list(value)
 
 
-# The dispatch does not know the other way to write a union.
+# TensorFlow's dispatch does not support unions written with |.
 @tf.experimental.dispatch_for_api(tf.concat, {"values": list[Union[Past, tf.Tensor]]})  # noqa: UP007
 def _concat(values: Any, axis: int, name: str = "concat") -> Tensor:
-    past, present = values
+    past, current = values
     batch, heads, capacity, size = (
         static if static is not None else dynamic
         for static, dynamic in zip(past.buffer.shape, tf.unstack(tf.shape(past.buffer), 4), strict=True)
     )
     first = (tf.range(batch)[:, None] * heads + tf.range(heads)) * capacity
-    places = tf.stack([first + past.slots[:, None], first + capacity - 1], -1)
+    indices = tf.stack([first + past.slots[:, None], first + capacity - 1], -1)
     flat = tf.reshape(past.buffer, [batch * heads * capacity, size])
-    places = tf.reshape(places, [-1])
-    values = tf.reshape(tf.repeat(present, 2, 2), [-1, size])
+    indices = tf.reshape(indices, [-1])
+    values = tf.reshape(tf.repeat(current, 2, 2), [-1, size])
     if past.compiled:
-        flat = tf.tensor_scatter_nd_update(
-            flat, places[:, None], values
-        )  # XLA, which lacks the other, does it in place
+        # XLA has no InplaceUpdate; it compiles the scatter to an update in place.
+        flat = tf.tensor_scatter_nd_update(flat, indices[:, None], values)
     else:
-        # A scatter would copy the buffer. Of what it was before, nobody looks at more than the shape.
-        flat = tf.raw_ops.InplaceUpdate(x=flat, i=places, v=values)
-    whole = tf.reshape(flat, [batch, heads, capacity, size])
-    _written[-1][past.index] = whole
-    return whole
+        # A scatter would copy the buffer. Only the shape of the old buffer is read after this.
+        flat = tf.raw_ops.InplaceUpdate(x=flat, i=indices, v=values)
+    buffer = tf.reshape(flat, [batch, heads, capacity, size])
+    _updated_buffers[-1][past.index] = buffer
+    return buffer

@@ -1,11 +1,11 @@
-"""The matrix products of a decoding, in the order that is fast for few rows.
+"""Matrix products of the decoding loop, in the operand order that is fast for a few rows.
 
-A step multiplies a large matrix with a row for each prompt, so that most of its time goes into reading the matrix.
-TensorFlow's kernels of two rows and more are fastest with a matrix [in, out] on the right, with oneDNN and without it;
-XLA's, for one row, with a matrix that is turned, [out, in], on the left.
+Each step multiplies large matrices by one row per prompt, so most of its time goes into reading the matrices.
+TensorFlow's kernels for two or more rows are fastest with a matrix [in, out] on the right, with and without oneDNN;
+XLA's kernel for one row is fastest with a transposed matrix [out, in] on the left.
 """
 
-# No postponed annotations here: the dispatch of TensorFlow reads the real ones.
+# No postponed annotations here: TensorFlow's dispatch reads the real ones.
 
 from typing import Any
 
@@ -19,37 +19,38 @@ Tensor = Any
 
 
 class Kernel(tf.experimental.ExtensionType):
-    """A dense layer's kernel as the layer expects it, [in, out], around the turned `matrix` [out, in] that is kept.
+    """A dense layer's kernel, which the layer sees as [in, out], stored as the transposed `matrix` [out, in].
 
-    `few`: its products are of few rows. `compiled`: they are to be compiled.
+    `small_batch`: it is multiplied by a few rows. `compiled`: XLA compiles the product.
     """
 
-    few: bool
+    small_batch: bool
     compiled: bool
     matrix: tf.Tensor
 
     @property
     def shape(self) -> tf.TensorShape:
-        """The shape that a layer sees."""
+        """The shape that the layer sees."""
         return tf.TensorShape(self.matrix.shape[::-1])
 
 
-def product(rows: Tensor, matrix: Tensor, *, turned: bool, few: bool, compiled: bool) -> Tensor:
-    """Rows [N, in] times a matrix [in, out], or one that is turned, [out, in], cast to their type; [N, out]."""
+def product(rows: Tensor, matrix: Tensor, *, transposed: bool, small_batch: bool, compiled: bool) -> Tensor:
+    """Rows [N, in] times a matrix [in, out], or [out, in] if `transposed`, cast to the type of the rows; [N, out]."""
     smaller = matrix.dtype != rows.dtype
     matrix = tf.cast(matrix, rows.dtype)
-    if not turned:
+    if not transposed:
         return tf.matmul(rows, matrix)
-    if not few:
+    if not small_batch:
         return tf.matmul(rows, matrix, transpose_b=True)
     if compiled and smaller:
-        # XLA casts the matrix within the product's loop, and would compute the rows there too, anew for each output.
-        # It leaves a division out of a loop that repeats it; that this one is by 1 it does not see.
+        # XLA casts the matrix inside the product's loop and would fuse the computation of the rows into it too,
+        # repeating it for each output. It does not move a division into such a loop, and the barrier hides that this
+        # one divides by 1.
         flat, one = xla_optimization_barrier(input=[tf.reshape(rows, [-1]), tf.constant(1, rows.dtype)])
         rows = tf.reshape(flat / one, tf.shape(rows))
     columns = tf.matmul(matrix, rows, transpose_b=True)
     if compiled:
-        # XLA would take the transposition into the product, and with it the other order.
+        # Without the barrier, XLA folds the transposition into the product and swaps the operands back.
         (columns,) = xla_optimization_barrier(input=[columns])
     return tf.transpose(columns)
 
@@ -70,20 +71,20 @@ def _matmul(
     name: str | None = None,
 ) -> Tensor:
     if transpose_a or transpose_b or adjoint_a or adjoint_b or output_type is not None:
-        raise ValueError("a dense layer takes its kernel in an unknown way")
+        raise ValueError("a dense layer multiplies by its kernel in an unsupported way")
     return _dense(a, b)
 
 
 @tf.experimental.dispatch_for_api(tf.tensordot, {"b": Kernel})
 def _tensordot(a: Any, b: Any, axes: Any, name: str | None = None) -> Tensor:
     if axes != [[len(a.shape) - 1], [0]]:
-        raise ValueError("a dense layer takes its kernel in an unknown way")
+        raise ValueError("a dense layer multiplies by its kernel in an unsupported way")
     return _dense(a, b)
 
 
 def _dense(inputs: Tensor, kernel: Kernel) -> Tensor:
     rows = tf.reshape(inputs, [-1, inputs.shape[-1]])
-    outputs = product(rows, kernel.matrix, turned=True, few=kernel.few, compiled=kernel.compiled)
+    outputs = product(rows, kernel.matrix, transposed=True, small_batch=kernel.small_batch, compiled=kernel.compiled)
     result = tf.reshape(outputs, tf.concat([tf.shape(inputs)[:-1], [kernel.matrix.shape[0]]], 0))
     result.set_shape([*inputs.shape[:-1], kernel.matrix.shape[0]])
     return result

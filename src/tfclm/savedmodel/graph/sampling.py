@@ -1,8 +1,8 @@
-"""From logits to the next token: repetition penalty, temperature, top-k and top-p with a value a row.
+"""From logits to the next token: repetition penalty, temperature, top-k and top-p with one value per row.
 
-The distribution is the one that transformers' processors and warpers define, in their order. A row takes one uniform
-number a step, so that its choice depends on its own seed and logits alone. Where logits are exactly equal at the edge
-of top-k or top-p, all of them stay in.
+The distribution is the one that transformers' processors and warpers define, in their order. Each row uses one uniform
+sample per step, so that its tokens depend on its own seed and logits alone. Tokens that tie with the last one that
+top-k or top-p keeps are all kept.
 """
 
 from __future__ import annotations
@@ -13,57 +13,60 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-__all__ = ["SamplingParams", "apply_repetition_penalty", "sample_next_token", "uniform_samples"]
+__all__ = ["SamplingParams", "apply_repetition_penalty", "highest_scores", "sample_next_token", "uniform_samples"]
 
 Tensor = Any
 
-CANDIDATES = 1024  # as many of the likeliest tokens are sorted first, where top-p has no top-k beside it
+CANDIDATES = 1024  # the likeliest tokens that are sorted at first for top-p without top-k
 COMPILED_CANDIDATES = 64  # the same with XLA, for every row
-ORDINARY = 1e6  # temperatures and penalties up to this, and down to its inverse, are applied in float32
-LOWEST = -3e38  # score of a token that cannot be drawn, as float32 has it
-BLOCK = 16  # tokens, of which one maximum tells whether any of the highest scores can be among them
+MAX_FLOAT32_PARAM = 1e6  # temperatures and penalties from its inverse up to it are applied in float32
+MIN_SCORE = -3e38  # close to the lowest float32; such a token is never drawn
+BLOCK = 16  # tokens per block; only blocks with the highest maxima are searched for the highest scores
 
 
 class SamplingParams(NamedTuple):
-    """What a row is decoded with, [B] each."""
+    """The sampling parameters of each row, [B] each."""
 
     max_new_tokens: Tensor  # int32, 1 or more
-    temperature: Tensor  # float32, 0 is greedy
-    top_k: Tensor  # int32, 0 is off
-    top_p: Tensor  # float32 in (0, 1], 1 is off
-    repetition_penalty: Tensor  # float32 above 0, 1 is off
-    seed: Tensor  # int64, -1 is fresh
+    temperature: Tensor  # float32, 0 = greedy
+    top_k: Tensor  # int32, 0 = off
+    top_p: Tensor  # float32 above 0 and up to 1 (1 = off)
+    repetition_penalty: Tensor  # float32 above 0, 1 = off
+    seed: Tensor  # int64, -1 = random
 
 
 def uniform_samples(seeds: Tensor, count: int) -> Tensor:
-    """Numbers in [0, 1), float64 [B, count], a function of each row's seed int64 [B] alone; a seed of -1 is fresh."""
+    """Numbers in [0, 1), float64 [B, count], that depend on each row's seed int64 [B] alone; seed -1 = random."""
     with tf.device("CPU:0"):
-        # The one source of chance that a process with op determinism allows.
+        # The only random op without a seed that TensorFlow allows with op determinism.
         fresh = tf.raw_ops.NonDeterministicInts(shape=tf.shape(seeds), dtype=tf.int64)
         seeds = tf.where(seeds == -1, fresh, seeds)
 
         def row(seed: Tensor) -> Tensor:
-            # Not "auto_select", which draws differently on other devices.
+            # Not "auto_select", which picks another algorithm on other devices.
             return tf.random.stateless_uniform([count], [seed, 0], dtype=tf.float64, alg="philox")
 
         return tf.map_fn(row, seeds, fn_output_signature=tf.TensorSpec([count], tf.float64))
 
 
 def apply_repetition_penalty(logits: Tensor, tokens: Tensor, known: Tensor, penalty: Tensor) -> Tensor:
-    """Logits [B, V] after the repetition penalty [B]: of tokens there, positive ones divided, negative ones multiplied.
+    """Logits [B, V] after the repetition penalty [B]: those of repeated tokens divided if positive, else multiplied.
 
-    tokens int32 [B, C], of which `known` bool [B, C] are there, the first one always. logits are float32, or float64
-    for penalties whose result float32 cannot hold.
+    Args:
+        logits: float32 [B, V], or float64 for penalties whose result float32 cannot hold.
+        tokens: int32 [B, C], the prompt and the generated tokens.
+        known: bool [B, C], which of `tokens` count; the first one always does.
+        penalty: float32 [B].
     """
 
     def apply() -> Tensor:
-        there = tf.where(known, tokens, tokens[:, :1])
-        old = tf.gather(logits, there, batch_dims=1)
+        repeated = tf.where(known, tokens, tokens[:, :1])
+        before = tf.gather(logits, repeated, batch_dims=1)
         factor = tf.cast(penalty, tf.float64)
         inverse = tf.cast(1 / factor, logits.dtype)
-        new = old * tf.where(old > 0, inverse[:, None], tf.cast(factor, logits.dtype)[:, None])
-        rows = tf.broadcast_to(tf.range(tf.shape(logits)[0])[:, None], tf.shape(there))
-        return tf.tensor_scatter_nd_update(logits, tf.stack([rows, there], -1), new)
+        after = before * tf.where(before > 0, inverse[:, None], tf.cast(factor, logits.dtype)[:, None])
+        rows = tf.broadcast_to(tf.range(tf.shape(logits)[0])[:, None], tf.shape(repeated))
+        return tf.tensor_scatter_nd_update(logits, tf.stack([rows, repeated], -1), after)
 
     return tf.cond(tf.reduce_any(penalty != 1), apply, lambda: logits)
 
@@ -71,42 +74,47 @@ def apply_repetition_penalty(logits: Tensor, tokens: Tensor, known: Tensor, pena
 def sample_next_token(
     logits: Tensor, tokens: Tensor, known: Tensor, params: SamplingParams, uniform: Tensor, *, xla: bool = False
 ) -> Tensor:
-    """The next token of each row, int32 [B]: the likeliest where the temperature is 0, else drawn by uniform [B].
+    """The next token of each row, int32 [B]: the likeliest if the temperature is 0, else a sampled one.
 
-    logits float32 [B, V]; tokens and known as for `apply_repetition_penalty`. `xla` takes ops that compile well instead
-    of those that are fast on their own.
+    Args:
+        logits: float32 [B, V].
+        tokens: int32 [B, C], as for `apply_repetition_penalty`.
+        known: bool [B, C], as for `apply_repetition_penalty`.
+        params: [B] each.
+        uniform: float64 [B], samples in [0, 1).
+        xla: use ops that compile well instead of those that are fast without XLA.
     """
-    vocabulary = logits.shape[-1]
-    extreme = _extreme(params)
+    vocab_size = logits.shape[-1]
+    needs_float64 = _needs_float64(params)
 
-    def ordinary() -> tuple[Tensor, Tensor]:
-        """The likeliest tokens int32 [B], and the scores float32 [B, V]: logits below the highest by temperature."""
+    def in_float32() -> tuple[Tensor, Tensor]:
+        """The likeliest tokens int32 [B], and the scores float32 [B, V]."""
         penalized = apply_repetition_penalty(logits, tokens, known, params.repetition_penalty)
         return _likeliest(penalized), _scores(penalized, params.temperature)
 
-    def with_extremes() -> tuple[Tensor, Tensor]:
-        """The same in float64 for the rows that need it; the others must not depend on their neighbours' knobs."""
+    def partly_in_float64() -> tuple[Tensor, Tensor]:
+        """The same, in float64 for the rows that need it only: a row must not depend on its neighbours' parameters."""
         wide = apply_repetition_penalty(tf.cast(logits, tf.float64), tokens, known, params.repetition_penalty)
-        exact, narrow = (_likeliest(wide), _scores(wide, params.temperature)), ordinary()
-        return tf.where(extreme, exact[0], narrow[0]), tf.where(extreme[:, None], exact[1], narrow[1])
+        exact, narrow = (_likeliest(wide), _scores(wide, params.temperature)), in_float32()
+        return tf.where(needs_float64, exact[0], narrow[0]), tf.where(needs_float64[:, None], exact[1], narrow[1])
 
-    greedy, scores = tf.cond(tf.reduce_any(extreme), with_extremes, ordinary)
+    greedy, scores = tf.cond(tf.reduce_any(needs_float64), partly_in_float64, in_float32)
 
     def sampled() -> Tensor:
-        padded = _pad(scores)
+        padded = _pad_to_groups(scores)
         weights = tf.exp(padded)
-        threshold = _threshold(padded, weights, params, vocabulary, xla)
+        threshold = _lowest_kept_score(padded, weights, params, vocab_size, xla)
         weights = tf.where(padded >= threshold[:, None], weights, 0.0)
-        return tf.where(params.temperature > 0, _draw(weights, uniform, _group_size(vocabulary)), greedy)
+        return tf.where(params.temperature > 0, _draw(weights, uniform, _group_size(vocab_size)), greedy)
 
     return tf.cond(tf.reduce_any(params.temperature > 0), sampled, lambda: greedy)
 
 
-def _extreme(params: SamplingParams) -> Tensor:
-    """The rows, bool [B], whose knobs may lead out of the range of float32."""
+def _needs_float64(params: SamplingParams) -> Tensor:
+    """The rows, bool [B], whose parameters may exceed the range of float32."""
 
     def outside(values: Tensor) -> Tensor:
-        return (values < 1 / ORDINARY) | (values > ORDINARY)
+        return (values < 1 / MAX_FLOAT32_PARAM) | (values > MAX_FLOAT32_PARAM)
 
     return outside(params.repetition_penalty) | (outside(params.temperature) & (params.temperature > 0))
 
@@ -116,27 +124,27 @@ def _likeliest(logits: Tensor) -> Tensor:
 
 
 def _scores(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Logits [B, V] from the highest, 0, down and divided by the temperature [B], 1 where that is 0; float32."""
+    """Logits [B, V] minus the highest one, divided by the temperature [B], or by 1 where that is 0; float32."""
     scores = logits - tf.reduce_max(logits, -1, keepdims=True)
     scores /= tf.cast(tf.where(temperature > 0, temperature, 1.0), logits.dtype)[:, None]
-    return scores if logits.dtype == tf.float32 else tf.cast(tf.maximum(scores, LOWEST), tf.float32)
+    return scores if logits.dtype == tf.float32 else tf.cast(tf.maximum(scores, MIN_SCORE), tf.float32)
 
 
-def _group_size(vocabulary: int) -> int:
-    """Tokens of a group, so that there are about as many groups: whole blocks."""
-    return BLOCK * int(np.ceil(np.sqrt(vocabulary) / BLOCK))
+def _group_size(vocab_size: int) -> int:
+    """Tokens per group, about the square root of the vocabulary size, in whole blocks."""
+    return BLOCK * int(np.ceil(np.sqrt(vocab_size) / BLOCK))
 
 
-def _pad(scores: Tensor) -> Tensor:
-    """Scores [B, V] as those of whole groups [B, N], with tokens that cannot be drawn at the end."""
-    vocabulary = scores.shape[-1]
-    return tf.pad(scores, [[0, 0], [0, -vocabulary % _group_size(vocabulary)]], constant_values=-np.inf)
+def _pad_to_groups(scores: Tensor) -> Tensor:
+    """Scores [B, V] padded to whole groups, [B, N], with -inf."""
+    vocab_size = scores.shape[-1]
+    return tf.pad(scores, [[0, 0], [0, -vocab_size % _group_size(vocab_size)]], constant_values=-np.inf)
 
 
 def _draw(weights: Tensor, uniform: Tensor, size: int) -> Tensor:
-    """By inversion, in the vocabulary's order, a token by its weight [B, N], of groups of `size`; int32 [B].
+    """A token int32 [B] drawn by weight [B, N], by inverse transform sampling in the vocabulary's order.
 
-    In two levels, groups and the tokens of one, because a running sum over a vocabulary is slow.
+    First a group of `size` tokens is drawn, then a token of it, because a running sum over a vocabulary is slow.
     """
     groups = tf.reshape(weights, [-1, weights.shape[-1] // size, size])
     sums = tf.cumsum(tf.cast(tf.reduce_sum(groups, -1), tf.float64), -1)
@@ -144,27 +152,27 @@ def _draw(weights: Tensor, uniform: Tensor, size: int) -> Tensor:
     group = _first_above(sums, target)
     before = tf.where(group > 0, tf.gather(sums, tf.maximum(group - 1, 0), batch_dims=1), 0.0)
     inner = tf.cumsum(tf.cast(tf.gather(groups, group, batch_dims=1), tf.float64), -1)
-    # The group's sum was rounded otherwise than its running sum: what is left must lie below the latter.
-    left = tf.minimum(target - before, inner[:, -1] * (1 - 1e-12))
-    return group * size + _first_above(inner, left)
+    # Rounding may put the target at or above the end of the group's running sum, where no token is.
+    remaining = tf.minimum(target - before, inner[:, -1] * (1 - 1e-12))
+    return group * size + _first_above(inner, remaining)
 
 
-def _highest(scores: Tensor, count: Tensor | int) -> Tensor:
-    """The `count` highest of scores [B, N], descending; [B, count]."""
+def highest_scores(scores: Tensor, count: Tensor | int) -> Tensor:
+    """The `count` highest of scores [B, N], descending; [B, count]. N must be a multiple of `BLOCK`."""
     blocks = tf.reshape(scores, [-1, scores.shape[-1] // BLOCK, BLOCK])
 
-    def of_blocks() -> Tensor:
-        # Each of them is the highest of its block, or lies below another one of the count that is.
+    def in_best_blocks() -> Tensor:
+        # The `count` highest scores are in at most `count` blocks: those with the highest maxima.
         best = tf.math.top_k(tf.reduce_max(blocks, -1), count, sorted=False).indices
-        few = tf.gather(blocks, best, batch_dims=1)
-        return tf.math.top_k(tf.reshape(few, [-1, count * BLOCK]), count).values
+        candidates = tf.gather(blocks, best, batch_dims=1)
+        return tf.math.top_k(tf.reshape(candidates, [-1, count * BLOCK]), count).values
 
-    def of_all() -> Tensor:
+    def in_all() -> Tensor:
         return tf.math.top_k(scores, count).values
 
     if isinstance(count, int):
-        return of_blocks() if count <= blocks.shape[1] else of_all()
-    return tf.cond(count <= blocks.shape[1], of_blocks, of_all)
+        return in_best_blocks() if count <= blocks.shape[1] else in_all()
+    return tf.cond(count <= blocks.shape[1], in_best_blocks, in_all)
 
 
 def _first_above(running: Tensor, target: Tensor) -> Tensor:
@@ -173,76 +181,78 @@ def _first_above(running: Tensor, target: Tensor) -> Tensor:
     return tf.minimum(below, running.shape[-1] - 1)
 
 
-def _threshold(scores: Tensor, weights: Tensor, params: SamplingParams, vocabulary: int, xla: bool) -> Tensor:
-    """The lowest score that stays in, [B], of scores [B, N], whose exp the weights are.
+def _lowest_kept_score(scores: Tensor, weights: Tensor, params: SamplingParams, vocab_size: int, xla: bool) -> Tensor:
+    """The lowest score that top-k and top-p keep, [B], of scores [B, N]; `weights` are their exp.
 
-    The sorted head of the scores tells, in most cases. The rest of a row is sorted too if it does not, or, since a
-    compiled sort is slow, searched. Either way a row's sums are those that it has alone.
+    In most cases it is among a few of the highest scores, which are sorted first. If it is not, the whole row is
+    sorted, or, since a compiled sort is slow, searched. Either way the result does not depend on other rows.
     """
-    limited = (params.top_k > 0) & (params.top_k < vocabulary)
-    wanted = tf.where(limited, params.top_k, vocabulary)
+    limited = (params.top_k > 0) & (params.top_k < vocab_size)
+    k = tf.where(limited, params.top_k, vocab_size)
     nucleus = params.top_p < 1
     off = (~limited & ~nucleus) | (params.temperature == 0)
-    everything = tf.reduce_sum(weights, -1)
+    row_sum = tf.reduce_sum(weights, -1)
 
     def among(count: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The threshold, and whether it lies within the `count` highest scores."""
-        values = _highest(scores, count)
-        inside = tf.range(count)[None] < wanted[:, None]
+        """The threshold, and whether it is certainly among the `count` highest scores."""
+        values = highest_scores(scores, count)
+        inside = tf.range(count)[None] < k[:, None]
         head = tf.where(inside, tf.exp(values), 0.0)
-        # A running sum's end, unlike a sum, does not depend on the number of zeros behind.
-        total = tf.where(limited, tf.cumsum(head, -1)[:, -1], everything)
+        # The end of a running sum, unlike a sum, does not depend on the number of trailing zeros.
+        total = tf.where(limited, tf.cumsum(head, -1)[:, -1], row_sum)
         before = tf.cumsum(head / total[:, None], -1, exclusive=True)
         inside &= (before < params.top_p[:, None]) | ~nucleus[:, None]
-        # A top_p that is subnormal counts as 0 on threads that flush those.
+        # At least 1: threads that flush subnormal numbers read a subnormal top_p as 0.
         kept = tf.maximum(1, tf.reduce_sum(tf.cast(inside, tf.int32), -1))
         lowest = tf.gather(values, kept - 1, batch_dims=1)
-        # The total of a larger k is not known from here.
-        return tf.where(off, -np.inf, lowest), off | (wanted <= count) | (~limited & (kept < count))
+        # If k is larger than `count`, the total is not known yet.
+        return tf.where(off, -np.inf, lowest), off | (k <= count) | (~limited & (kept < count))
 
-    first = tf.reduce_max(tf.where(limited, wanted, tf.where(nucleus, min(CANDIDATES, vocabulary), 1)))
-    # XLA wants a fixed number.
-    threshold, found = among(min(COMPILED_CANDIDATES, vocabulary) if xla else first)
+    first = tf.reduce_max(tf.where(limited, k, tf.where(nucleus, min(CANDIDATES, vocab_size), 1)))
+    # XLA needs a static count.
+    threshold, found = among(min(COMPILED_CANDIDATES, vocab_size) if xla else first)
 
-    def beyond() -> Tensor:
+    def among_all() -> Tensor:
         if xla:
-            return tf.where(found, threshold, _search(scores, weights, params, vocabulary, ~found))
-        return among(vocabulary)[0]
+            return tf.where(found, threshold, _search_lowest_kept_score(scores, weights, params, vocab_size, ~found))
+        return among(vocab_size)[0]
 
-    return tf.cond(tf.reduce_all(found), lambda: threshold, beyond)
+    return tf.cond(tf.reduce_all(found), lambda: threshold, among_all)
 
 
-def _search(scores: Tensor, weights: Tensor, params: SamplingParams, vocabulary: int, rows: Tensor) -> Tensor:
-    """The threshold of the `rows` bool [B] by bisection: the k-th score, then the nucleus among what is left."""
-    distance = -scores  # 0 at the likeliest
-    limited = (params.top_k > 0) & (params.top_k < vocabulary)
+def _search_lowest_kept_score(
+    scores: Tensor, weights: Tensor, params: SamplingParams, vocab_size: int, rows: Tensor
+) -> Tensor:
+    """`_lowest_kept_score` of the `rows` bool [B] by bisection: the k-th score, then top-p among those kept."""
+    distance = -scores  # 0 for the likeliest
+    limited = (params.top_k > 0) & (params.top_k < vocab_size)
 
-    def has_k(limit: Tensor) -> Tensor:
+    def reaches_top_k(limit: Tensor) -> Tensor:
         return tf.reduce_sum(tf.cast(distance <= limit[:, None], tf.int32), -1) >= params.top_k
 
-    farthest = _bisect(has_k, rows & limited)
-    weights = tf.where(distance <= farthest[:, None], weights, 0.0)
+    top_k_limit = _bisect(reaches_top_k, rows & limited)
+    weights = tf.where(distance <= top_k_limit[:, None], weights, 0.0)
     target = params.top_p * tf.reduce_sum(weights, -1)
 
-    def has_p(limit: Tensor) -> Tensor:
+    def reaches_top_p(limit: Tensor) -> Tensor:
         return tf.reduce_sum(tf.where(distance <= limit[:, None], weights, 0.0), -1) >= target
 
-    edge = tf.minimum(_bisect(has_p, rows & (params.top_p < 1)), farthest)
-    return tf.reduce_min(tf.where(distance <= edge[:, None], scores, np.inf), -1)
+    limit = tf.minimum(_bisect(reaches_top_p, rows & (params.top_p < 1)), top_k_limit)
+    return tf.reduce_min(tf.where(distance <= limit[:, None], scores, np.inf), -1)
 
 
-def _bisect(enough: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
-    """The smallest float32 from 0 on, [B], for which `enough` holds; infinity for rows that are not `wanted`.
+def _bisect(condition: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """The smallest non-negative float32, [B], for which `condition` holds; infinity outside of `rows` bool [B].
 
-    Positive floats are ordered as their bits.
+    Bisects the bits, which are in the same order as the floats.
     """
     highest = int(np.float32(np.inf).view(np.int32))
-    low = tf.where(wanted, 0, highest)
+    low = tf.where(rows, 0, highest)
 
     def halve(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         middle = low + (high - low) // 2
-        yes = enough(tf.bitcast(middle, tf.float32))
-        return tf.where(yes, low, middle + 1), tf.where(yes, middle, high)
+        holds = condition(tf.bitcast(middle, tf.float32))
+        return tf.where(holds, low, middle + 1), tf.where(holds, middle, high)
 
     high = tf.fill(tf.shape(low), highest)
     _, high = tf.while_loop(lambda low, high: tf.reduce_any(low < high), halve, (low, high))

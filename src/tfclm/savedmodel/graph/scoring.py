@@ -1,4 +1,4 @@
-"""The loss of texts, token by token, by the strided protocol where a text is longer than the context."""
+"""Log-probabilities of the tokens of texts; a text longer than the context is scored in overlapping windows."""
 
 from __future__ import annotations
 
@@ -12,49 +12,51 @@ __all__ = ["token_logprobs"]
 
 Tensor = Any
 
-CHUNK = 64  # positions whose logits are there at once
+CHUNK = 64  # positions whose logits are in memory at once
 
 
 def token_logprobs(network: Network, ids: Tensor) -> Tensor:
-    """Log-probability of each token given those before it, float32 [B, L]; 0 for the first, which has none before it.
+    """Log-probability of each token given those before it, float32 [B, L]; 0 for the first token.
 
-    ids int32 [B, L], padded on the right. Beyond the context, windows of its size move by half of it, and each token is
-    scored in the first window that holds it, as `tfclm.perplexity` does with stride = context // 2.
+    `ids` int32 [B, L], padded on the right. Texts longer than the context are read in windows of its size that advance
+    by half of it; each token is scored in the first window that contains it, as `tfclm.perplexity` does with
+    stride = context // 2.
     """
     weights = network.weights()
     window, stride = network.context, max(1, network.context // 2)
     batch, length = tf.unstack(tf.shape(ids))
-    more = tf.maximum(0, (length - window + stride - 1) // stride)
-    padded = tf.pad(ids, [[0, 0], [0, tf.maximum(0, window + more * stride - length)]])
+    further = tf.maximum(0, (length - window + stride - 1) // stride)  # windows after the first one
+    padded = tf.pad(ids, [[0, 0], [0, tf.maximum(0, window + further * stride - length)]])
 
-    first = _window(network, weights, tf.cond(more > 0, lambda: padded[:, :window], lambda: ids))
+    first = _score_window(network, weights, tf.cond(further > 0, lambda: padded[:, :window], lambda: ids))
     first = tf.pad(first, [[0, 0], [1, 0]])
-    pieces = tf.TensorArray(tf.float32, size=more, element_shape=[None, None], infer_shape=False)
+    pieces = tf.TensorArray(tf.float32, size=further, element_shape=[None, None], infer_shape=False)
 
     def score(index: Tensor, pieces: tf.TensorArray) -> tuple[Tensor, tf.TensorArray]:
         start = (index + 1) * stride
-        scored = _window(network, weights, padded[:, start : start + window])
+        scored = _score_window(network, weights, padded[:, start : start + window])
         return index + 1, pieces.write(index, tf.transpose(scored[:, -stride:]))
 
-    _, pieces = tf.while_loop(lambda index, pieces: index < more, score, (0, pieces), parallel_iterations=1)
-    rest = tf.cond(more > 0, lambda: tf.transpose(pieces.concat()), lambda: tf.zeros([batch, 0], tf.float32))
+    _, pieces = tf.while_loop(lambda index, pieces: index < further, score, (0, pieces), parallel_iterations=1)
+    rest = tf.cond(further > 0, lambda: tf.transpose(pieces.concat()), lambda: tf.zeros([batch, 0], tf.float32))
     return tf.concat([first, rest], 1)[:, :length]
 
 
-def _window(network: Network, weights: Weights, ids: Tensor) -> Tensor:
-    """Log-probability of ids[:, 1:], [B, L - 1]."""
+def _score_window(network: Network, weights: Weights, ids: Tensor) -> Tensor:
+    """Log-probabilities of ids[:, 1:], float32 [B, L - 1]."""
     hidden = network.hidden(ids, weights).last_hidden_state[:, :-1]
     targets = ids[:, 1:]
     count = tf.shape(targets)[1]
     chunks = (count + CHUNK - 1) // CHUNK
-    ahead = [[0, 0], [0, chunks * CHUNK - count]]
+    padding = [[0, 0], [0, chunks * CHUNK - count]]
     size = hidden.shape[-1]
-    hidden = tf.transpose(tf.reshape(tf.pad(hidden, [*ahead, [0, 0]]), [-1, chunks, CHUNK, size]), [1, 0, 2, 3])
-    targets = tf.transpose(tf.reshape(tf.pad(targets, ahead), [-1, chunks, CHUNK]), [1, 0, 2])
+    hidden = tf.transpose(tf.reshape(tf.pad(hidden, [*padding, [0, 0]]), [-1, chunks, CHUNK, size]), [1, 0, 2, 3])
+    targets = tf.transpose(tf.reshape(tf.pad(targets, padding), [-1, chunks, CHUNK]), [1, 0, 2])
 
-    def logprobs(pair: tuple[Tensor, Tensor]) -> Tensor:
-        logits = network.logits(pair[0], weights, few=False)
-        return -tf.nn.sparse_softmax_cross_entropy_with_logits(labels=pair[1], logits=logits)
+    def logprobs(chunk: tuple[Tensor, Tensor]) -> Tensor:
+        hidden, targets = chunk
+        logits = network.logits(hidden, weights, small_batch=False)
+        return -tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=logits)
 
     scored = tf.map_fn(
         logprobs,

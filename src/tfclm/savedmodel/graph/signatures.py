@@ -1,79 +1,84 @@
-"""The module that is exported: four signatures around the tokenizer, the decoding loop and the scores."""
+"""The exported module: the signatures, built from the tokenizer, the decoding loop and the scores."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import tensorflow as tf
 
 from tfclm.errors import InputError
 from tfclm.savedmodel.checks import broadcast, ranked, require, require_at_most
-from tfclm.savedmodel.graph.decoding import decode
+from tfclm.savedmodel.graph.decoding import Decoded, decode
 from tfclm.savedmodel.graph.network import Network
 from tfclm.savedmodel.graph.sampling import SamplingParams, uniform_samples
 from tfclm.savedmodel.graph.scoring import token_logprobs
-from tfclm.savedmodel.graph.stopping import LONGEST, StopFinder
+from tfclm.savedmodel.graph.stopping import MAX_STOP_BYTES, Stop, StopFinder
 from tfclm.savedmodel.settings import INT32, Defaults, ServableSettings, defaults
 from tfclm.savedmodel.tokenizer import GraphTokenizer
 from tfclm.savedmodel.tokenizer.detokenizer import GraphDetokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
 
 __all__ = ["GenerationModule"]
 
 Tensor = Any
 
-QUEUE = 1024  # batches that wait; one more is refused with UNAVAILABLE, instead of growing without bound
+MAX_ENQUEUED_BATCHES = 1024  # a server answers UNAVAILABLE when more batches are waiting
 MAX_REQUEST_TOKENS = 2**20
-# A request's text may have this many bytes for each token that it may have. It is checked before the text is
-# tokenized, which takes far more memory than the text itself.
+# Bytes of text that a request may have per token that it may have. Checked before the text is tokenized, which takes
+# far more memory than the text.
 BYTES_PER_TOKEN = 4
+PARAM_TYPES = SamplingParams(
+    max_new_tokens=tf.int32,
+    temperature=tf.float32,
+    top_k=tf.int32,
+    top_p=tf.float32,
+    repetition_penalty=tf.float32,
+    seed=tf.int64,
+)
 
 
 class GenerationModule(tf.Module):
     """A causal LM and its tokenizer as one graph.
 
-    Raises `InputError` for what cannot be exported exactly. A tokenizer that cannot be put into the graph leaves
-    `generate_tokens` alone; `tokenizer_problem` then says why.
+    A tokenizer that cannot be put into the graph exactly leaves the signature `generate_tokens` alone;
+    `tokenizer_problem` then says why.
+
+    Args:
+        model: a TensorFlow causal LM of transformers.
+        tokenizer: its fast tokenizer.
+        settings: defaults, limits and compilation.
+
+    Raises:
+        InputError: a setting out of its range, or a model that cannot be exported exactly.
+
+    Example:
+        >>> module = GenerationModule(model, tokenizer, ServableSettings())
+        >>> module.signatures()["serving_default"](prompt=tf.constant(["The"]))["generated_text"].shape
+        TensorShape([1])
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: ServableSettings) -> None:
+    def __init__(
+        self, model: TFPreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ServableSettings
+    ) -> None:
         super().__init__()
         settings.check()
         self.settings = settings
-        self.network = Network(model, settings.weights, turned=settings.compile == "xla")
+        self._xla = settings.compile == "xla"
+        self.network = Network(model, settings.weights, transposed=self._xla)
         if len(tokenizer) > self.network.vocab_size:
             raise InputError(
                 f"the tokenizer has {len(tokenizer)} entries but the model's vocab_size is {self.network.vocab_size}; "
                 "use the tokenizer that the model was trained with"
             )
-        # What is saved: the variables alone. Of a Keras model, its own traces would go with them.
+        # Saved as plain variables: a Keras model as an attribute would be saved with its own traced functions.
         self.weights = self.network.variables
-        context = self.network.context
-        xla = settings.compile == "xla"
-        self.limit = settings.max_new_tokens_limit or min(context - 1, 256 if xla else context - 1)
-        if self.limit > context - 1:
-            raise InputError(f"--max-new-tokens-limit {self.limit}: the model's context leaves {context - 1} at most")
-        batch_tokens = settings.max_batch_size * context
-        self.max_request_tokens = settings.max_request_tokens or max(MAX_REQUEST_TOKENS, batch_tokens)
-        if settings.max_request_rows < settings.max_batch_size:
-            raise InputError(
-                f"--max-request-rows {settings.max_request_rows}: give at least --max-batch-size, which is "
-                f"{settings.max_batch_size}"
-            )
-        if self.max_request_tokens < batch_tokens:
-            raise InputError(
-                f"--max-request-tokens {self.max_request_tokens}: give at least {batch_tokens}, which is "
-                f"{settings.max_batch_size} rows (--max-batch-size) of {context} tokens (the model's context)"
-            )
+        self.limit, self.max_request_tokens = self._limits()
         self.defaults: Defaults = defaults(settings, model.generation_config, self.limit)
-        eos = model.generation_config.eos_token_id
-        self.eos_ids = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
-        pad = model.generation_config.pad_token_id
-        self._pad_id = pad if pad is not None else (self.eos_ids or [0])[0]
-        for number in [*self.eos_ids, self._pad_id]:
-            if not isinstance(number, int) or abs(number) > INT32:
-                raise InputError(f"generation_config.json has the token id {number!r}: give one of the vocabulary")
+        self.eos_ids, self._pad_id = _eos_and_pad_ids(model.generation_config)
         self.tokenizer_problem: str | None = None
         self._tokenizer = self._detokenizer = self._finder = None
         try:
@@ -81,13 +86,11 @@ class GenerationModule(tf.Module):
             self._finder = StopFinder(self._detokenizer.pieces(self.network.vocab_size))
         except InputError as error:
             self.tokenizer_problem = str(error)
-        self.buckets = self._buckets() if xla else []
-        self._decode = self._batched(
-            tf.function(self._rows, autograph=self.network.autograph, jit_compile=True) if xla else self._rows
-        )
+        self.buckets = self._buckets() if self._xla else []
+        self._decode = self._batched()
 
     def signatures(self) -> dict[str, Any]:
-        """The functions that are exported, by name."""
+        """The exported functions, by name."""
         tokens = {"generate_tokens": self._generate_tokens()}
         if self._tokenizer is None:
             return {**tokens, "serving_default": tokens["generate_tokens"]}
@@ -104,61 +107,104 @@ class GenerationModule(tf.Module):
         return sorted(["generate_tokens", "serving_default", *(["generate", "score"] if self._tokenizer else [])])
 
     def batch_sizes(self) -> list[int]:
-        """With XLA, the numbers of rows that are compiled for: powers of two, up to the largest batch."""
+        """With XLA, the batch sizes that are compiled: powers of two, and the largest batch."""
         sizes = [1]
         while sizes[-1] < self.settings.max_batch_size:
             sizes.append(min(sizes[-1] * 2, self.settings.max_batch_size))
         return sizes
 
-    # The way of a request
+    def _limits(self) -> tuple[int, int]:
+        """The largest max_new_tokens of a request, and the most tokens that one may have."""
+        settings, context = self.settings, self.network.context
+        limit = settings.max_new_tokens_limit or min(context - 1, 256 if self._xla else context - 1)
+        if limit > context - 1:
+            raise InputError(f"`max_new_tokens_limit` {limit}: the model's context leaves {context - 1} at most")
+        if settings.max_request_rows < settings.max_batch_size:
+            raise InputError(
+                f"`max_request_rows` {settings.max_request_rows}: give at least `max_batch_size`, which is "
+                f"{settings.max_batch_size}"
+            )
+        batch_tokens = settings.max_batch_size * context
+        max_tokens = settings.max_request_tokens or max(MAX_REQUEST_TOKENS, batch_tokens)
+        if max_tokens < batch_tokens:
+            raise InputError(
+                f"`max_request_tokens` {max_tokens}: give at least {batch_tokens}, which is "
+                f"{settings.max_batch_size} rows (`max_batch_size`) of {context} tokens (the model's context)"
+            )
+        return limit, max_tokens
 
     def _buckets(self) -> list[int]:
-        """Lengths that prompts are padded to, ascending; the last one holds every prompt."""
+        """Lengths that prompts are padded to, ascending; every prompt fits into the last one."""
         longest = self.network.context - 1
         buckets = sorted(set(self.settings.buckets)) or [
             32 * 4**power for power in range(10) if 32 * 4**power < longest
         ]
         return [size for size in buckets if size < longest] + [longest]
 
-    def _batched(self, rows: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        """Coalesces the calls of concurrent requests, of all signatures.
+    # From checked rows to tokens.
 
-        A call of more rows than a batch holds makes one batch after the other. `enable_large_batch_splitting`, by which
-        the op would do that itself, ends the process when a request is cancelled while its rows are in several batches.
+    def _decode_batch(self, ids: Tensor, lengths: Tensor, stop: Tensor, *params: Tensor) -> Decoded:
+        """Decodes a batch of rows [B, context - 1], as wide as its longest prompt, or with XLA as that one's bucket."""
+        width = tf.reduce_max(lengths)
+        if self._xla:
+            buckets = tf.constant(self.buckets)
+            width = tf.reduce_min(tf.boolean_mask(buckets, buckets >= width))
+        search = self._finder.begin(stop) if self._finder is not None else None
+        given = SamplingParams(*params)
+        uniform = uniform_samples(given.seed, self.limit)
+        decode_rows: Any = self._decode_rows
+        if self._xla:
+            # Compiled without the strings and the random ops, which XLA does not support.
+            decode_rows = tf.function(decode_rows, autograph=self.network.autograph, jit_compile=True)
+        return cast("Decoded", decode_rows(ids[:, :width], lengths, given, uniform, search))
+
+    def _decode_rows(
+        self, ids: Tensor, lengths: Tensor, params: SamplingParams, uniform: Tensor, search: Stop | None
+    ) -> Decoded:
+        return decode(
+            self.network,
+            ids,
+            lengths,
+            params,
+            uniform,
+            eos_ids=self.eos_ids,
+            pad_id=self._pad_id,
+            limit=self.limit,
+            finder=self._finder,
+            stop=search,
+            xla=self._xla,
+        )
+
+    def _batched(self) -> Callable[..., tuple[Tensor, ...]]:
+        """`_decode_batch` for rows [B, L], decoded together with those of concurrent requests, of all signatures.
+
+        A call with more rows than a batch holds makes several batches in turn. `enable_large_batch_splitting`, with
+        which the op would do that itself, crashes the process if a request is cancelled while its rows are in several
+        batches.
         """
-        xla = self.settings.compile == "xla"
-
-        def batch(ids: Tensor, lengths: Tensor, stop: Tensor, seed: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-            most = tf.reduce_max(lengths)
-            if xla:
-                sizes = tf.constant(self.buckets)
-                most = tf.reduce_min(tf.boolean_mask(sizes, sizes >= most))
-            began = self._finder.begin(stop) if self._finder is not None else ()
-            return rows(ids[:, :most], lengths, uniform_samples(seed, self.limit), seed, *params, *began)
-
-        types = (tf.string, tf.int64, *(spec.dtype for spec in _knob_specs()[:5]))
         width = self.network.context - 1
-        others = [tf.TensorSpec([None], kind) for kind in (tf.int32, *types)]
-        specs = [tf.TensorSpec([None, width], tf.int32), *others]
-        traced = tf.function(batch, autograph=self.network.autograph).get_concrete_function(*specs)
-        # A name of its own: within one process, those that share it share the queue and its function.
+        others = [tf.TensorSpec([None], kind) for kind in (tf.int32, tf.string, *PARAM_TYPES)]
+        batch = tf.function(self._decode_batch, autograph=self.network.autograph).get_concrete_function(
+            tf.TensorSpec([None, width], tf.int32), *others
+        )
+        # A unique name: ops with the same name in one process share the queue and its function.
         name = f"tfclm-{uuid.uuid4().hex}"
         largest = self.settings.max_batch_size
 
         def call(ids: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
-            # Rows that are decoded together must agree in width.
-            ids = tf.ensure_shape(tf.pad(ids, [[0, 0], [0, width - tf.shape(ids)[1]]]), [None, width])
+            # Rows that are decoded together must have the same width; no prompt is longer than this one.
+            ids = tf.ensure_shape(tf.pad(ids, [[0, 0], [0, width]])[:, :width], [None, width])
             results = tf.raw_ops.BatchFunction(
                 in_tensors=[ids, *arguments],
-                captured_tensors=traced.captured_inputs,
-                f=traced,
-                num_batch_threads=1,  # one batch at a time has all cores
+                captured_tensors=batch.captured_inputs,
+                f=batch,
+                num_batch_threads=1,  # each batch uses all cores
                 max_batch_size=largest,
-                allowed_batch_sizes=self.batch_sizes() if xla else list(range(1, largest + 1)),
+                allowed_batch_sizes=self.batch_sizes() if self._xla else list(range(1, largest + 1)),
                 batch_timeout_micros=int(self.settings.batch_timeout * 1000),
-                max_enqueued_batches=QUEUE,
+                max_enqueued_batches=MAX_ENQUEUED_BATCHES,
                 enable_large_batch_splitting=False,
-                Tout=[output.dtype for output in traced.outputs],
+                Tout=[output.dtype for output in batch.outputs],
                 shared_name=name,
                 batching_queue=name,
             )
@@ -171,101 +217,133 @@ class GenerationModule(tf.Module):
         )
         return lambda *arguments: _in_slices(queued, arguments, largest)
 
-    def _rows(self, ids: Tensor, lengths: Tensor, uniform: Tensor, seed: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        new, heat, k, p, penalty, *stop = rest
-        params = SamplingParams(new, heat, k, p, penalty, seed)
-        return tuple(
-            decode(
-                self.network,
-                ids,
-                lengths,
-                params,
-                uniform,
-                eos_ids=self.eos_ids,
-                pad_id=self._pad_id,
-                limit=self.limit,
-                finder=self._finder,
-                stop=self._finder.state(tuple(stop)) if self._finder is not None else None,
-                xla=self.settings.compile == "xla",
-            )
-        )
-
-    def _continue(
+    def _generate_rows(
         self, ids: Tensor, lengths: Tensor, name: str, stop: Tensor, params: SamplingParams
     ) -> tuple[Tensor, ...]:
-        """Checks rows of ids int32 [B, L] and decodes them; what `Decoded` has, and the prompts' lengths.
+        """Checks and decodes rows `ids` int32 [B, L]; the fields of `Decoded`, and the prompts' lengths.
 
-        Of a prompt of more than L tokens, the last ones are given.
+        Of a prompt longer than L, `ids` has the last tokens. `name` is the request's input, for messages.
         """
         batch = tf.shape(ids)[0]
+        params, stop = self._check_params(params, stop, batch)
         context = self.network.context
-        params = SamplingParams(
-            *(broadcast(value, knob, batch) for value, knob in zip(params, SamplingParams._fields, strict=True))
-        )
-        stop = broadcast(stop, "stop", batch)
-        wanted = {
-            "max_new_tokens": (params.max_new_tokens >= 1) & (params.max_new_tokens <= self.limit),
-            "temperature": (params.temperature >= 0) & tf.math.is_finite(params.temperature),
-            "top_k": params.top_k >= 0,
-            "top_p": (params.top_p > 0) & (params.top_p <= 1),
-            "repetition_penalty": (params.repetition_penalty > 0) & tf.math.is_finite(params.repetition_penalty),
-            "seed": params.seed >= -1,
-        }
-        ranges = {
-            "max_new_tokens": f"give 1 to {self.limit}",
-            "temperature": "give 0, which is greedy, or more",
-            "top_k": "give 0, which is off, or more",
-            "top_p": "give a number above 0, and 1 at most, which is off",
-            "repetition_penalty": "give a number above 0; 1 is off",
-            "seed": "give 0 or more, or -1 for a fresh one",
-        }
-        params = SamplingParams(
-            *(
-                require(wanted[knob], value, knob, _say("is ", _first(value, wanted[knob]), ": " + ranges[knob]))
-                for knob, value in zip(SamplingParams._fields, params, strict=True)
-            )
-        )
-        stop = require(tf.strings.length(stop) <= LONGEST, stop, "stop", f"is too long: give {LONGEST} bytes at most")
         if self.settings.truncate_prompts:
-            # The left side goes, as much of it as the row's new tokens need.
-            lengths = tf.minimum(lengths, tf.shape(ids)[1])
-            most = tf.maximum(1, context - params.max_new_tokens)
-            cut = tf.maximum(0, lengths - most)
-            lengths -= cut
-            ids = tf.pad(ids, [[0, 0], [0, 1]])
-            places = tf.minimum(cut[:, None] + tf.range(tf.reduce_max(lengths)), tf.shape(ids)[1] - 1)
-            ids = tf.gather(ids, places, batch_dims=1)
+            ids, lengths = _truncate_left(ids, lengths, tf.maximum(1, context - params.max_new_tokens))
         else:
             fits = lengths < context
-            problem = _say(
-                "has ", _first(lengths, fits), f" tokens, and the context holds {context}, the answer included"
+            problem = tf.strings.join(
+                ["has ", _first(lengths, fits), f" tokens, and the context holds {context}, the answer included"]
             )
             ids = require(fits, ids, name, problem)
-        results = self._decode(ids[:, : context - 1], lengths, stop, params.seed, *params[:5])
-        return (*results, lengths)
+        return (*self._decode(ids, lengths, stop, *params), lengths)
 
-    def _texts(self, texts: Tensor, name: str) -> Tensor:
-        """Texts [B] of a request that is not larger than one may be."""
+    # Checks of requests.
+
+    def _check_params(self, params: SamplingParams, stop: Tensor, batch: Tensor) -> tuple[SamplingParams, Tensor]:
+        """The parameters and stop strings, [B] each, if all values are in their ranges."""
+        params = SamplingParams(
+            *(broadcast(value, name, batch) for value, name in zip(params, SamplingParams._fields, strict=True))
+        )
+        stop = broadcast(stop, "stop", batch)
+        valid = SamplingParams(
+            max_new_tokens=(params.max_new_tokens >= 1) & (params.max_new_tokens <= self.limit),
+            temperature=(params.temperature >= 0) & tf.math.is_finite(params.temperature),
+            top_k=params.top_k >= 0,
+            top_p=(params.top_p > 0) & (params.top_p <= 1),
+            repetition_penalty=(params.repetition_penalty > 0) & tf.math.is_finite(params.repetition_penalty),
+            seed=params.seed >= -1,
+        )
+        ranges = SamplingParams(
+            max_new_tokens=f"give 1 to {self.limit}",
+            temperature="give 0 (greedy) or more",
+            top_k="give 0 (off) or more",
+            top_p="give a number above 0 and up to 1 (1 = off)",
+            repetition_penalty="give a number above 0 (1 = off)",
+            seed="give 0 or more, or -1 for a random one",
+        )
+
+        def check(value: Tensor, name: str, valid: Tensor, range: str) -> Tensor:
+            return require(valid, value, name, tf.strings.join(["is ", _first(value, valid), f": {range}"]))
+
+        params = SamplingParams(*map(check, params, SamplingParams._fields, valid, ranges))
+        problem = f"is too long: give at most {MAX_STOP_BYTES} bytes"
+        return params, require(tf.strings.length(stop) <= MAX_STOP_BYTES, stop, "stop", problem)
+
+    def _check_texts(self, texts: Tensor, name: str) -> Tensor:
+        """The texts [B] of a request, if it is not too large."""
         texts = ranked(texts, name, 1, self.settings.max_request_rows)
         size = tf.reduce_sum(tf.cast(tf.strings.length(texts), tf.int64))
         limit = BYTES_PER_TOKEN * self.max_request_tokens
         return require_at_most(size, limit, texts, name, "bytes in all rows together")
 
-    def _ids(self, ids: Tensor, name: str) -> Tensor:
-        """Ids, or a mask of them, [B, L] of a request that is not larger than one may be."""
-        ids = ranked(ids, name, 2, self.settings.max_request_rows)
-        limit = self.max_request_tokens
-        return require_at_most(tf.size(ids, tf.int64), limit, ids, name, "tokens with padding")
+    def _check_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of token ids [B, L] of a request, with the padding moved to the right, and their lengths [B]."""
+        ids, mask = self._check_size(input_ids, "input_ids"), self._check_size(attention_mask, "attention_mask")
+        same = tf.reduce_all(tf.shape(ids) == tf.shape(mask))
+        with tf.control_dependencies(
+            [tf.debugging.Assert(same, ["attention_mask has another shape than input_ids: give 1 or 0 for each"])]
+        ):
+            real = tf.identity(mask) == 1
+        mask = require(tf.reduce_all((mask == 0) | real, 1), mask, "attention_mask", "has other values than 0 and 1")
+        known = ~real | ((ids >= 0) & (ids < self.network.vocab_size))
+        problem = f"has an id that is no token: give 0 to {self.network.vocab_size - 1}"
+        ids = require(tf.reduce_all(known, 1), ids, "input_ids", problem)
+        lengths = tf.reduce_sum(mask, 1)
+        ids = require(lengths > 0, ids, "input_ids", "has no token: give at least one")
+        # A stable sort moves the tokens to the left in their order, wherever the padding was.
+        ids = tf.gather(ids, tf.argsort(1 - mask, 1, stable=True), batch_dims=1)
+        return tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), ids, 0), lengths
 
-    def _answer(self, prompt: Tensor, params: SamplingParams, stop: Tensor) -> dict[str, Tensor]:
+    def _check_size(self, ids: Tensor, name: str) -> Tensor:
+        """Token ids, or their mask, [B, L] of a request, if it is not too large."""
+        ids = ranked(ids, name, 2, self.settings.max_request_rows)
+        return require_at_most(tf.size(ids, tf.int64), self.max_request_tokens, ids, name, "tokens with padding")
+
+    # The signatures. The ranks of their inputs are unknown, so that the graph itself checks them.
+
+    def _default_params(self) -> SamplingParams:
+        values = {**vars(self.defaults), "seed": -1}
+        return SamplingParams(
+            **{name: tf.constant([values[name]], kind) for name, kind in PARAM_TYPES._asdict().items()}
+        )
+
+    def _serving_default(self) -> Any:
+        def serving_default(prompt: Tensor) -> dict[str, Tensor]:
+            answer = self._generate_text(prompt, self._default_params(), tf.constant([""]))
+            return {"generated_text": answer["generated_text"]}
+
+        return tf.function(serving_default, autograph=False, input_signature=[tf.TensorSpec(None, tf.string, "prompt")])
+
+    def _generate(self) -> Any:
+        default = self._default_params()
+
+        def generate(
+            prompt: Tensor,
+            max_new_tokens: Tensor = default.max_new_tokens,
+            temperature: Tensor = default.temperature,
+            top_k: Tensor = default.top_k,
+            top_p: Tensor = default.top_p,
+            repetition_penalty: Tensor = default.repetition_penalty,
+            seed: Tensor = default.seed,
+            stop: Tensor = tf.constant([""]),
+        ) -> dict[str, Tensor]:
+            params = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+            return self._generate_text(prompt, params, stop)
+
+        specs = [tf.TensorSpec(None, tf.string, "prompt"), *_param_specs(), tf.TensorSpec(None, tf.string, "stop")]
+        return tf.function(generate, autograph=False, input_signature=specs)
+
+    def _generate_text(self, prompt: Tensor, params: SamplingParams, stop: Tensor) -> dict[str, Tensor]:
+        """The outputs of `generate`."""
         assert self._tokenizer is not None
         assert self._detokenizer is not None
-        prompt = self._texts(prompt, "prompt")
+        prompt = self._check_texts(prompt, "prompt")
         prompt = require(tf.strings.length(prompt) > 0, prompt, "prompt", "is empty: give a text")
-        most = self.max_request_tokens
-        ids, lengths = self._tokenizer.encode(prompt, last=self.network.context, max_tokens=most, name="prompt")
+        ids, lengths = self._tokenizer.encode(
+            prompt, last=self.network.context, max_tokens=self.max_request_tokens, name="prompt"
+        )
         ids = require(lengths > 0, ids, "prompt", "has no tokens: give a longer text")
-        output, count, stopped, size, lengths = self._continue(ids, lengths, "prompt", stop, params)
+        output, count, stopped, size, lengths = self._generate_rows(ids, lengths, "prompt", stop, params)
         raw = self._detokenizer.decode_bytes(output, count)
         raw = tf.where(size >= 0, tf.strings.substr(raw, tf.zeros_like(size), tf.maximum(size, 0)), raw)
         completion = self._detokenizer.clean_up(self._detokenizer.to_valid_utf8(raw))
@@ -278,95 +356,40 @@ class GenerationModule(tf.Module):
             "completion_tokens": count,
         }
 
-    # The signatures. Ranks are left open, so that the graph itself can refuse another one.
-
-    def _default_knobs(self) -> list[Tensor]:
-        values = self.defaults
-        return [
-            tf.constant([values.max_new_tokens], tf.int32),
-            tf.constant([values.temperature], tf.float32),
-            tf.constant([values.top_k], tf.int32),
-            tf.constant([values.top_p], tf.float32),
-            tf.constant([values.repetition_penalty], tf.float32),
-            tf.constant([-1], tf.int64),
-        ]
-
-    def _serving_default(self) -> Any:
-        def serving_default(prompt: Tensor) -> dict[str, Tensor]:
-            answer = self._answer(prompt, SamplingParams(*self._default_knobs()), tf.constant([""]))
-            return {"generated_text": answer["generated_text"]}
-
-        return tf.function(serving_default, autograph=False, input_signature=[tf.TensorSpec(None, tf.string, "prompt")])
-
-    def _generate(self) -> Any:
-        new, heat, k, p, penalty, fresh = self._default_knobs()
-
-        def generate(
-            prompt: Tensor,
-            max_new_tokens: Tensor = new,
-            temperature: Tensor = heat,
-            top_k: Tensor = k,
-            top_p: Tensor = p,
-            repetition_penalty: Tensor = penalty,
-            seed: Tensor = fresh,
-            stop: Tensor = tf.constant([""]),
-        ) -> dict[str, Tensor]:
-            params = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-            return self._answer(prompt, params, stop)
-
-        specs = [tf.TensorSpec(None, tf.string, "prompt"), *_knob_specs(), tf.TensorSpec(None, tf.string, "stop")]
-        return tf.function(generate, autograph=False, input_signature=specs)
-
     def _generate_tokens(self) -> Any:
-        new, heat, k, p, penalty, fresh = self._default_knobs()
+        default = self._default_params()
 
         def generate_tokens(
             input_ids: Tensor,
             attention_mask: Tensor,
-            max_new_tokens: Tensor = new,
-            temperature: Tensor = heat,
-            top_k: Tensor = k,
-            top_p: Tensor = p,
-            repetition_penalty: Tensor = penalty,
-            seed: Tensor = fresh,
+            max_new_tokens: Tensor = default.max_new_tokens,
+            temperature: Tensor = default.temperature,
+            top_k: Tensor = default.top_k,
+            top_p: Tensor = default.top_p,
+            repetition_penalty: Tensor = default.repetition_penalty,
+            seed: Tensor = default.seed,
         ) -> dict[str, Tensor]:
-            ids, mask = self._ids(input_ids, "input_ids"), self._ids(attention_mask, "attention_mask")
-            same = tf.reduce_all(tf.shape(ids) == tf.shape(mask))
-            with tf.control_dependencies(
-                [tf.debugging.Assert(same, ["attention_mask has another shape than input_ids: give 1 or 0 for each"])]
-            ):
-                there = tf.identity(mask) == 1
-            mask = require(
-                tf.reduce_all((mask == 0) | there, 1), mask, "attention_mask", "has other values than 0 and 1"
-            )
-            known = ~there | ((ids >= 0) & (ids < self.network.vocab_size))
-            problem = f"has an id that is no token: give 0 to {self.network.vocab_size - 1}"
-            ids = require(tf.reduce_all(known, 1), ids, "input_ids", problem)
-            lengths = tf.reduce_sum(mask, 1)
-            ids = require(lengths > 0, ids, "input_ids", "has no token: give one at least")
-            # What counts goes to the left, in its order, wherever the padding was.
-            ids = tf.gather(ids, tf.argsort(1 - mask, 1, stable=True), batch_dims=1)
-            ids = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), ids, 0)
+            ids, lengths = self._check_tokens(input_ids, attention_mask)
             params = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-            output, count, *_ = self._continue(ids, lengths, "input_ids", tf.constant([""]), params)
+            output, count, *_ = self._generate_rows(ids, lengths, "input_ids", tf.constant([""]), params)
             return {"output_ids": output[:, : tf.reduce_max(count)], "completion_tokens": count}
 
         ids = [tf.TensorSpec(None, tf.int32, "input_ids"), tf.TensorSpec(None, tf.int32, "attention_mask")]
-        return tf.function(generate_tokens, autograph=False, input_signature=[*ids, *_knob_specs()])
+        return tf.function(generate_tokens, autograph=False, input_signature=[*ids, *_param_specs()])
 
     def _score(self) -> Any:
         tokenizer = self._tokenizer
         assert tokenizer is not None
-        scored = tf.function(
+        logprobs_of = tf.function(
             lambda ids: (token_logprobs(self.network, ids),), autograph=self.network.autograph
         ).get_concrete_function(tf.TensorSpec([None, None], tf.int32))
 
         def score(text: Tensor) -> dict[str, Tensor]:
-            text = self._texts(text, "text")
+            text = self._check_texts(text, "text")
             ids, lengths = tokenizer.encode(text, max_tokens=self.max_request_tokens)
             ids = require(lengths > 1, ids, "text", "has less than 2 tokens: the first one is only context")
-            # As few rows at once as are decoded together, since each may take a whole context.
-            (logprobs,) = _in_slices(scored, (ids,), self.settings.max_batch_size)
+            # As many rows at a time as are decoded together, because each may fill a whole context.
+            (logprobs,) = _in_slices(logprobs_of, (ids,), self.settings.max_batch_size)
             logprobs = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), logprobs, 0.0)
             count = lengths - 1
             loss = -tf.reduce_sum(tf.cast(logprobs, tf.float64), 1) / tf.cast(count, tf.float64)
@@ -381,29 +404,49 @@ class GenerationModule(tf.Module):
         return tf.function(score, autograph=False, input_signature=[tf.TensorSpec(None, tf.string, "text")])
 
 
-def _in_slices(function: Any, arguments: Sequence[Tensor], most: int) -> tuple[Tensor, ...]:
-    """What a traced function of rows gives, called with `most` of them at a time; all [B, ...], B 1 or more."""
-    slices = (tf.shape(arguments[0])[0] + most - 1) // most
+def _eos_and_pad_ids(generation_config: Any) -> tuple[list[int], int]:
+    """The EOS ids and the padding id of a generation_config; without a padding id, the first EOS or 0."""
+    eos = generation_config.eos_token_id
+    eos_ids = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+    pad = generation_config.pad_token_id
+    pad_id = pad if pad is not None else (eos_ids or [0])[0]
+    for number in [*eos_ids, pad_id]:
+        if not isinstance(number, int) or abs(number) > INT32:
+            raise InputError(f"generation_config.json has the token id {number!r}: give one of the vocabulary")
+    return eos_ids, pad_id
+
+
+def _truncate_left(ids: Tensor, lengths: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """The last `limits` [B] tokens of rows [B, L], and their lengths.
+
+    A length above L counts as L.
+    """
+    lengths = tf.minimum(lengths, tf.shape(ids)[1])
+    removed = tf.maximum(0, lengths - limits)
+    lengths -= removed
+    ids = tf.pad(ids, [[0, 0], [0, 1]])
+    indices = tf.minimum(removed[:, None] + tf.range(tf.reduce_max(lengths)), tf.shape(ids)[1] - 1)
+    return tf.gather(ids, indices, batch_dims=1), lengths
+
+
+def _in_slices(function: Any, arguments: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
+    """The results of a traced function that is called with `size` rows at a time; all [B, ...], B 1 or more."""
+    slices = (tf.shape(arguments[0])[0] + size - 1) // size
     specs = function.structured_outputs
 
-    def step(number: Tensor, *done: tf.TensorArray) -> tuple[Any, ...]:
-        some = function(*(argument[number * most : (number + 1) * most] for argument in arguments))
-        return number + 1, *(array.write(number, result) for array, result in zip(done, some, strict=True))
+    def step(number: Tensor, *arrays: tf.TensorArray) -> tuple[Any, ...]:
+        results = function(*(argument[number * size : (number + 1) * size] for argument in arguments))
+        return number + 1, *(array.write(number, result) for array, result in zip(arrays, results, strict=True))
 
     arrays = [tf.TensorArray(spec.dtype, slices, element_shape=spec.shape, infer_shape=False) for spec in specs]
-    _, *done = tf.while_loop(lambda number, *_: number < slices, step, (0, *arrays), parallel_iterations=1)
-    return tuple(array.concat() for array in done)
+    _, *arrays = tf.while_loop(lambda number, *_: number < slices, step, (0, *arrays), parallel_iterations=1)
+    return tuple(array.concat() for array in arrays)
 
 
-def _knob_specs() -> list[Any]:
-    types = (tf.int32, tf.float32, tf.int32, tf.float32, tf.float32, tf.int64)
-    return [tf.TensorSpec(None, kind, name) for name, kind in zip(SamplingParams._fields, types, strict=True)]
+def _param_specs() -> list[tf.TensorSpec]:
+    return [tf.TensorSpec(None, kind, name) for name, kind in PARAM_TYPES._asdict().items()]
 
 
 def _first(values: Tensor, condition: Tensor) -> Tensor:
     """The first value that does not meet the condition, as text."""
     return tf.strings.reduce_join(tf.strings.as_string(tf.boolean_mask(values, ~condition)[:1]))
-
-
-def _say(before: str, value: Tensor, after: str) -> Tensor:
-    return tf.strings.join([before, value, after])

@@ -1,1 +1,1 @@
-"""From a finished version to one that is served: gate, canary, version directories, local and remote."""
+"""Publishing a finished version: gate, canary and version numbers, local or remote."""

@@ -1,6 +1,6 @@
-"""The canary: a finished version, loaded in a new process with a server's stock settings, before it is published.
+"""The canary: before a version is published, a new process loads it with the settings of an unmodified server.
 
-As TFX's InfraValidator does: warm-up records are replayed, prompts must give the tokens of the Python model, and texts
+As in TFX's InfraValidator, it replays the warm-up records. Prompts must give the tokens of the Python model, and texts
 the ids of the fast tokenizer.
 """
 
@@ -9,25 +9,28 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tfclm.compat import disable_xla, import_tensorflow
-from tfclm.terminal import log
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
 
 __all__ = ["CanaryFailed", "Prompt", "Text", "make_prompts", "make_texts", "peak_memory_mib", "validate"]
 
 NEW_TOKENS = 8
-LONGEST = 2048  # tokens of a context that is filled; the attention of more takes gigabytes
-TIE = 1e-3  # difference of two logits below which rounding may choose either token
-TIMEOUT = 3600.0  # seconds; XLA compiles every size that is warmed up
+MAX_TOKENS = 2048  # prompt and new tokens; the attention scores of more take gigabytes
+TIE = 1e-3  # two logits that differ by less may change places by rounding
+TIMEOUT = 3600.0  # seconds; XLA compiles every size in the warm-up records
 
-# English with digits and indented code; other scripts, spaces and emoji; and bytes that are no UTF-8.
+# English with digits and indented code; other scripts, spaces and emoji; bytes that are not UTF-8.
 TEXTS = (
     b"It's 12,345.67 today, isn't it?\n\n    def f(x):\n\treturn x + 1  # they'll see\n",
     "Größe, naïve cafe\u0301 \u00a0 数値は１２３。 Ελλάδα, русский; العربية हिन्दी 한국어\u2003👩‍👩‍👧 🇯🇵!".encode(),
@@ -36,12 +39,18 @@ TEXTS = (
 
 
 class CanaryFailed(RuntimeError):
-    """A finished version does not do what the Python model does; it was not published."""
+    """A finished version does not behave as the Python model does; it was not published."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, how many new ones are asked for, and what the Python model may give: several ids at a near-tie."""
+    """A prompt, and the new tokens that the Python model gives for it.
+
+    Attributes:
+        ids: token ids of the prompt.
+        new: number of new tokens to ask for.
+        allowed: per new token, the ids that are right: several where their logits nearly tie, the model's first.
+    """
 
     ids: list[int]
     new: int
@@ -50,17 +59,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Text:
-    """A text, and the ids that the fast tokenizer gives for it."""
+    """A text, perhaps not UTF-8, and the ids that the fast tokenizer gives for it."""
 
     text: bytes
     ids: list[int]
 
 
-def make_texts(tokenizer: Any, context: int) -> list[Text]:
-    """Texts that `score` takes, of several scripts, cut to what the context holds."""
+def make_texts(tokenizer: PreTrainedTokenizerBase, context: int) -> list[Text]:
+    """Texts in several scripts, cut to a context of this many tokens."""
     texts = []
     for raw in TEXTS:
-        # Where bytes are no UTF-8, the graph's tokenizer sees what Python does.
+        # The tokenizer in the graph replaces what is not UTF-8 as Python does.
         while len(ids := tokenizer(raw.decode(errors="replace"), verbose=False)["input_ids"]) > context and raw:
             raw = raw[: len(raw) // 2]
         if len(ids) > 1:
@@ -69,18 +78,18 @@ def make_texts(tokenizer: Any, context: int) -> list[Text]:
 
 
 def make_prompts(
-    model: Any, vocab_size: int, context: int, eos_ids: Sequence[int], limit: int = NEW_TOKENS
+    model: TFPreTrainedModel, vocab_size: int, context: int, eos_ids: Sequence[int], limit: int = NEW_TOKENS
 ) -> list[Prompt]:
-    """Prompts of several lengths, with the tokens, `limit` at most, that transformers' greedy `generate` gives.
+    """Random prompts of several lengths, with at most `limit` new tokens of transformers' greedy `generate`.
 
-    The longest one and its tokens fill the context.
+    The longest prompt and its new tokens fill the context, up to 2048 tokens.
     """
     import tensorflow as tf
 
     rng = np.random.default_rng(0)
     new = min(NEW_TOKENS, limit, context - 1)
     prompts = []
-    for length in sorted({min(length, context - new) for length in (1, 7, 40, LONGEST - new)}):
+    for length in sorted({min(length, context - new) for length in (1, 7, 40, MAX_TOKENS - new)}):
         ids = rng.integers(0, vocab_size, [1, length]).astype(np.int32)
         given = model.generate(
             tf.constant(ids),
@@ -106,31 +115,39 @@ def validate(
     *,
     xla: bool,
     timeout: float = TIMEOUT,
+    library: Path | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Loads the version in a fresh process, replays its warm-up records and asks it the prompts and texts.
+    """Loads a version in a new process, replays its warm-up records and compares its answers.
 
     Args:
-        version: its folder.
-        prompts: what `generate_tokens` is asked.
-        texts: what `score` is asked.
-        xla: whether the server is one that compiles.
-        timeout: seconds that all of it may take.
+        version: its directory.
+        prompts: requests to `generate_tokens`, with the expected tokens.
+        texts: requests to `score`, with the expected ids.
+        xla: whether to allow ops that compile, as servers with `xla_cpu_compilation_enabled` do.
+        timeout: seconds until the process is ended.
+        library: directory of TensorFlow's library, where XLA is turned off; the installed TensorFlow's if None.
+        log: gets a line if XLA could not be turned off, so that less was checked.
 
     Returns:
         Times in seconds, peak memory in MiB and the number of records.
 
     Raises:
-        CanaryFailed: it does not load, a record fails, a token differs from the Python model's or an id from the
-            tokenizer's, or it takes too long.
+        CanaryFailed: the version does not load, a record fails, a token differs from the Python model's or an id from
+            the tokenizer's, or the time is over.
     """
     request = {
         "version": str(version),
         "xla": xla,
+        "library": None if library is None else str(library),
         "prompts": [(prompt.ids, prompt.new) for prompt in prompts],
-        # JSON has no bytes; these are characters of the same numbers.
+        # JSON has no bytes: each becomes the character of the same number.
         "texts": [text.text.decode("latin-1") for text in texts],
     }
-    answer = _ask(request, timeout)
+    answer = _run_child(request, timeout)
+    warning = answer.pop("warning")
+    if warning is not None:
+        log(warning)
     for number, (prompt, tokens) in enumerate(zip(prompts, answer.pop("tokens"), strict=True)):
         _check_tokens(f"canary prompt {number}", prompt, tokens)
     for number, (text, ids) in enumerate(zip(texts, answer.pop("ids"), strict=True)):
@@ -142,14 +159,14 @@ def validate(
 
 
 def peak_memory_mib() -> float | None:
-    """The most memory that this process has held, in MiB; None where the system does not tell."""
-    # Not getrusage, by which a new process begins with its parent's peak.
+    """The peak memory of this process in MiB; None where the system does not report it."""
+    # Not getrusage: a new process inherits its parent's peak there.
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
-def _ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
+def _run_child(request: dict[str, Any], timeout: float) -> dict[str, Any]:
     try:
         run = subprocess.run(
             [sys.executable, "-m", "tfclm.savedmodel.publishing.canary"],
@@ -172,66 +189,96 @@ def _check_tokens(name: str, prompt: Prompt, tokens: Sequence[int]) -> None:
         if token not in allowed:
             raise CanaryFailed(f"{name}: new token {place} is {token}, where the Python model gives {allowed[0]}")
         if len(allowed) > 1:
-            return  # behind a near-tie the texts may part
+            return  # after a near-tie, the tokens may differ
     if len(tokens) != len(prompt.allowed):
         wanted = f"where the Python model gives {len(prompt.allowed)}"
         raise CanaryFailed(f"{name}: {len(tokens)} new tokens, {wanted}")
 
 
-def _serve() -> None:
-    """The fresh process: one JSON request on standard input, one JSON answer on standard output."""
-    import time
-
+def _answer() -> None:
+    """Runs in the new process: one JSON request on standard input, one JSON answer on standard output."""
     request = json.load(sys.stdin)
     import_tensorflow()
+    import tensorflow as tf
+
+    warning = None if request["xla"] else _disable_xla(request["library"])
+    started = time.monotonic()
+    loaded = tf.saved_model.load(request["version"])
+    load_seconds, started = time.monotonic() - started, time.monotonic()
+    records = _replay_warmup(loaded, request["version"])
+    answer = {
+        "warning": warning,
+        "load_seconds": load_seconds,
+        "records": records,
+        "warmup_seconds": time.monotonic() - started,
+        "tokens": [_generate(loaded, ids, new) for ids, new in request["prompts"]],
+        "ids": [_score(loaded, text.encode("latin-1")) for text in request["texts"]],
+        "peak_memory_mib": peak_memory_mib(),
+    }
+    print(json.dumps(answer))
+
+
+def _disable_xla(library: str | None) -> str | None:
+    """Refuses ops that compile, as a server without --xla_cpu_compilation_enabled does; a warning if that fails."""
+    problem = disable_xla(None if library is None else Path(library))
+    if problem is None:
+        return None
+    return (
+        f"XLA cannot be turned off in this build of TensorFlow ({problem}): an export with an op that compiles passes "
+        "here, but a server without xla_cpu_compilation_enabled refuses it"
+    )
+
+
+def _replay_warmup(loaded: Any, version: str) -> int:
+    """Replays the warm-up records of a version as a server does when it loads it; their number."""
     import tensorflow as tf
     from tensorflow_serving.apis import prediction_log_pb2
 
     from tfclm.savedmodel.warmup import PATH
 
-    if not request["xla"]:
-        # As a server does that was not started with --xla_cpu_compilation_enabled.
-        problem = disable_xla()
-        if problem is not None:
-            log(f"XLA cannot be turned off in this build of TensorFlow ({problem}): ops that need it are not found")
-    began = time.monotonic()
-    loaded = tf.saved_model.load(request["version"])
-    times = {"load_seconds": time.monotonic() - began}
-    began = time.monotonic()
-    records = 0
-    path = f"{request['version']}/{PATH}"
-    # Somebody else's version may have none.
-    for record in tf.data.TFRecordDataset(path) if Path(path).exists() else ():
-        warm_up = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
-        inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in warm_up.inputs.items()}
-        loaded.signatures[warm_up.model_spec.signature_name](**inputs)
-        records += 1
-    times["warmup_seconds"] = time.monotonic() - began
-    tokens = []
-    for ids, new in request["prompts"]:
-        outputs = loaded.signatures["generate_tokens"](
-            input_ids=tf.constant([ids]),
-            attention_mask=tf.ones([1, len(ids)], tf.int32),
-            max_new_tokens=tf.constant([new]),
-            temperature=tf.constant([0.0]),
-            top_k=tf.constant([0]),
-            top_p=tf.constant([1.0]),
-            repetition_penalty=tf.constant([1.0]),
-            seed=tf.constant([-1], tf.int64),
-        )
-        tokens.append(outputs["output_ids"][0, : int(outputs["completion_tokens"][0])].numpy().tolist())
-    scored = []
-    for text in request["texts"]:
-        outputs = loaded.signatures["score"](text=tf.constant([text.encode("latin-1")]))
-        # The first token is only context and not counted.
-        scored.append(outputs["token_ids"][0, : int(outputs["token_count"][0]) + 1].numpy().tolist())
-    peak = peak_memory_mib()
-    print(json.dumps({"tokens": tokens, "ids": scored, "records": records, **times, "peak_memory_mib": peak}))
+    path = f"{version}/{PATH}"
+    if not Path(path).exists():  # as in a version of another exporter
+        return 0
+    count = 0
+    for record in tf.data.TFRecordDataset(path):
+        request = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
+        inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()}
+        loaded.signatures[request.model_spec.signature_name](**inputs)
+        count += 1
+    return count
+
+
+def _generate(loaded: Any, ids: list[int], new: int) -> list[int]:
+    """The new tokens of `generate_tokens` for one prompt, greedy."""
+    import tensorflow as tf
+
+    outputs = loaded.signatures["generate_tokens"](
+        input_ids=tf.constant([ids]),
+        attention_mask=tf.ones([1, len(ids)], tf.int32),
+        max_new_tokens=tf.constant([new]),
+        temperature=tf.constant([0.0]),
+        top_k=tf.constant([0]),
+        top_p=tf.constant([1.0]),
+        repetition_penalty=tf.constant([1.0]),
+        seed=tf.constant([-1], tf.int64),
+    )
+    tokens: list[int] = outputs["output_ids"][0, : int(outputs["completion_tokens"][0])].numpy().tolist()
+    return tokens
+
+
+def _score(loaded: Any, text: bytes) -> list[int]:
+    """The token ids of `score` for one text."""
+    import tensorflow as tf
+
+    outputs = loaded.signatures["score"](text=tf.constant([text]))
+    # `token_count` leaves out the first token, which is only context.
+    ids: list[int] = outputs["token_ids"][0, : int(outputs["token_count"][0]) + 1].numpy().tolist()
+    return ids
 
 
 if __name__ == "__main__":
     try:
-        _serve()
+        _answer()
     except Exception as failure:
-        # TensorFlow says what is wrong somewhere in the middle of many lines.
+        # TensorFlow's messages have many lines, and the cause is somewhere in the middle.
         sys.exit(" ".join(f"{type(failure).__name__}: {failure}".split()))

@@ -1,4 +1,4 @@
-"""Two versions on one text, each by its own `score` signature and in a separate process, as a server would run it."""
+"""Scores two versions on one text, each by its own `score` signature, in a separate process as a server would."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,16 +17,19 @@ from tfclm.compat import import_tensorflow
 from tfclm.errors import InputError
 from tfclm.savedmodel.publishing.canary import CanaryFailed
 
-__all__ = ["Compared", "compare", "pieces"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-LONGEST = 4096  # characters of a text that is scored at once; longer documents are cut
-ROWS = 8  # texts of a call
-TIMEOUT = 24 * 3600.0  # seconds that one version may take
+__all__ = ["Comparison", "compare", "split_documents"]
+
+MAX_CHARACTERS = 4096  # per text; longer documents are cut
+ROWS = 8  # texts per call
+TIMEOUT = 24 * 3600.0  # seconds for both versions
 
 
 @dataclass(frozen=True)
-class Compared:
-    """The perplexities of two versions on one text, of the same tokens; not finite where a version has diverged."""
+class Comparison:
+    """The perplexities of two versions on the same tokens; not finite where a version has diverged."""
 
     perplexity: float  # the new version's
     served: float
@@ -34,7 +37,7 @@ class Compared:
     texts: int
 
     def record(self) -> dict[str, Any]:
-        """As a verdict holds it."""
+        """The entries of a verdict."""
         return {
             "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
             "served_perplexity": self.served if math.isfinite(self.served) else None,
@@ -44,8 +47,8 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class _Scored:
-    loss: float  # negative log-likelihood, summed
+class _Score:
+    loss: float  # summed negative log-likelihood
     tokens: int
     ids: str  # digest of the token ids
 
@@ -55,45 +58,45 @@ class _Scored:
         return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
 
 
-def pieces(documents: Iterable[str], tokenizer: Any) -> list[str]:
-    """What both versions score, each text on its own, the shortest first.
+def split_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts to score, shortest first.
 
-    Documents longer than 4096 characters are cut, at white space if there is any. A text of one token has nothing to
-    score, and is left out.
+    Documents longer than 4096 characters are cut, at white space if there is any. Texts of one token have nothing to
+    score and are left out.
     """
     texts = [piece for document in documents for piece in _cut(document)]
     found = []
     for first in range(0, len(texts), 1000):
-        some = texts[first : first + 1000]
-        ids = tokenizer(some, verbose=False)["input_ids"]
-        found += [text for text, row in zip(some, ids, strict=True) if len(row) > 1]
+        batch = texts[first : first + 1000]
+        ids = tokenizer(batch, verbose=False)["input_ids"]
+        found += [text for text, row in zip(batch, ids, strict=True) if len(row) > 1]
     return sorted(found, key=len)
 
 
 def _cut(document: str) -> Iterable[str]:
-    while len(document) > LONGEST:
-        space = max(document.rfind(each, 1, LONGEST) for each in (" ", "\n"))
-        end = space if space > 0 else LONGEST
+    while len(document) > MAX_CHARACTERS:
+        space = max(document.rfind(each, 1, MAX_CHARACTERS) for each in (" ", "\n"))
+        end = space if space > 0 else MAX_CHARACTERS
         yield document[:end]
         document = document[end:]
     yield document
 
 
-def compare(version: str, served: str, texts: Sequence[str]) -> Compared:
-    """Scores the texts with the new version and with the one that is served.
+def compare(version: str, served: str, texts: Sequence[str]) -> Comparison:
+    """Scores texts with the new version and with the served one.
 
     Args:
-        version: the new version's folder.
-        served: the folder or address of the one served now.
-        texts: what `pieces` gave.
+        version: directory of the new version.
+        served: directory or address of the version served now.
+        texts: what `split_documents` gave.
 
     Raises:
-        InputError: the served version cannot score them, or counts other tokens; or there is no text to score.
-        CanaryFailed: the new version cannot.
+        InputError: the served version cannot score the texts or has another tokenizer, or there is no text.
+        CanaryFailed: the new version cannot score the texts.
     """
     if not texts:
         raise InputError(
-            "--max-regression: no text has the 2 tokens that a score needs; give another --dataset or --file"
+            "`max_regression`: no text has the 2 tokens that a score needs; give another `dataset` or `file`"
         )
     command = [sys.executable, "-m", "tfclm.savedmodel.publishing.comparison"]
     request = json.dumps({"versions": [served, version], "texts": list(texts)})
@@ -105,29 +108,29 @@ def compare(version: str, served: str, texts: Sequence[str]) -> Compared:
         problem, answers = [f"no answer within {TIMEOUT:g} seconds"], []
     if not answers:
         raise InputError(
-            f"--max-regression: the version served now, {served}, cannot score the text ({problem[0]}); leave it out "
+            f"`max_regression`: the version served now, {served}, cannot score the text ({problem[0]}); leave it out "
             "once"
         )
     if len(answers) == 1:
         raise CanaryFailed(f"the exported model cannot score the text: {problem[0]}")
-    theirs, ours = (_Scored(**answer) for answer in answers)
+    theirs, ours = (_Score(**answer) for answer in answers)
     if ours.ids != theirs.ids:
         raise InputError(
-            "--max-regression: the version served now has another tokenizer, and perplexities of other tokens cannot "
-            "be compared; leave it out once"
+            "`max_regression`: the version served now has another tokenizer, and perplexities of different tokens "
+            "cannot be compared; leave it out once"
         )
-    return Compared(ours.perplexity, theirs.perplexity, ours.tokens, len(texts))
+    return Comparison(ours.perplexity, theirs.perplexity, ours.tokens, len(texts))
 
 
 def _score_all() -> None:
-    """The separate process: a JSON request on standard input, a JSON object for each version on standard output."""
+    """Runs in the separate process: a JSON request on standard input, a JSON object per version on standard output."""
     request = json.load(sys.stdin)
     import_tensorflow()
     for version in request["versions"]:
-        print(json.dumps(vars(_score(version, request["texts"]))), flush=True)
+        print(json.dumps(vars(_score_texts(version, request["texts"]))), flush=True)
 
 
-def _score(version: str, texts: Sequence[str]) -> _Scored:
+def _score_texts(version: str, texts: Sequence[str]) -> _Score:
     import tensorflow as tf
 
     loaded = tf.saved_model.load(version)
@@ -137,13 +140,13 @@ def _score(version: str, texts: Sequence[str]) -> _Scored:
     for first in range(0, len(texts), ROWS):
         outputs = loaded.signatures["score"](text=tf.constant([text.encode() for text in texts[first : first + ROWS]]))
         counts, ids = outputs["token_count"].numpy(), outputs["token_ids"].numpy()
-        # In float64, and not by the float32 mean of each row.
+        # Summed in float64: the signature's mean per row is float32.
         logprobs = outputs["token_logprobs"].numpy().astype(np.float64)
         for count, row, own in zip(counts, ids, logprobs, strict=True):
             loss -= float(own[1 : count + 1].sum())
             digest.update(row[: count + 1].astype("<i4").tobytes() + b"\xff" * 4)
         tokens += int(counts.sum())
-    return _Scored(loss, tokens, digest.hexdigest())
+    return _Score(loss, tokens, digest.hexdigest())
 
 
 if __name__ == "__main__":
@@ -152,5 +155,5 @@ if __name__ == "__main__":
     except InputError as problem:
         sys.exit(str(problem))
     except Exception as failure:
-        # TensorFlow says what is wrong somewhere in the middle of many lines.
+        # TensorFlow's messages have many lines, and the cause is somewhere in the middle.
         sys.exit(" ".join(f"{type(failure).__name__}: {failure}".split())[:400])

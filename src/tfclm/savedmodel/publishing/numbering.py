@@ -1,4 +1,4 @@
-"""The numbers of versions: which names servers take for one, and which number comes next."""
+"""Version numbers: which directory names servers read as a version, and which number comes next."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from collections.abc import Iterable
 
 from tfclm.errors import InputError
 
-__all__ = ["LARGEST", "check_number", "following", "numbered", "taken"]
+__all__ = ["LARGEST", "check_number", "find_versions", "next_number", "taken_error"]
 
-LARGEST = 2**63 - 1  # a server reads a folder's name as an int64
+LARGEST = 2**63 - 1  # servers read a directory's name as an int64
 
 
-def numbered(names: Iterable[str]) -> dict[int, list[str]]:
-    """Those of the names that are versions, by number, ascending; 007 is 7, as servers read it."""
+def find_versions(names: Iterable[str]) -> dict[int, list[str]]:
+    """The names that servers read as versions, by number, ascending.
+
+    Example:
+        >>> find_versions(["notes", "10", "007"])
+        {7: ['007'], 10: ['10']}
+    """
     found: dict[int, list[str]] = {}
     for name in sorted(names):
         if name.isascii() and name.isdigit() and int(name) <= LARGEST:
@@ -21,21 +26,29 @@ def numbered(names: Iterable[str]) -> dict[int, list[str]]:
 
 
 def check_number(version: int) -> None:
-    """Raises InputError for a number that no server takes."""
+    """Raises InputError for a number that servers do not read as a version."""
     if not 1 <= version <= LARGEST:
-        raise InputError(f"--version {version}: give 1 or more" + (f", {LARGEST} at most" if version > 0 else ""))
+        raise InputError(f"`version` {version}: give 1 or more" + (f", {LARGEST} at most" if version > 0 else ""))
 
 
-def following(where: str, numbers: Iterable[int]) -> int:
-    """The highest number plus 1; raises InputError if servers have none beyond it."""
+def next_number(where: str, numbers: Iterable[int]) -> int:
+    """The highest of the numbers plus 1; 1 if there is none.
+
+    Args:
+        where: the serving directory, for the message.
+        numbers: those of its versions.
+
+    Raises:
+        InputError: servers read no higher number.
+    """
     number = max(numbers, default=0) + 1
     if number > LARGEST:
         raise InputError(
-            f"--serving-dir {where}: version {LARGEST} is there, and servers take no higher one; give a free --version"
+            f"`serving_dir` {where}: version {LARGEST} is there, and servers take no higher one; give a free `version`"
         )
     return number
 
 
-def taken(where: str, version: int) -> InputError:
-    """What is said of a number that was asked for in vain."""
-    return InputError(f"--version {version} is in {where} already: give another, or leave it out")
+def taken_error(where: str, version: int) -> InputError:
+    """The error for a version whose number is taken."""
+    return InputError(f"`version` {version} is in {where} already: give another, or leave it out")

@@ -1,6 +1,7 @@
-"""Version directories of a servable: staged beside under a hidden name, complete, then renamed into place.
+"""A serving directory and its versions: staged under a hidden name, complete, then renamed into place.
 
-A server takes any child whose name is a whole number, at any moment; so nothing that is not finished has such a name.
+A server may load any subdirectory whose name is a whole number, at any moment. So an unfinished version never has such
+a name.
 """
 
 from __future__ import annotations
@@ -12,249 +13,330 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tfclm import disk
 from tfclm.errors import InputError
-from tfclm.savedmodel.publishing.numbering import check_number, following, numbered, taken
+from tfclm.savedmodel.publishing.numbering import check_number, find_versions, next_number, taken_error
+
+__all__ = [
+    "STAGING",
+    "ServingDirectory",
+    "address",
+    "explain_incomplete",
+    "is_remote",
+]
 
 STAGING = ".staging-"
+WRITABLE = "give a directory that can be written"
 
 
 def address(serving_dir: str | os.PathLike[str]) -> str:
-    """A folder's path, that of file:// too, or an address that TensorFlow's filesystems know, such as gs://bucket/name.
+    """The path of a serving directory, also of a file:// address, or its address in one of TensorFlow's filesystems.
 
     Raises:
         InputError: it is empty.
+
+    Example:
+        >>> address("file:///models/eli5/"), address("gs://bucket/eli5/")
+        ('/models/eli5', 'gs://bucket/eli5')
     """
     where = os.fspath(serving_dir)
     if not where:
-        raise InputError("--serving-dir is empty: give the servable's folder, such as serving_models/eli5")
+        raise InputError("`serving_dir` is empty: give the model directory, such as serving_models/eli5")
     if where.startswith("file://"):
-        # Behind a host's name, as TensorFlow reads it.
+        # TensorFlow ignores the host name of such an address, too.
         where = "/" + where.removeprefix("file://").partition("/")[2]
     return where.rstrip("/") or where[:1]
 
 
 def is_remote(where: str) -> bool:
-    """Whether an address is one of TensorFlow's own filesystems, such as gs:// or s3://."""
+    """Whether an address belongs to one of TensorFlow's own filesystems, such as gs:// or s3://."""
     return "://" in where
 
 
-def folders(serving_dir: str | os.PathLike[str]) -> dict[int, list[str]]:
-    """The versions in a serving directory, ascending, with the names of their folders: that of 7 may be 007.
+@dataclass(frozen=True)
+class ServingDirectory:
+    """A model directory as TensorFlow Serving watches it, with one numbered subdirectory per version.
 
-    Raises:
-        InputError: it cannot be read.
+    `open` gives one to publish to, `at` one to read from.
+
+    Attributes:
+        address: a path, or an address that TensorFlow's filesystems know, such as gs://bucket/name.
+        version: number of the version to publish; the highest there plus 1 if None.
+
+    Example:
+        >>> directory = ServingDirectory.open("serving_models/eli5")
+        >>> with directory.staged() as folder:
+        ...     tf.saved_model.save(model, str(folder))
+        ...     number = directory.publish(folder)
     """
-    where = address(serving_dir)
-    if is_remote(where):
+
+    address: str
+    version: int | None = None
+
+    @classmethod
+    def at(cls, serving_dir: str | os.PathLike[str] | ServingDirectory) -> ServingDirectory:
+        """A serving directory to read from; it need not exist.
+
+        Raises:
+            InputError: the path is empty.
+        """
+        return serving_dir if isinstance(serving_dir, ServingDirectory) else cls(address(serving_dir))
+
+    @classmethod
+    def open(
+        cls, serving_dir: str | os.PathLike[str] | ServingDirectory, version: int | None = None
+    ) -> ServingDirectory:
+        """A serving directory to publish to, checked before the work of an export.
+
+        Args:
+            serving_dir: its path or address; it need not exist. One that is open already is not checked again.
+            version: number of the version to publish; the highest there plus 1 if None.
+
+        Raises:
+            InputError: it cannot be created or written, or the number is out of range or taken.
+        """
+        if isinstance(serving_dir, ServingDirectory) and version in (None, serving_dir.version):
+            return serving_dir
+        directory = cls(cls.at(serving_dir).address, version)
+        directory._check_number()
+        directory._check_writable()
+        return directory
+
+    def __str__(self) -> str:
+        return self.address
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether TensorFlow's filesystems reach it, and not the operating system."""
+        return is_remote(self.address)
+
+    def folders(self) -> dict[int, list[str]]:
+        """The version numbers, ascending, with the names of their subdirectories: version 7 may be called 007.
+
+        Raises:
+            InputError: the directory cannot be read.
+        """
+        where = self.address
+        if self.is_remote:
+            from tfclm.savedmodel.publishing import remote
+
+            with remote.named_errors(where):
+                return remote.folders(where)[0]
+        with self._named_errors("give a directory that can be read"):
+            if not os.path.isdir(where):
+                return {}
+            return find_versions(entry.name for entry in os.scandir(where) if entry.is_dir())
+
+    def versions(self) -> list[int]:
+        """The version numbers, ascending; none if the directory does not exist."""
+        return list(self.folders())
+
+    def served(self) -> str | None:
+        """The path or address of the newest version, which a server loads by default; None if there is none."""
+        names = list(self.folders().values())
+        return f"{self.address}/{names[-1][-1]}" if names else None
+
+    def incomplete(self) -> list[int]:
+        """The numbers of a remote directory's subdirectories without saved_model.pb, ascending."""
+        if not self.is_remote:
+            return []
         from tfclm.savedmodel.publishing import remote
 
-        with remote.reached(where):
-            return remote.folders(where)[0]
-    with _usable(f"--serving-dir {where}", "give a folder that can be read"):
-        return numbered(entry.name for entry in os.scandir(where) if entry.is_dir()) if os.path.isdir(where) else {}
+        with remote.named_errors(self.address):
+            return list(remote.folders(self.address)[1])
+
+    @contextmanager
+    def staged(self, log: Callable[[str], None] = lambda line: None) -> Iterator[Path]:
+        """An empty local directory to write a version to; removed at the end unless it was published.
+
+        What a killed export left is removed first: at once from a local serving directory and from the temporary
+        directory that uploads are staged in, after a day from a remote serving directory.
+
+        Args:
+            log: gets a line per leftover that stays: an incomplete version in a remote serving directory, or a
+                directory that this user may not remove.
+
+        Raises:
+            InputError: the serving directory cannot be written, or the disk is full.
+        """
+        if self.is_remote:
+            from tfclm.savedmodel.publishing import remote
+
+            with remote.named_errors(self.address):
+                for number in remote.clean(self.address):
+                    log(explain_incomplete(self.address, number))
+            hint = "make room, or set TMPDIR to a directory of yours"
+            with _named_errors("the temporary directory", hint):
+                # One per user, so that its leftovers are known to be this user's.
+                place = Path(tempfile.gettempdir()) / f"tfclm-{os.getuid()}"
+            with _stage(place, f"the temporary directory {place}", hint, hint, log, private=True) as folder:
+                yield folder
+        else:
+            named = f"`serving_dir` {self.address}"
+            with _stage(Path(self.address), named, WRITABLE, "make room", log) as folder:
+                yield folder
+
+    def publish(self, folder: Path) -> int:
+        """Makes a complete staged directory a version; its number.
+
+        Of two exports that publish at once, each gets a number of its own.
+
+        Args:
+            folder: what `staged` gave.
+
+        Raises:
+            InputError: the number was taken since the directory was opened, or a remote directory cannot be written.
+        """
+        if self.is_remote:
+            from tfclm.savedmodel.publishing import remote
+
+            return remote.upload(folder, self.address, self.version)
+        if self.version is not None:
+            self._check_number()
+        disk.sync_folder(folder)
+        highest_taken = 0
+        while True:
+            number = self.version or next_number(self.address, [highest_taken, *self.versions()])
+            try:
+                # Renaming onto a directory with content fails, so the first of two with one number gets it.
+                os.rename(folder, Path(self.address) / str(number))
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                if self.version is not None:
+                    raise taken_error(self.address, number) from error
+                highest_taken = number  # by another export, or by a file
+                continue
+            disk.sync(Path(self.address))
+            return number
+
+    def remove(self, version: int) -> None:
+        """Removes a version, whatever its subdirectories are called: hidden from servers at once, then deleted."""
+        names = self.folders().get(version, [])
+        if self.is_remote:
+            from tfclm.savedmodel.publishing import remote
+
+            with remote.named_errors(self.address):
+                remote.remove(self.address, version, names)
+            return
+        place = Path(self.address)
+        with self._named_errors(WRITABLE), disk.FolderLock(place, disk.LOCK_TIMEOUT):
+            hidden = tempfile.mkdtemp(prefix=STAGING, dir=place)
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                    _hide(place / name, Path(hidden) / name)
+            shutil.rmtree(hidden)
+
+    def keep(self, count: int, spare: int | None = None) -> list[int]:
+        """Removes all versions but the newest `count` and `spare`; the removed numbers, ascending.
+
+        Raises:
+            InputError: `count` is below 1, or the directory cannot be written.
+        """
+        if count < 1:
+            raise InputError(f"`keep_versions` {count}: give 1 or more")
+        removed = [number for number in self.versions()[:-count] if number != spare]
+        for number in removed:
+            self.remove(number)
+        return removed
+
+    def rollback(self) -> tuple[int, int]:
+        """Removes the newest version, so that servers go back to the previous one; both numbers: removed, served.
+
+        Raises:
+            InputError: there is no previous version.
+        """
+        numbers = self.versions()
+        if len(numbers) < 2:
+            count = "one version" if numbers else "no version"
+            raise InputError(f"`rollback`: {self.address} has {count}, and nothing to go back to")
+        self.remove(numbers[-1])
+        return numbers[-1], numbers[-2]
+
+    def _check_number(self) -> None:
+        """Raises InputError if the version's number is out of range or taken, or there is no next number."""
+        numbers = [*self.versions(), *self.incomplete()]
+        if self.version is None:
+            next_number(self.address, numbers)
+            return
+        check_number(self.version)
+        # A file of that name is in the way, too.
+        path = Path(self.address) / str(self.version)
+        if self.version in numbers or (not self.is_remote and os.path.lexists(path)):
+            raise taken_error(self.address, self.version)
+
+    def _check_writable(self) -> None:
+        """Raises InputError if a local directory cannot be created or written."""
+        if self.is_remote:
+            return
+        place = Path(self.address).absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise InputError(f"`serving_dir` {self.address}: {place} is not a directory; {WRITABLE}")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(f"`serving_dir` {self.address}: {place} cannot be written; {WRITABLE}")
+
+    def _named_errors(self, hint: str) -> contextlib.AbstractContextManager[None]:
+        return _named_errors(f"`serving_dir` {self.address}", hint)
 
 
-def versions(serving_dir: str | os.PathLike[str]) -> list[int]:
-    """The version numbers in a serving directory, ascending; none if there is no such directory.
-
-    Args:
-        serving_dir: a folder, or an address that TensorFlow's filesystems know, such as gs://bucket/name.
-    """
-    return list(folders(serving_dir))
-
-
-def incomplete(serving_dir: str | os.PathLike[str]) -> list[int]:
-    """The numbers in a remote serving directory that look like versions and are none, ascending."""
-    where = address(serving_dir)
-    if not is_remote(where):
-        return []
-    from tfclm.savedmodel.publishing import remote
-
-    with remote.reached(where):
-        return list(remote.folders(where)[1])
-
-
-def check_place(serving_dir: str | os.PathLike[str], version: int | None = None) -> None:
-    """Refuses, before the work of an export, what would be refused behind it.
-
-    Args:
-        serving_dir: where the version is to be published; it need not be there.
-        version: its number, if that is given.
-
-    Raises:
-        InputError: the directory cannot be made or written, or the number is out of range or taken.
-    """
-    where = address(serving_dir)
-    there = [*versions(where), *incomplete(where)]
-    if version is None:
-        following(where, there)
-    else:
-        check_number(version)
-        if version in there or (not is_remote(where) and os.path.lexists(Path(where) / str(version))):
-            raise taken(where, version)
-    if is_remote(where):
-        return
-    place = Path(where).absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise InputError(f"--serving-dir {where}: {place} is no folder; give a folder that can be written")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"--serving-dir {where}: {place} cannot be written; give a folder that can be written")
+def explain_incomplete(serving_dir: str, number: int) -> str:
+    """A line about a subdirectory that has a version's number but no saved_model.pb."""
+    problem = "has no saved_model.pb and does not count as a version"
+    return f"{serving_dir}/{number} {problem}: it is being uploaded, or was left by an export that was killed"
 
 
 @contextmanager
-def staged(serving_dir: str | os.PathLike[str], log: Callable[[str], None] = lambda line: None) -> Iterator[Path]:
-    """An empty folder to write a version into; removed at the end unless it was published.
-
-    What an export that was killed has left is removed first: at once under a local serving directory and among the
-    temporary files, from which a version is uploaded; after a day in a remote one.
+def _stage(
+    place: Path, named: str, hint: str, room: str, log: Callable[[str], None], *, private: bool = False
+) -> Iterator[Path]:
+    """An empty directory in `place`, with errors that name it.
 
     Args:
-        serving_dir: where the version is to be published.
-        log: gets a line on each leftover that stays: an incomplete version in a remote serving directory, or what this
-            user may not remove.
-
-    Raises:
-        InputError: the serving directory cannot be written, or the disk is full.
+        place: created if it does not exist; `private` to this user, or with the usual permissions.
+        named: what messages call it.
+        hint: what to do if it cannot be written.
+        room: what to do if the disk is full.
+        log: gets a line per leftover that stays.
+        private: refuse a directory that another user has created.
     """
-    where = address(serving_dir)
-    place, named, hint = Path(where), f"--serving-dir {where}", "give a folder that can be written"
-    if is_remote(where):
-        from tfclm.savedmodel.publishing import remote
-
-        with remote.reached(where):
-            for number in remote.clean(where):
-                log(explain_incomplete(where, number))
-        hint = "make room, or set TMPDIR to a folder of yours"
-        with _usable("the temporary folder", hint):
-            # One for each user, whose leftovers can be told from others' files.
-            place = Path(tempfile.gettempdir()) / f"tfclm-{os.getuid()}"
-        named = f"the temporary folder {place}"
     with contextlib.ExitStack() as held:
-        with _usable(named, hint):
-            os.makedirs(place, mode=0o700 if is_remote(where) else 0o777, exist_ok=True)
-            if is_remote(where) and os.lstat(place).st_uid != os.getuid():
-                raise PermissionError(errno.EPERM, "another user has made it")
+        with _named_errors(named, hint):
+            os.makedirs(place, mode=0o700 if private else 0o777, exist_ok=True)
+            if private and os.lstat(place).st_uid != os.getuid():
+                raise PermissionError(errno.EPERM, "another user has created it")
             folder = held.enter_context(disk.staging(place, STAGING, log))
         try:
             yield folder
         except InputError:
             raise
         except Exception as error:
-            # TensorFlow's writers have errors of their own, with the system's words in them.
+            # TensorFlow's writers raise errors of their own, which quote the system's message.
             if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-            hint = hint if is_remote(where) else "make room"
-            raise InputError(f"{named}: the disk is full, nothing was published; {hint}") from error
-
-
-def publish(folder: Path, serving_dir: str | os.PathLike[str], version: int | None = None) -> int:
-    """Makes a staged folder a version; the number that it got.
-
-    Args:
-        folder: what `staged` gave, complete.
-        serving_dir: where it was staged for.
-        version: its number; the highest there plus 1 if not given. Of two exports at once each gets one of its own.
-
-    Raises:
-        InputError: there is such a version already, its number is out of range, or a remote place cannot be written.
-    """
-    where = address(serving_dir)
-    check_place(where, version)
-    if is_remote(where):
-        from tfclm.savedmodel.publishing import remote
-
-        return remote.upload(folder, where, version)
-    disk.sync_folder(folder)
-    others = 0
-    while True:
-        number = version if version is not None else following(where, [others, *versions(where)])
-        target = Path(where) / str(number)
-        try:
-            # Onto a folder with content a rename fails, so the first of two that want one number gets it.
-            os.rename(folder, target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-            if version is not None:
-                raise taken(where, version) from error
-            others = number  # by another export, or by a file
-            continue
-        disk.sync(Path(where))
-        return number
-
-
-def remove(serving_dir: str | os.PathLike[str], version: int) -> None:
-    """Takes a version away, whatever its folders are called: out of a server's sight at once, then from the disk."""
-    where = address(serving_dir)
-    names = folders(where).get(version, [])
-    if is_remote(where):
-        from tfclm.savedmodel.publishing import remote
-
-        with remote.reached(where):
-            remote.remove(where, version, names)
-        return
-    with (
-        _usable(f"--serving-dir {where}", "give a folder that can be written"),
-        disk.FolderLock(Path(where), disk.LOCK_PATIENCE),
-    ):
-        hidden = tempfile.mkdtemp(prefix=STAGING, dir=where)
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # another process has removed it just now
-                _hide(Path(where) / name, Path(hidden) / name)
-        shutil.rmtree(hidden)
-
-
-def keep(serving_dir: str | os.PathLike[str], count: int, spare: int | None = None) -> list[int]:
-    """Removes all but the newest `count` versions and `spare`; the numbers that were removed, ascending."""
-    if count < 1:
-        raise InputError(f"--keep-versions {count}: give 1 or more")
-    gone = [number for number in versions(serving_dir)[:-count] if number != spare]
-    for number in gone:
-        remove(serving_dir, number)
-    return gone
-
-
-def rollback(serving_dir: str | os.PathLike[str]) -> tuple[int, int]:
-    """Removes the newest version, whereupon a server goes back to the one before; both numbers, removed and served.
-
-    Raises:
-        InputError: there is no version to go back to.
-    """
-    there = versions(serving_dir)
-    if len(there) < 2:
-        count = "one version" if there else "no version"
-        raise InputError(f"--rollback: {os.fspath(serving_dir)} has {count}, and nothing to go back to")
-    remove(serving_dir, there[-1])
-    return there[-1], there[-2]
-
-
-def explain_incomplete(serving_dir: str, number: int) -> str:
-    """A line on what looks like a version and is none."""
-    problem = "has no saved_model.pb and counts as no version"
-    return f"{serving_dir}/{number} {problem}: it is being uploaded, or was left behind by an export that was killed"
+            raise InputError(f"{named}: the disk is full, nothing was published; {room}") from error
 
 
 def _hide(folder: Path, hidden: Path) -> None:
     try:
         os.rename(folder, hidden)
     except OSError as error:
-        # Within one folder too, where it shows several file systems: overlays, as containers have them, and mounts.
+        # Overlays, as in containers, and mounts put several file systems into one directory.
         if error.errno != errno.EXDEV:
             raise
         shutil.rmtree(folder)
 
 
 @contextmanager
-def _usable(named: str, hint: str) -> Iterator[None]:
-    """Names the folder where the system refuses something in it."""
+def _named_errors(named: str, hint: str) -> Iterator[None]:
+    """Names the directory in which the system refuses an operation."""
     try:
         yield
     except BlockingIOError as error:
-        raise InputError(f"{named} is in use by another process: give the command again when that has ended") from error
+        raise InputError(f"{named} is in use by another process: run the command again when that has ended") from error
     except OSError as error:
         raise InputError(f"{named}: {disk.reason(error)}; {hint}") from error

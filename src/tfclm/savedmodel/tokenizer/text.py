@@ -1,4 +1,4 @@
-"""A batch of texts as one run of code points, in pieces, and the ways in which steps change it."""
+"""A batch of texts as one sequence of code points, divided into pieces, and the ways in which steps change it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ import tensorflow as tf
 
 from tfclm.savedmodel.tokenizer.character_classes import Tensor
 
-__all__ = ["END", "KEEP", "PLAIN", "Text", "decode", "encode", "ragged_gather"]
+__all__ = ["ORDINARY", "TEXT_END", "UNCHANGED", "Text", "decode", "encode", "ragged_gather"]
 
-PLAIN = -1  # the kind of text that is no added token
-END = 0  # the kind of the NUL that is put after each text
-KEEP = -1  # the row of a code point that stays as it is
+ORDINARY = -1  # the kind of text that is not an added token
+TEXT_END = 0  # the kind of the NUL that follows each text
+UNCHANGED = -1  # the row of a code point that is not replaced
 
 
 class Text(NamedTuple):
-    """Code points, where the pieces start that they are in, and what each is part of."""
+    """Code points, where pieces start, and what each code point is part of.
+
+    The code points of a piece are of one kind. Steps change ordinary pieces only.
+    """
 
     points: Tensor  # int32 [N]
     starts: Tensor  # bool [N]
-    kinds: Tensor  # int32 [N]: PLAIN, or what no step may change: an added token or the end of a text
+    kinds: Tensor  # int32 [N]: ORDINARY, TEXT_END, or the number of an added token
 
     @property
-    def plain(self) -> Tensor:
-        """Which code points may be changed, bool [N]."""
-        return self.kinds == PLAIN
+    def is_ordinary(self) -> Tensor:
+        """Which code points steps may change, bool [N]."""
+        return self.kinds == ORDINARY
 
     @property
-    def piece(self) -> Tensor:
+    def piece_index(self) -> Tensor:
         """The piece of each code point, int32 [N], counted from 0."""
         return tf.cumsum(tf.cast(self.starts, tf.int32)) - 1
 
@@ -36,41 +39,46 @@ class Text(NamedTuple):
         """The pieces as UTF-8 strings."""
         return encode(self.points, self.starts)
 
-    def respell(self, rows: Tensor, parts: Tensor, splits: Tensor) -> Text:
-        """Each code point replaced by a row (`rows` int32 [N], or `KEEP`) of the ragged int32 `parts`, int64 `splits`.
+    def replace_code_points(self, rows: Tensor, parts: Tensor, splits: Tensor) -> Text:
+        """Each code point replaced by a row of ragged code points.
 
-        A row may be empty; a piece of which nothing is left is gone.
+        A row may be empty; a piece without code points disappears.
+
+        Args:
+            rows: int32 [N], or `UNCHANGED`.
+            parts: int32, the ragged values.
+            splits: int64, one more than rows.
         """
-        here = tf.range(tf.size(self.points))
-        rows = tf.where(rows == KEEP, tf.size(splits) - 1 + here, rows)
-        splits = tf.concat([splits, splits[-1] + 1 + tf.cast(here, tf.int64)], 0)
+        indices = tf.range(tf.size(self.points))
+        rows = tf.where(rows == UNCHANGED, tf.size(splits) - 1 + indices, rows)
+        splits = tf.concat([splits, splits[-1] + 1 + tf.cast(indices, tf.int64)], 0)
         points, splits = ragged_gather(tf.concat([parts, self.points], 0), splits, rows)
-        return self._taken(points, _owners(splits[:-1], tf.size(points, tf.int64)))
+        return self._derive(points, _row_ids(splits[:-1], tf.size(points, tf.int64)))
 
-    def keep(self, kept: Tensor) -> Text:
-        """Only the code points where `kept`, bool [N]."""
-        source = tf.where(kept)[:, 0]
-        return self._taken(tf.gather(self.points, source), source)
+    def select(self, mask: Tensor) -> Text:
+        """Only the code points where `mask`, bool [N]."""
+        source = tf.where(mask)[:, 0]
+        return self._derive(tf.gather(self.points, source), source)
 
-    def prepend(self, where: Tensor, point: int) -> Text:
-        """A code point put before those where `where`, bool [N], which begin a plain piece."""
-        wanting = tf.cast(where, tf.int64)
-        here = tf.range(tf.size(self.points, tf.int64))
-        source = _owners(here + tf.cumsum(wanting, exclusive=True), here[-1] + 1 + tf.reduce_sum(wanting))
-        place = (here + tf.cumsum(wanting))[:, None]
-        points = tf.tensor_scatter_nd_update(tf.fill(tf.shape(source), point), place, self.points)
-        return self._taken(points, source)
+    def insert_before(self, mask: Tensor, point: int) -> Text:
+        """With a code point inserted before those where `mask`, bool [N], which start ordinary pieces."""
+        inserted = tf.cast(mask, tf.int64)
+        indices = tf.range(tf.size(self.points, tf.int64))
+        source = _row_ids(indices + tf.cumsum(inserted, exclusive=True), indices[-1] + 1 + tf.reduce_sum(inserted))
+        moved = (indices + tf.cumsum(inserted))[:, None]
+        points = tf.tensor_scatter_nd_update(tf.fill(tf.shape(source), point), moved, self.points)
+        return self._derive(points, source)
 
-    def replace(self, pieces: Tensor) -> Text:
-        """Each plain piece replaced by one of `pieces`, as many UTF-8 strings as there are."""
+    def replace_pieces(self, pieces: Tensor) -> Text:
+        """Each ordinary piece replaced by one of `pieces`, as many UTF-8 strings as there are pieces of any kind."""
         kinds = tf.boolean_mask(self.kinds, self.starts)
-        splits, points = decode(tf.where(kinds == PLAIN, pieces, self.pieces()))
-        piece = _owners(splits[:-1], tf.size(points, tf.int64))
-        return Text(points, _changes(piece), tf.gather(kinds, piece))
+        splits, points = decode(tf.where(kinds == ORDINARY, pieces, self.pieces()))
+        piece = _row_ids(splits[:-1], tf.size(points, tf.int64))
+        return Text(points, _run_starts(piece), tf.gather(kinds, piece))
 
-    def _taken(self, points: Tensor, source: Tensor) -> Text:
-        """New code points, each with the index of one that it came from."""
-        return Text(points, _changes(tf.gather(self.piece, source)), tf.gather(self.kinds, source))
+    def _derive(self, points: Tensor, source: Tensor) -> Text:
+        """A text of new code points, each with the index of the one that it came from."""
+        return Text(points, _run_starts(tf.gather(self.piece_index, source)), tf.gather(self.kinds, source))
 
 
 def encode(points: Tensor, starts: Tensor) -> Tensor:
@@ -80,7 +88,7 @@ def encode(points: Tensor, starts: Tensor) -> Tensor:
 
 
 def decode(texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each text (string [B]) begins, int64 [B + 1], and all code points, int32 [N]; U+FFFD for invalid UTF-8."""
+    """Row splits int64 [B + 1] and code points int32 [N] of texts (string [B]); U+FFFD for invalid UTF-8."""
     decoded = tf.raw_ops.UnicodeDecode(
         input=texts, input_encoding="UTF-8", errors="replace", replacement_char=0xFFFD, Tsplits=tf.int64
     )
@@ -88,18 +96,18 @@ def decode(texts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ragged_gather(values: Tensor, splits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows `rows` [R] of ragged values (`splits` int64, one more than rows): values, splits [R + 1]."""
+    """The rows `rows` [R] of ragged values with row splits int64: their values, and row splits [R + 1]."""
     gathered = tf.raw_ops.RaggedGather(
         params_nested_splits=[splits], params_dense_values=values, indices=rows, OUTPUT_RAGGED_RANK=1
     )
     return gathered.output_dense_values, gathered.output_nested_splits[0]
 
 
-def _owners(begin: Tensor, size: Tensor) -> Tensor:
+def _row_ids(begin: Tensor, size: Tensor) -> Tensor:
     """The row of each of `size` values, int64; rows begin at `begin` int64 [R], and the last one is not empty."""
     return tf.cumsum(tf.scatter_nd(begin[:, None], tf.ones_like(begin), size[None])) - 1
 
 
-def _changes(piece: Tensor) -> Tensor:
-    """Where the piece is another than before, bool like `piece`."""
-    return tf.concat([[True], piece[1:] != piece[:-1]], 0)
+def _run_starts(values: Tensor) -> Tensor:
+    """Where a value differs from the one before, bool like `values`; True for the first."""
+    return tf.concat([[True], values[1:] != values[:-1]], 0)

@@ -1,1 +1,1 @@
-"""Bytes to tensors and back: JSON, TensorProto, compressed bodies."""
+"""Converts between bytes and tensors: JSON, TensorProto, compressed bodies."""

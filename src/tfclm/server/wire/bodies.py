@@ -1,4 +1,4 @@
-"""Bodies of requests, compressed or not."""
+"""Bodies of HTTP requests, gzip-compressed or not."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import zlib
 
 from tfclm.server.deadline import Deadline
 from tfclm.server.status import TooLarge
-from tfclm.server.wire.jsontext import LARGE_BYTES
+from tfclm.server.wire.jsonreader import LARGE_BYTES
 
 _PIECE_BYTES = 2**24
 
 
 class Body:
-    """A body of at most `limit` bytes, inflated ones; `large` says that it holds more than `LARGE_BYTES`.
+    """A body of at most `limit` bytes after decompression; `large` says whether it has more than `LARGE_BYTES`.
 
-    Until it is read, a compressed body is inflated only as far as is needed to tell whether it is large.
+    Until it is read, a compressed body is decompressed only as far as is needed to set `large`.
     """
 
     def __init__(self, sent: bytes = b"", *, gzip: bool = False, limit: int) -> None:
@@ -27,10 +27,10 @@ class Body:
             self.large = len(self._start) > LARGE_BYTES
 
     def read(self, deadline: Deadline) -> bytes:
-        """The bytes, inflated; what is no gzip, or has something behind it, counts as no body.
+        """The decompressed bytes; a body that is not gzip, or that continues after it, counts as empty.
 
         Raises:
-            TooLarge: the body inflates to more than the limit.
+            TooLarge: the body decompresses to more than the limit.
             StatusError: DEADLINE_EXCEEDED.
         """
         inflater = self._inflater

@@ -1,7 +1,7 @@
 """Requests and replies of the REST API: JSON values to arrays and back, under the rules of TensorFlow Serving.
 
-A request in row format ("instances") holds one value, or one object of named values, an example; in columnar format
-("inputs") the whole tensors. The reply has the request's format.
+A request in row format ("instances") holds one value, or one object of named values, per example; a request in columnar
+format ("inputs") holds whole tensors. The reply has the same format.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tensorflow_serving.apis import classification_pb2, input_pb2, regression_pb
 
 from tfclm.server.deadline import Deadline
 from tfclm.server.status import Code, StatusError, invalid
-from tfclm.server.wire.jsontext import MAX_QUOTED, debug_string, decimal, parse, quote, type_name
+from tfclm.server.wire.jsonreader import parse
+from tfclm.server.wire.jsontext import MAX_QUOTED, debug_string, decimal, quote, type_name
 
 Inputs = Mapping[str, Any]  # name -> TensorInfo, of a signature
 
@@ -39,7 +40,7 @@ _INTEGERS = {
 
 @dataclass(frozen=True)
 class PredictBody:
-    """What the body of a predict request says: `row` tells the format, `inputs` the arrays by name."""
+    """The body of a predict request: `inputs` are the arrays by name; `row` is True for row format."""
 
     signature_name: str
     inputs: dict[str, Any]
@@ -52,15 +53,15 @@ def read_predict(
     deadline: Deadline | None = None,
     max_values: int | None = None,
 ) -> PredictBody:
-    """Reads a predict request; `inputs_of` gives the inputs of a signature by its name, "" for the default one.
+    """Reads a predict request; `inputs_of` returns the inputs of a signature by its name, "" for the default one.
 
     Raises:
-        StatusError: for a body that is no request to that signature, or that `parse` refuses.
+        StatusError: the body is not a valid request to that signature, or `parse` refuses it.
     """
     deadline = deadline or Deadline()
     document = parse(body, deadline, max_values)
     name = _signature_name(document)
-    # A map of protobuf fails when it is asked for a name that is not valid UTF-8; a dict does not.
+    # Unlike a dict, protobuf's map fails when it is asked for a name that is not valid UTF-8.
     known = dict(inputs_of(name))
     if not known:
         raise invalid(f"Failed to get input map for signature: {name or 'DEFAULT'}")
@@ -105,7 +106,7 @@ def read_examples(
 
 
 def write_predict(outputs: Mapping[str, Any], *, row: bool, deadline: Deadline | None = None) -> bytes:
-    """The reply to a predict request: arrays by name, as "predictions" or "outputs"."""
+    """The reply to a predict request: arrays by name, as "predictions" (`row`) or "outputs"."""
     if not outputs:
         raise invalid("Cannot convert empty tensor map to JSON")
     deadline = deadline or Deadline()
@@ -113,7 +114,7 @@ def write_predict(outputs: Mapping[str, Any], *, row: bool, deadline: Deadline |
 
 
 def write_classifications(result: classification_pb2.ClassificationResult) -> bytes:
-    """The reply to a classify request: a list of [label, score] an example."""
+    """The reply to a classify request: a list of [label, score] per example."""
     if not result.classifications:
         raise invalid("Cannot convert empty ClassificationResults to JSON")
     rows = (
@@ -124,7 +125,7 @@ def write_classifications(result: classification_pb2.ClassificationResult) -> by
 
 
 def write_regressions(result: regression_pb2.RegressionResult) -> bytes:
-    """The reply to a regress request: a number an example."""
+    """The reply to a regress request: one number per example."""
     if not result.regressions:
         raise invalid("Cannot convert empty RegressionResults to JSON")
     values = ", ".join(decimal(each.value, single=True) for each in result.regressions)
@@ -132,12 +133,12 @@ def write_regressions(result: regression_pb2.RegressionResult) -> bytes:
 
 
 def write_error(message: str) -> bytes:
-    """The reply that says what went wrong."""
+    """The reply with an error message."""
     return _encode('{\n    "error": ' + quote(message[:MAX_QUOTED]) + "\n}")
 
 
 def _encode(text: str) -> bytes:
-    # Bytes of a string that are no UTF-8 come out as they went in.
+    # Bytes of a string that are not UTF-8 are written as they are.
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -160,13 +161,13 @@ def _from_instances(instances: list[Any], known: Inputs, deadline: Deadline) -> 
         )
     named = _is_named(instances[0])
     columns: dict[str, _Column] = {}
-    for place, instance in enumerate(instances):
-        if place % 1024 == 0:
+    for index, instance in enumerate(instances):
+        if index % 1024 == 0:
             deadline.check()
         if named and not _is_named(instance):
-            raise invalid(f"Expecting object but got list at item {place} of input list")
+            raise invalid(f"Expecting object but got list at item {index} of input list")
         if not named and _is_named(instance):
-            raise invalid(f"Expecting value/list but got object at item {place} of input list")
+            raise invalid(f"Expecting value/list but got object at item {index} of input list")
         values = instance.items() if named else [(next(iter(known)), instance)]
         for name, value in values:
             try:
@@ -179,10 +180,10 @@ def _from_instances(instances: list[Any], known: Inputs, deadline: Deadline) -> 
                 if error.code is Code.DEADLINE_EXCEEDED:
                     raise
                 key = f" key: {name[:MAX_QUOTED]}" if named else ""
-                raise invalid(f"Failed to process element: {place}{key} of 'instances' list. Error: {error}") from error
+                raise invalid(f"Failed to process element: {index}{key} of 'instances' list. Error: {error}") from error
         if named and instance.keys() != known.keys():
             raise invalid(
-                f"Failed to process element: {place} of 'instances' list. JSON object: {debug_string(instance)} "
+                f"Failed to process element: {index} of 'instances' list. JSON object: {debug_string(instance)} "
                 f"keys must be equal to: {','.join(sorted(known))}"
             )
     return {name: column.array(batch=len(instances)) for name, column in columns.items()}
@@ -215,7 +216,7 @@ def _is_named(value: Any) -> bool:
 
 
 class _Column:
-    """The values of one input, of one shape an item."""
+    """The values of one input; all items have the same shape."""
 
     def __init__(self, name: str, dtype: tf.DType, deadline: Deadline) -> None:
         self._name, self._dtype, self._deadline = name, dtype, deadline
@@ -225,7 +226,7 @@ class _Column:
         self._size = 0
 
     def add(self, item: Any) -> None:
-        """Takes one item; the first sets the shape for the rest."""
+        """Adds an item; the first one sets the shape for the rest."""
         shape: list[int] = []
         inner = item
         while isinstance(inner, list):
@@ -246,7 +247,7 @@ class _Column:
             raise invalid(f"Expecting shape {_shape(self._shape)} but got: {_shape(shape)}")
 
     def array(self, batch: int | None = None) -> Any:
-        """What was added as one array, with a leading dimension of `batch` if that is given."""
+        """All items as one array, with a leading dimension of `batch` if that is given."""
         shape = ([] if batch is None else [batch]) + (self._shape or [])
         if len(shape) > MAX_RANK:
             raise invalid(f"tensor parsing error: {self._name}")
@@ -254,7 +255,7 @@ class _Column:
             flat = np.empty(len(self._values), object)
             flat[:] = self._values
         else:
-            # As in C++, a number too big for a float is infinite, and one for a small integer loses its upper bits.
+            # As in C++, a number too large for its float type is infinite, one too large for a small integer truncated.
             wide = np.int64 if self._dtype in _INTEGERS and self._dtype.size < 8 else self._dtype.as_numpy_dtype
             with np.errstate(over="ignore"):
                 flat = np.array(self._values, wide).astype(self._dtype.as_numpy_dtype)
@@ -313,7 +314,7 @@ def _scalar(value: Any, dtype: tf.DType) -> Any:
 
 
 def type_string(dtype: tf.DType) -> str:
-    """A type's name in TensorFlow's messages, which is C++'s for the floating ones."""
+    """A type's name in TensorFlow's messages, where floating-point types have their C++ names."""
     name: str = dtype.name
     return {"float32": "float", "float64": "double", "float16": "half"}.get(name, name)
 
@@ -325,7 +326,7 @@ def _bytes(text: str) -> bytes:
 def _decode_base64(value: Any) -> bytes:
     if not _is_base64(value):
         raise invalid(f"JSON Value: {debug_string(value)} not formatted correctly for base64 data")
-    # White space is passed over, and padding may be left out, but not half of it.
+    # White space is ignored, and padding may be missing, but only all of it.
     text = _bytes(value["b64"]).translate(None, b" \t\n\v\f\r")
     parts = _BASE64.fullmatch(text)
     missing = -len(parts[1]) % 4 if parts else 3
@@ -346,8 +347,8 @@ def _fill_example(value: Any, example: Any, deadline: Deadline) -> None:
             feature = example.features.feature[name]
         except UnicodeEncodeError:
             raise invalid(f"Feature: {name} is not valid UTF-8") from None
-        for place, item in enumerate(content if isinstance(content, list) else [content]):
-            if place % 1024 == 0:
+        for index, item in enumerate(content if isinstance(content, list) else [content]):
+            if index % 1024 == 0:
                 deadline.check()
             _add_to_feature(item, name, feature)
 
@@ -386,10 +387,10 @@ def _rows(outputs: Mapping[str, Any], deadline: Deadline) -> str:
     columns = {name: _values(name, array, deadline) for name, array in outputs.items()}
     if len(columns) == 1:
         (column,) = columns.values()
-        return '{\n    "predictions": [' + ", ".join(map(_line, column)) + "\n    ]\n}"
+        return '{\n    "predictions": [' + ", ".join(map(_compact, column)) + "\n    ]\n}"
     rows = (
         "        {\n"
-        + ",\n".join(f"            {quote(name)}: {_line(column[row])}" for name, column in columns.items())
+        + ",\n".join(f"            {quote(name)}: {_compact(column[row])}" for name, column in columns.items())
         + "\n        }"
         for row in range(batch)
     )
@@ -399,8 +400,10 @@ def _rows(outputs: Mapping[str, Any], deadline: Deadline) -> str:
 def _columns(outputs: Mapping[str, Any], deadline: Deadline) -> str:
     if len(outputs) == 1:
         ((name, array),) = outputs.items()
-        return '{\n    "outputs": ' + _block(_values(name, array, deadline), 1) + "\n}"
-    members = (f"        {quote(name)}: {_block(_values(name, array, deadline), 2)}" for name, array in outputs.items())
+        return '{\n    "outputs": ' + _indented(_values(name, array, deadline), 1) + "\n}"
+    members = (
+        f"        {quote(name)}: {_indented(_values(name, array, deadline), 2)}" for name, array in outputs.items()
+    )
     return '{\n    "outputs": {\n' + ",\n".join(members) + "\n    }\n}"
 
 
@@ -438,16 +441,16 @@ def _bool_json(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _line(value: Any) -> str:
-    """A value in row format: its lists are on one line."""
+def _compact(value: Any) -> str:
+    """A value in row format, with its lists on one line."""
     if isinstance(value, list):
-        return "[" + ", ".join(map(_line, value)) + "]"
+        return "[" + ", ".join(map(_compact, value)) + "]"
     return f'{{"b64": {value["b64"]}}}' if isinstance(value, dict) else str(value)
 
 
-def _block(value: Any, level: int) -> str:
-    """A value in columnar format: one item a line, `level` levels in."""
+def _indented(value: Any, level: int) -> str:
+    """A value in columnar format, with one item per line, indented by `level` levels."""
     inner, outer = "\n" + "    " * (level + 1), "\n" + "    " * level
     if isinstance(value, list):
-        return "[" + ",".join(inner + _block(item, level + 1) for item in value) + (outer if value else "") + "]"
+        return "[" + ",".join(inner + _indented(item, level + 1) for item in value) + (outer if value else "") + "]"
     return f'{{{inner}"b64": {value["b64"]}{outer}}}' if isinstance(value, dict) else str(value)

@@ -1,4 +1,4 @@
-"""Between a model's arrays and the messages of the API: TensorProtos, and what Classify and Regress answer."""
+"""Converts between arrays and messages of the API: TensorProtos, and the results of Classify and Regress."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tfclm.server.wire.jsontensor import MAX_RANK
 __all__ = ["classifications", "read_tensors", "regressions", "write_tensor"]
 
 _CHUNK = 2**16
-MAX_REPEATED_BYTES = 16 * 2**20  # what a request may ask for beyond the values that it holds
+MAX_REPEATED_BYTES = 16 * 2**20  # memory per request for values that the request implies but does not hold
 
 
 def read_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays of TensorProtos.
 
-    A TensorProto may leave out the last values of a tensor if they are all the same. A few bytes could ask for all
-    memory that way, so what all tensors together leave out is at most `MAX_REPEATED_BYTES`.
+    A TensorProto may omit the last values of a tensor if they are all equal. A few bytes could claim all memory that
+    way, so all tensors together may omit at most `MAX_REPEATED_BYTES`.
 
     Raises:
-        StatusError: INVALID_ARGUMENT, for one that is not well-formed, or leaves out more.
+        StatusError: INVALID_ARGUMENT, for a tensor that is not well-formed, or for more omitted values.
     """
     arrays = {}
     repeated = 0
@@ -37,34 +37,34 @@ def read_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
             if repeated <= MAX_REPEATED_BYTES:
                 arrays[name] = tf.make_ndarray(proto)
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
-            # A KeyError is about a type that has no values, such as DT_RESOURCE.
+            # KeyError: a type without values, such as DT_RESOURCE.
             raise invalid(f"tensor parsing error: {name}") from error
         if repeated > MAX_REPEATED_BYTES:
             raise invalid(
-                f"tensor parsing error: {name}: its shape asks for more values than are sent; those that are left out "
-                f"may take at most {MAX_REPEATED_BYTES} bytes in a request"
+                f"tensor parsing error: {name}: its shape has more values than are sent; the omitted ones "
+                f"may take at most {MAX_REPEATED_BYTES} bytes per request"
             )
     return arrays
 
 
 def _repeated_bytes(proto: Any) -> int:
-    """How much memory the values take that a TensorProto leaves out; raises ValueError for a shape that is none."""
+    """The memory of the values that a TensorProto omits, in bytes; raises ValueError for an invalid shape."""
     shape = [dim.size for dim in proto.tensor_shape.dim[: MAX_RANK + 1]]
     if proto.tensor_shape.unknown_rank or len(shape) > MAX_RANK or min(shape, default=0) < 0:
         raise ValueError(shape)
     if proto.tensor_content:
-        # Holds every value.
+        # It holds every value.
         return 0
     dtype = tf.as_dtype(proto.dtype)
     field, parts = _VALUES.get(dtype, ("int_val", 1))
     values = getattr(proto, field)
-    # TensorFlow keeps up to 22 bytes of a string in 24, longer ones beside them.
+    # A string object takes 24 bytes, which hold up to 22 characters; longer strings take further memory.
     size = 24 + len(values[-1] if values else b"") if dtype == tf.string else dtype.size
     return int(max(math.prod(shape) - len(values) // parts, 0) * size)
 
 
 def write_tensor(array: Any, proto: Any) -> None:
-    """Fills a TensorProto, one value a field entry, as clients that do not link TensorFlow read it."""
+    """Fills a TensorProto with one field entry per value, which clients without TensorFlow can read."""
     array = np.asarray(array)
     dtype = tf.as_dtype(array.dtype)
     proto.dtype = dtype.as_datatype_enum
@@ -74,7 +74,7 @@ def write_tensor(array: Any, proto: Any) -> None:
         proto.CopyFrom(tf.make_tensor_proto(array))
     else:
         values, entries = array.ravel(), getattr(proto, field)
-        # As Python's objects, all values at once would take ten times the memory of the array.
+        # In pieces, because as Python objects the values take ten times the memory of the array.
         for start in range(0, len(values), _CHUNK):
             entries.extend(values[start : start + _CHUNK].tolist())
 
@@ -94,7 +94,7 @@ _FIELDS = {
     tf.string: "string_val",
 }
 
-# The field that holds a type's values, and how many entries a value takes; of the rest it is int_val.
+# The field that holds a type's values, and the number of entries per value; other types use int_val.
 _VALUES = {dtype: (field, 1) for dtype, field in _FIELDS.items()} | {
     tf.float16: ("half_val", 1),
     tf.bfloat16: ("half_val", 1),
@@ -104,10 +104,10 @@ _VALUES = {dtype: (field, 1) for dtype, field in _FIELDS.items()} | {
 
 
 def classifications(signature: Any, count: int, outputs: Mapping[str, Any]) -> classification_pb2.ClassificationResult:
-    """What Classify answers for `count` examples, of the fetched outputs by tensor name.
+    """The result of Classify for `count` examples, from the outputs by tensor name.
 
     Raises:
-        StatusError: INVALID_ARGUMENT, for outputs that are no classes or scores of the examples.
+        StatusError: INVALID_ARGUMENT, if the outputs are not classes or scores for each example.
     """
     found = {}
     for output, dtype in (("classes", tf.string), ("scores", tf.float32)):
@@ -132,7 +132,7 @@ def classifications(signature: Any, count: int, outputs: Mapping[str, Any]) -> c
         for column in range(next(iter(found.values())).shape[1]):
             each = added.classes.add()
             if classes is not None:
-                # A label is text in this message; what is no UTF-8 cannot be carried.
+                # The label is a protobuf string, which must be valid UTF-8.
                 each.label = classes[row, column].decode("utf-8", "replace")
             if scores is not None:
                 each.score = scores[row, column]
@@ -140,10 +140,10 @@ def classifications(signature: Any, count: int, outputs: Mapping[str, Any]) -> c
 
 
 def regressions(signature: Any, count: int, outputs: Mapping[str, Any]) -> regression_pb2.RegressionResult:
-    """What Regress answers for `count` examples, of the fetched outputs by tensor name.
+    """The result of Regress for `count` examples, from the outputs by tensor name.
 
     Raises:
-        StatusError: INVALID_ARGUMENT, for an output that is not a number an example.
+        StatusError: INVALID_ARGUMENT, if the output is not one number per example.
     """
     array = np.asarray(outputs[signature.outputs["outputs"].name])
     if array.ndim != 1 and not (array.ndim == 2 and array.shape[1] == 1):

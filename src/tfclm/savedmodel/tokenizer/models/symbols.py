@@ -1,4 +1,4 @@
-"""What byte-pair encoding begins with: the first symbols of words, bytes or characters."""
+"""The symbols that byte-pair encoding starts from: the bytes or characters of words."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ import numpy as np
 import tensorflow as tf
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.tokenizer.character_classes import POINTS, Table, Tensor
-from tfclm.savedmodel.tokenizer.models.words import BYTE_FALLBACK, OMIT, byte_tokens, expand_byte_fallback, table
+from tfclm.savedmodel.tokenizer.character_classes import NUM_CODE_POINTS, CodePointTable, Tensor
+from tfclm.savedmodel.tokenizer.models.words import BYTE_FALLBACK, OMIT, byte_tokens, expand_byte_fallback, hash_table
 from tfclm.savedmodel.tokenizer.normalizers.normalizing import Step
 from tfclm.savedmodel.tokenizer.text import Text, decode
 
-__all__ = ["END_ID", "ByteSymbols", "CharacterSymbols", "to_bytes"]
+__all__ = ["BYTE_ALPHABET", "WORD_END_ID", "ByteSymbols", "CharacterSymbols", "to_bytes"]
 
-END = 0xFF  # the byte that follows each word; UTF-8 does not have it
-END_ID = -1  # and its symbol
-UNKNOWN = -4
+WORD_END = 0xFF  # the byte put after each word; UTF-8 never contains it
+WORD_END_ID = -1  # its symbol
+UNKNOWN = -4  # stands for a character without a token
 
 
-def _alphabet() -> dict[str, int]:
-    """The byte-level alphabet: printable Latin-1 stands for itself, the other bytes are U+0100 and on, in order."""
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte: printable Latin-1 stands for itself, the other bytes are U+0100 and on, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-BYTES = _alphabet()
+BYTE_ALPHABET = _byte_alphabet()
 
 
 def to_bytes(token: str) -> bytes | None:
-    """What an entry of the vocabulary stands for; None if it is not spelled in the byte-level alphabet."""
+    """The bytes of an entry of the vocabulary; None if it has characters outside the byte-level alphabet."""
     try:
-        return bytes(BYTES[character] for character in token)
+        return bytes(BYTE_ALPHABET[character] for character in token)
     except KeyError:
         return None
 
 
 class ByteSymbols(tf.Module):
-    """Bytes, which the vocabulary spells in the byte-level alphabet; those that it lacks are left out."""
+    """Bytes, as characters of the byte-level alphabet; bytes that the vocabulary lacks are omitted."""
 
-    cut: Step | None = None
+    split_step: Step | None = None
 
     def __init__(self, model: dict[str, Any]) -> None:
         super().__init__()
         ids = np.full(256, OMIT, np.int32)
-        for character, byte in BYTES.items():
+        for character, byte in BYTE_ALPHABET.items():
             ids[byte] = model["vocab"].get(character, OMIT)
         used = np.r_[0:0xC0, 0xC2:0xF5]
         if (ids[used] == OMIT).any() and (model.get("unk_token") is not None or model.get("byte_fallback")):
             raise InputError(
                 "the tokenizer's vocabulary lacks some bytes: with unk_token or byte_fallback, unsupported"
             )
-        ids[END] = END_ID
+        ids[WORD_END] = WORD_END_ID
         self._ids = tf.constant(ids)
 
-    def spelling(self, token: str) -> bytes | None:
-        """The word that is spelled so in the byte-level alphabet, if that is text."""
+    def to_word(self, token: str) -> bytes | None:
+        """The word that an entry of the vocabulary stands for; None if its bytes are not UTF-8."""
         word = to_bytes(token)
         try:
             return word if word is None or word.decode() is not None else None
@@ -65,13 +65,13 @@ class ByteSymbols(tf.Module):
             return None
 
     def __call__(self, words: Tensor) -> Tensor:
-        """Symbols int32 [S] of words (strings [W]), `END_ID` after each; of no word, one `END_ID`."""
-        symbols = tf.gather(self._ids, _raw(words))
+        """Symbols int32 [S] of words (strings [W]), `WORD_END_ID` after each; for no word, one `WORD_END_ID`."""
+        symbols = tf.gather(self._ids, _word_bytes(words))
         return tf.boolean_mask(symbols, symbols != OMIT)
 
 
 class CharacterSymbols(tf.Module):
-    """Characters; one that the vocabulary lacks is its bytes (`byte_fallback`), the unknown token, or nothing."""
+    """Characters. One that the vocabulary lacks becomes its bytes (`byte_fallback`), the unknown token, or nothing."""
 
     def __init__(self, model: dict[str, Any]) -> None:
         super().__init__()
@@ -85,30 +85,30 @@ class CharacterSymbols(tf.Module):
                 raise InputError(f"the tokenizer's vocabulary lacks its unk_token {model['unk_token']!r}")
             self._unknown = vocabulary[model["unk_token"]]
         self._byte_ids = tf.constant(byte_ids)
-        ids = np.full(POINTS, UNKNOWN, np.int32)
+        ids = np.full(NUM_CODE_POINTS, UNKNOWN, np.int32)
         for token, number in vocabulary.items():
             if len(token) == 1:
                 ids[ord(token)] = number
-        self._ids = Table(ids)
-        self.cut: Step | None = None
+        self._ids = CodePointTable(ids)
+        self.split_step: Step | None = None
         merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
         parts = {vocabulary[part] for merge in merges for part in merge}
         if not model["ignore_merges"] and not parts & {self._unknown, *byte_ids.tolist()}:
             keys = {ord(left[-1]) << 21 | ord(right[0]) for left, right in merges if left and right}
-            self._joints = table(np.array(sorted(keys), np.int64), np.ones(len(keys), np.int32), missing=0)
-            self.cut = self._cut
+            self._mergeable = hash_table(np.array(sorted(keys), np.int64), np.ones(len(keys), np.int32), missing=0)
+            self.split_step = self._split
 
-    def spelling(self, token: str) -> bytes:
-        """The entry itself."""
+    def to_word(self, token: str) -> bytes:
+        """The word that an entry of the vocabulary stands for: itself."""
         return token.encode()
 
     def __call__(self, words: Tensor) -> Tensor:
-        """Symbols int32 [S] of words (strings [W]), `END_ID` after each; of no word, one `END_ID`."""
-        raw = _raw(words)
-        # The same with a character in the place of each end.
+        """Symbols int32 [S] of words (strings [W]), `WORD_END_ID` after each; for no word, one `WORD_END_ID`."""
+        raw = _word_bytes(words)
+        # The same code points, with a NUL for each word's end.
         _, points = decode(tf.strings.reduce_join(words, separator="\0")[None] + "\0")
         ids = tf.where(
-            tf.boolean_mask(raw, tf.bitwise.bitwise_and(raw, 0xC0) != 0x80) == END, END_ID, self._ids(points)
+            tf.boolean_mask(raw, tf.bitwise.bitwise_and(raw, 0xC0) != 0x80) == WORD_END, WORD_END_ID, self._ids(points)
         )
         unknown = ids == UNKNOWN
         ids = tf.where(unknown, self._unknown, ids)
@@ -116,21 +116,21 @@ class CharacterSymbols(tf.Module):
             ids = tf.where(unknown & tf.concat([[False], unknown[:-1]], 0), OMIT, ids)
         return expand_byte_fallback(raw, ids, self._byte_ids)[0]
 
-    def _cut(self, text: Text) -> Text:
-        """Pieces cut where no merge ever joins what stands there: short words are merged sooner than long ones."""
+    def _split(self, text: Text) -> Text:
+        """Splits pieces between characters that no merge joins, because short words need fewer rounds of merges."""
         unknown = self._ids(text.points) == UNKNOWN
         before = tf.concat([text.points[:1], text.points[:-1]], 0)
-        joint = self._joints.lookup(tf.cast(before, tf.int64) * (1 << 21) | tf.cast(text.points, tf.int64)) > 0
-        other = tf.concat([unknown[:1], unknown[:-1]], 0)
-        if self._unknown == OMIT:  # its neighbours may meet
-            joint |= unknown | other
-        elif self._unknown != BYTE_FALLBACK:  # it is fused with another
-            joint |= unknown & other
-        return text._replace(starts=text.starts | (text.plain & ~joint))
+        mergeable = self._mergeable.lookup(tf.cast(before, tf.int64) * (1 << 21) | tf.cast(text.points, tf.int64)) > 0
+        unknown_before = tf.concat([unknown[:1], unknown[:-1]], 0)
+        if self._unknown == OMIT:  # the characters around it become neighbours
+            mergeable |= unknown | unknown_before
+        elif self._unknown != BYTE_FALLBACK:  # unknown characters in a row are fused
+            mergeable |= unknown & unknown_before
+        return text._replace(starts=text.starts | (text.is_ordinary & ~mergeable))
 
 
-def _raw(words: Tensor) -> Tensor:
-    """The bytes of words, `END` after each, int32 [N]."""
-    end = bytes([END])
+def _word_bytes(words: Tensor) -> Tensor:
+    """The bytes of words, `WORD_END` after each, int32 [N]."""
+    end = bytes([WORD_END])
     text = tf.strings.reduce_join(words, separator=end) + tf.constant(end)
     return tf.cast(tf.io.decode_raw(text, tf.uint8), tf.int32)

@@ -1,1 +1,1 @@
-"""Normalizers in the graph: what changes a text before it is split."""
+"""Normalizers in the graph: they change a text before it is split."""

@@ -1,4 +1,4 @@
-"""Normalizers in the graph: what a text is changed to before it is split."""
+"""The normalizer of a tokenizer.json as steps in the graph."""
 
 from __future__ import annotations
 
@@ -11,34 +11,40 @@ import tensorflow as tf
 from tokenizers import pre_tokenizers
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.tokenizer.character_classes import Table, Tensor, respelled, split_apart
+from tfclm.savedmodel.tokenizer.character_classes import (
+    CodePointTable,
+    Tensor,
+    isolated_and_removed,
+    normalized_code_points,
+)
 from tfclm.savedmodel.tokenizer.normalizers.code_point_map import CodePointMap
 from tfclm.savedmodel.tokenizer.normalizers.composing import Composer, Decomposer
 from tfclm.savedmodel.tokenizer.normalizers.precompiled import Precompiled
 from tfclm.savedmodel.tokenizer.text import Text
 
-__all__ = ["Step", "flatten", "normalizing", "replaced"]
+__all__ = ["Step", "flatten_sequences", "normalization_steps"]
 
 Step = Callable[[Text], Text]
 
-# Regular expressions that mean the same to RE2 and to tokenizers' engine.
-REGEX = re.compile(r" (?:\{\d+,?\d*\}|\+)?")
+# Regular expressions that RE2 and tokenizers' engine match alike.
+SUPPORTED_REGEX = re.compile(r" (?:\{\d+,?\d*\}|\+)?")
 
 
-def normalizing(config: dict[str, Any] | None) -> list[Step]:
-    """What the normalizer of a tokenizer.json does, in order.
+def normalization_steps(config: dict[str, Any] | None) -> list[Step]:
+    """The steps of the normalizer of a tokenizer.json, in order.
 
-    Raises `InputError` naming what the graph has nothing for.
+    Raises:
+        InputError: a normalizer, which it names, is unsupported in the graph.
     """
-    return [step for stage in flatten(config, "normalizers") for step in _steps(stage)]
+    return [step for stage in flatten_sequences(config, "normalizers") for step in _steps(stage)]
 
 
-def flatten(config: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    """The components of a tokenizer.json without Sequences, which hold theirs under `inner`."""
+def flatten_sequences(config: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """A component of a tokenizer.json as a list; a Sequence has its components under `inner`."""
     if config is None:
         return []
     if config["type"] == "Sequence":
-        return [stage for part in config[inner] for stage in flatten(part, inner)]
+        return [stage for part in config[inner] for stage in flatten_sequences(part, inner)]
     return [config]
 
 
@@ -49,7 +55,7 @@ def _steps(config: dict[str, Any]) -> list[Step]:
     if kind in ("NFD", "NFKD"):
         return [Decomposer(kind)]
     if kind in ("Lowercase", "StripAccents", "Nmt"):
-        return [CodePointMap(*respelled(kind))]
+        return [CodePointMap(*normalized_code_points(kind))]
     if kind == "Precompiled":
         return [Precompiled(base64.b64decode(config["precompiled_charsmap"]))]
     if kind == "BertNormalizer":
@@ -57,9 +63,9 @@ def _steps(config: dict[str, Any]) -> list[Step]:
     if kind == "Strip":
         return [Stripper(config["strip_left"], config["strip_right"])]
     if kind == "Prepend" and len(config["prepend"]) == 1:
-        return [lambda text: text.prepend(text.starts & text.plain, ord(config["prepend"]))]
+        return [lambda text: text.insert_before(text.starts & text.is_ordinary, ord(config["prepend"]))]
     if kind == "Replace":
-        return [replaced(config["pattern"], config["content"])]
+        return [_replacement_step(config["pattern"], config["content"])]
     raise InputError(f"the tokenizer's normalizer {kind} is unsupported in the graph")
 
 
@@ -67,41 +73,43 @@ def _bert(config: dict[str, Any]) -> list[Step]:
     lowercase = config["lowercase"]
     strip = lowercase if config["strip_accents"] is None else config["strip_accents"]
 
-    first = respelled("BertNormalizer", config["clean_text"], config["handle_chinese_chars"], False, False)
-    # What is already decomposed loses its marks one by one.
-    last = respelled("BertNormalizer", False, False, strip, lowercase)
+    first = normalized_code_points("BertNormalizer", config["clean_text"], config["handle_chinese_chars"], False, False)
+    # Text that is already decomposed loses its marks one by one.
+    last = normalized_code_points("BertNormalizer", False, False, strip, lowercase)
     return [CodePointMap(*first), *([Decomposer("NFD")] if strip else []), CodePointMap(*last)]
 
 
 class Stripper(tf.Module):
-    """White space taken away from the ends of pieces."""
+    """Removes white space from the ends of pieces."""
 
     def __init__(self, left: bool, right: bool) -> None:
         super().__init__()
         self._left, self._right = left, right
-        self._space = Table(split_apart(pre_tokenizers.WhitespaceSplit())[1])
+        self._space = CodePointTable(isolated_and_removed(pre_tokenizers.WhitespaceSplit())[1])
 
     def __call__(self, text: Text) -> Text:
-        """Each plain piece stripped; one of white space alone is gone."""
-        here, piece = tf.range(tf.size(text.points)), text.piece
-        solid = (self._space(text.points) == 0) | ~text.plain
-        kept = tf.ones_like(solid)
+        """Strips the ordinary pieces; one that is all white space disappears."""
+        position, piece = tf.range(tf.size(text.points)), text.piece_index
+        visible = (self._space(text.points) == 0) | ~text.is_ordinary
+        kept = tf.ones_like(visible)
         if self._left:
-            kept &= here >= tf.gather(tf.math.segment_min(tf.where(solid, here, here.dtype.max), piece), piece)
+            first = tf.math.segment_min(tf.where(visible, position, position.dtype.max), piece)
+            kept &= position >= tf.gather(first, piece)
         if self._right:
-            kept &= here <= tf.gather(tf.math.segment_max(tf.where(solid, here, -1), piece), piece)
-        return text.keep(kept)
+            last = tf.math.segment_max(tf.where(visible, position, -1), piece)
+            kept &= position <= tf.gather(last, piece)
+        return text.select(kept)
 
 
-def replaced(pattern: dict[str, str], content: str) -> Step:
-    """What matches `pattern`, {"String": ...} or {"Regex": ...}, replaced in the plain pieces."""
+def _replacement_step(pattern: dict[str, str], content: str) -> Step:
+    """Replaces matches of `pattern`, {"String": ...} or {"Regex": ...}, in the ordinary pieces."""
     text = pattern.get("String")
     if text is not None and len(text) == len(content) == 1:
         old, new = ord(text), ord(content)
-        return lambda text: text._replace(points=tf.where(text.plain & (text.points == old), new, text.points))
+        return lambda text: text._replace(points=tf.where(text.is_ordinary & (text.points == old), new, text.points))
     if text:
         regex = "".join(f"\\x{{{ord(character):x}}}" for character in text)
-    elif text is None and REGEX.fullmatch(pattern["Regex"]):
+    elif text is None and SUPPORTED_REGEX.fullmatch(pattern["Regex"]):
         regex = pattern["Regex"]
     else:
         raise InputError(f"the tokenizer's normalizer Replace of {pattern} is unsupported in the graph")
@@ -111,6 +119,6 @@ def replaced(pattern: dict[str, str], content: str) -> Step:
         pieces: Tensor = tf.raw_ops.StaticRegexReplace(
             input=text.pieces(), pattern=regex, rewrite=rewrite, replace_global=True
         )
-        return text.replace(pieces)
+        return text.replace_pieces(pieces)
 
     return replace

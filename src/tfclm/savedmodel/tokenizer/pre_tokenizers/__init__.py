@@ -1,1 +1,1 @@
-"""Pre-tokenizers in the graph: where a text is split into words."""
+"""Pre-tokenizers in the graph: they split a text into words."""

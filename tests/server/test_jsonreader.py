@@ -1,4 +1,4 @@
-"""Large documents, of which the interpreter's parser reads a piece at a time: they mean what they mean as a whole."""
+"""Large documents, which Python's parser reads in pieces: the result is the same as for the whole document."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tfclm.server.deadline import Deadline
 from tfclm.server.status import Code, StatusError, TooLarge
-from tfclm.server.wire.jsontext import LARGE_BYTES, parse
+from tfclm.server.wire.jsonreader import LARGE_BYTES, parse
 
 STRINGS = ["", "a", "é", "😀", '"', "\\", "\n\t", "\0", "x" * 300, "é😀" * 100, "\\" * 7, "]},:[{", "1e999"]
 NUMBERS = [0, -1, 12345, 2**63, 2**64 - 1, -(2**63), 0.5, -1e-7, 1e300, 0.1234567890123456789, math.inf, -math.inf]

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tfclm import checkpoint
-from tfclm.checkpoint.kinds import explain
+from tfclm.checkpoint.diagnosis import explain
 from tfclm.errors import InputError
 
 
@@ -45,33 +45,39 @@ def refused(given: Path | str) -> str:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ([], "is an empty folder"),
-        (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a LoRA adapter, which is no model"),
+        ([], "is an empty directory"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
+            "a LoRA adapter, which is not",
+        ),
         (["saved_model.pb", "variables/variables.index", "fingerprint.pb"], "a SavedModel, which is for serving"),
         (["1/saved_model.pb", "2/saved_model.pb"], "a SavedModel, which is for serving"),
         (["model-Q4_K_M.gguf", "README.md"], "GGUF weights (llama.cpp)"),
         (["model_index.json", "unet/config.json", "vae/config.json"], "a diffusers pipeline"),
         (["modules.json", "config.json:bert", "model.safetensors"], "a sentence-transformers model"),
-        (["config.json:none", "model.weights.h5", "task.json"], "a model of Keras or KerasHub"),
-        (["params.json", "consolidated.safetensors", "tekken.json"], "weights in the format of their makers"),
-        (["model.ckpt.index", "model.ckpt.meta", "hparams.json"], "a TensorFlow checkpoint without a model"),
-        (["blobs/0123", "refs/main", "snapshots/0123/config.json"], "a model's folder in the Hub's cache"),
+        (["config.json:none", "model.weights.h5", "task.json"], "a Keras or KerasHub model"),
+        (["params.json", "consolidated.safetensors", "tekken.json"], "weights in their publisher's own format"),
+        (
+            ["model.ckpt.index", "model.ckpt.meta", "hparams.json"],
+            "a TensorFlow checkpoint, which has weights but",
+        ),
+        (["blobs/0123", "refs/main", "snapshots/0123/config.json"], "the cache of a Hub model"),
         (["checkpoint-500/config.json", "checkpoint-1000/config.json"], "give one of them, such as checkpoint-1000"),
-        (["resume/state.json"], "a run of tfclm.fit that is not complete"),
+        (["resume/state.json"], "an incomplete run of tfclm.fit"),
         (["pytorch_model.bin"], "PyTorch's pickled weights"),
         (["onnx/model.onnx", "tokenizer.json"], "an ONNX model"),
-        (["flax_model.msgpack"], "weights of Flax (JAX)"),
+        (["flax_model.msgpack"], "Flax (JAX) weights"),
         (["openvino_model.xml", "openvino_model.bin"], "converted for another runtime"),
-        (["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"], "a tokenizer and no model"),
-        (["train.jsonl", "test.jsonl"], "data and no model"),
-        (["model/config.json", "model/model.safetensors"], "its folder model has one: give that"),
+        (["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"], "a tokenizer without a model"),
+        (["train.jsonl", "test.jsonl"], "data, not a model"),
+        (["model/config.json", "model/model.safetensors"], "its subfolder model has one: give that"),
         (["config.json:t5"], "an encoder-decoder"),
         (["config.json:vit"], "for images or sound"),
         (["config.json:gpt2", "pytorch_model.bin"], "convert it with transformers where PyTorch is installed"),
         (["config.json:gpt2", "model.gguf"], "GGUF weights (llama.cpp)"),
         (["config.json:gpt2", "model.fp16.safetensors"], "holds model.fp16.safetensors, weights under a name"),
         (["model.safetensors", "onnx/model.onnx", "tokenizer.json"], "has no config.json"),
-        (["config.json:llama", "model.safetensors", "onnx/model.onnx"], "model type llama is no causal LM"),
+        (["config.json:llama", "model.safetensors", "onnx/model.onnx"], "model type llama is not a causal LM"),
         (["config.json:gpt2", "training_args.bin", "optimizer.pt"], "has no weights: expected one of"),
         (["config.json:gpt2", "tokenizer.json"], "has no weights: expected one of model.safetensors"),
         (["config.json:gpt2", "adapter_config.json", "model.safetensors"], "a LoRA adapter"),
@@ -99,13 +105,13 @@ def test_a_folder_that_is_no_checkpoint_says_what_it_is(files: list[str], words:
     ("name", "words"),
     [
         ("model-Q4_K_M.gguf", "a file that holds GGUF weights"),
-        ("model.keras", "a file that holds a model of Keras"),
-        ("weights.h5", "a file that holds weights.h5, weights of Keras"),
+        ("model.keras", "a file that holds a Keras"),
+        ("weights.h5", "a file that holds weights.h5, Keras weights"),
         ("model.onnx", "a file that holds an ONNX model"),
         ("model.tar.gz", "a file that holds an archive, model.tar.gz: unpack it"),
         ("pytorch_model.bin", "a file that holds PyTorch's pickled weights"),
-        ("model.safetensors", "is a file: give the folder that holds it"),
-        ("config.json", "is a file: give the folder that holds it"),
+        ("model.safetensors", "is a file: give the directory that holds it"),
+        ("config.json", "is a file: give the directory that holds it"),
     ],
 )
 def test_a_file_says_what_it_is(name: str, words: str, tmp_path: Path) -> None:
@@ -120,7 +126,7 @@ def test_a_file_says_what_it_is(name: str, words: str, tmp_path: Path) -> None:
         ("", "the model's name is empty"),
         ("https://huggingface.co/openai-community/gpt2/tree/main", "give the Hub id, openai-community/gpt2"),
         ("hf://openai-community/gpt2", "give the Hub id, openai-community/gpt2"),
-        ("gs://bucket/model", "copy the checkpoint to a local folder"),
+        ("gs://bucket/model", "copy the checkpoint to a local directory"),
         ("x" * 5000, "cannot be read"),
         ("~nobody-of-this-name/model", "cannot be read"),
     ],
@@ -133,7 +139,7 @@ def test_a_name_that_is_no_folder_says_why(name: str, words: str) -> None:
 def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
     """A broken link taken for a Hub id, which then "cannot be reached"."""
     (tmp_path / "loop").symlink_to("loop")
-    assert "is a link that leads nowhere (loop)" in refused(tmp_path / "loop")
+    assert "is a broken link to loop" in refused(tmp_path / "loop")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
@@ -142,8 +148,8 @@ def test_a_file_that_cannot_be_read_says_why(name: str, folder: Path) -> None:
     path = folder / name
     content = path.read_bytes()
     states = {
-        "it is a folder": lambda: path.mkdir(),
-        f"it is a link that leads nowhere ({name})": lambda: path.symlink_to(name),
+        "it is a directory": lambda: path.mkdir(),
+        f"it is a broken link to {name}": lambda: path.symlink_to(name),
         "it is empty": lambda: path.touch(),
         "git lfs pull": lambda: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
         "it is a web page": lambda: path.write_text("<!DOCTYPE html><html><body>Sign in</body></html>"),
@@ -172,7 +178,7 @@ def test_weights_of_another_type_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[]", "model.safetensors.index.json is no JSON object"),
+        ("[]", "model.safetensors.index.json is not a JSON object"),
         ("{}", "model.safetensors.index.json cannot be read"),
         ('{"weight_map": {"transformer.wte.weight": "../other.safetensors"}}', "other.safetensors cannot be read"),
         ('{"weight_map": {"transformer.wte.weight": 5}}', "model.safetensors.index.json cannot be read"),
