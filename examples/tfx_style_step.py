@@ -19,13 +19,14 @@ def train_and_push(
 ) -> dict:
     """Returns the fine-tuned model, its perplexity and the pushed version, None if it was refused."""
     fit = ["--model", base_model_uri, "--train-file", examples_uri, "--output-dir", model_uri, *flags]
-    subprocess.run([sys.executable, "-m", "tfclm.fit", *fit], check=True)
-    perplexity = json.loads((Path(model_uri) / "results.json").read_text())["perplexity"]
-    pushed = None
-    if perplexity <= max_perplexity:
-        export = ["--model", model_uri, "--serving-dir", pushed_model_uri]
-        done = subprocess.run([sys.executable, "-m", "tfclm.export", *export], stdout=subprocess.PIPE, check=True)
-        pushed = done.stdout.decode().strip()
+    push = ["--export-to", pushed_model_uri, "--max-perplexity", str(max_perplexity)]
+    done = subprocess.run([sys.executable, "-m", "tfclm.fit", *fit, *push], stdout=subprocess.PIPE, text=True)
+    results = Path(model_uri) / "results.json"
+    perplexity = json.loads(results.read_text())["perplexity"] if results.exists() else None
+    refused = done.returncode == 1 and perplexity is not None and perplexity > max_perplexity
+    if not refused:
+        done.check_returncode()
+    pushed = None if refused else done.stdout.strip()
     return {"model": model_uri, "perplexity": perplexity, "pushed_model": pushed}
 
 

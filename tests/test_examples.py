@@ -35,7 +35,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     from tfclm.checkpoint import create, save
 
     folder = tmp_path_factory.mktemp("examples")
-    save(create(tiny_config("gpt2", context=128)), AutoTokenizer.from_pretrained(tokenizer_dir), folder / "base")
+    config = tiny_config("gpt2", context=128)
+    config.n_layer = 1  # a second one would only take longer to trace
+    save(create(config), AutoTokenizer.from_pretrained(tokenizer_dir), folder / "base")
     (folder / "notes.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     rows = [{"q_id": str(number), "answers": {"text": [text[:500], text[500:]]}} for number, text in enumerate(TEXTS)]
     (folder / "eli5.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -99,16 +101,17 @@ def trained(workplace: Path, step: dict) -> Reference:
 @pytest.fixture(scope="module")
 def address(workplace: Path, step: dict) -> Iterator[str]:
     """Where the pushed version is served over gRPC."""
-    words = [sys.executable, "-m", "tfclm.serve", "--model_name=notes", "--model_base_path=serving/notes"]
-    words += ["--port=-1", "--rest_api_port=0"]
-    with subprocess.Popen(words, cwd=workplace, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            port = next(found[1] for line in process.stderr if (found := re.search(r"gRPC (\d+)", line)))
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.communicate(timeout=60)
+    from tfclm.server.server import Server
+    from tfclm.server.settings import ServeSettings
+
+    base_path = str(workplace / Path(step["pushed_model"]).parent)
+    # In this process, which has TensorFlow already.
+    server = Server(ServeSettings(model_name="notes", model_base_path=base_path, port=-1, rest_api_port=0))
+    try:
+        assert server.start()
+        yield f"127.0.0.1:{server.grpc_port}"
+    finally:
+        server.stop()
 
 
 @pytest.mark.slow
@@ -144,6 +147,16 @@ def test_step_does_not_push_a_bad_model(workplace: Path, step: dict):
     assert json.loads(again) == {**step, "pushed_model": None}
     assert [path.name for path in (workplace / "serving/notes").glob("[0-9]*")] == ["1"]
     assert (workplace / "trained" / "model.safetensors").stat() == weights
+
+
+@pytest.mark.slow
+def test_step_fails_where_fit_does(workplace: Path, step: dict):
+    """A failure that is taken for a refusal, because an earlier run has left a perplexity above the limit."""
+    words = [sys.executable, str(EXAMPLES / "tfx_style_step.py"), "notes.txt", "base", "trained", "serving/notes", "2"]
+    done = subprocess.run([*words, "--epochs", "0"], cwd=workplace, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "--epochs 0: give 1 or more" in done.stderr
 
 
 @pytest.mark.slow
@@ -202,7 +215,7 @@ def notebook(workplace: Path) -> Iterator[SimpleNamespace]:
         port = free.getsockname()[1]
     settings = {
         **{"model_id": "base", "dataset_id": "eli5.jsonl", "split": "train[:40]", "block_size": 64, "batch_size": 8},
-        **{"epochs": 3, "learning_rate": 3e-3, "prompt": PROMPT, "max_new_tokens": 20, "output_dir": "run"},
+        **{"epochs": 3, "learning_rate": 3e-3, "prompt": PROMPT, "max_new_tokens": 10, "output_dir": "run"},
         **{"serving_dir": "serving/eli5", "hub_model_id": "me/eli5", "rest_api_port": port},
     }
     book = nbformat.read(NOTEBOOK, as_version=4)
@@ -241,7 +254,7 @@ def test_notebook_trains(workplace: Path, notebook: SimpleNamespace):
 def test_notebook_generates_the_same_everywhere(workplace: Path, notebook: SimpleNamespace):
     """A pipeline, an export or a server that gives another text than `generate`; a seed that the server ignores."""
     run = Reference(workplace / "run")
-    assert notebook.generated == notebook.greedy == run.greedy(PROMPT, 20)
+    assert notebook.generated == notebook.greedy == run.greedy(PROMPT, 10)
     assert notebook.completed == run.greedy(PROMPT, 100)
     assert notebook.completed_perplexity == pytest.approx(run.perplexity_of_text(notebook.completed), rel=1e-4)
     assert notebook.sampled == notebook.sampled_again != notebook.greedy

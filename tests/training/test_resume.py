@@ -162,7 +162,7 @@ def test_signal_saves_and_exits(runs: Runs, number: signal.Signals):
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 1
-    assert "the same command goes on from there" in runs.log(name)
+    assert "the same command resumes the run" in runs.log(name)
     assert "Traceback" not in runs.log(name)
     assert runs.finish(name) == 0, runs.log(name)
     assert_same_result(runs, name)
