@@ -186,7 +186,8 @@ FINDINGS = """
 import json
 
 params = {"max_new_tokens": tf.constant([max_new_tokens]), "temperature": tf.constant([1.0])}
-params |= {"top_k": tf.constant([50]), "top_p": tf.constant([0.95]), "repetition_penalty": tf.constant([1.0]), "stop": tf.constant([""])}
+params |= {"top_k": tf.constant([50]), "top_p": tf.constant([0.95])}
+params |= {"repetition_penalty": tf.constant([1.0]), "stop": tf.constant([""])}
 drawn = signatures["generate"](prompt=tf.constant([prompt]), seed=tf.constant([7], tf.int64), **params)
 findings = {
     "executable": sys.executable,
