@@ -32,7 +32,7 @@ def test_norms_and_biases_do_not_decay_and_all_else_does(make_model, architectur
             # Without a gradient a step is the decay alone: w - rate * decay * w.
             np.testing.assert_allclose(variable, np.full(variable.shape, 0.95), rtol=1e-6)
     assert kept == {v.name for v in model.trainable_variables if v.name.split(":")[0].lower().endswith(NO_DECAY)}
-    assert len(kept) > 4
+    assert len(kept) >= 3  # Mistral with one layer has three norms and no bias
     assert len(decayed) > 4
 
 
