@@ -26,7 +26,7 @@ class Text(tf.Module):
             tf.TensorSpec([None], tf.float32, name="temp"),
         ]
     )
-    def knobs(self, prompt, n=tf.constant([7]), temp=tf.constant([0.5])):
+    def params(self, prompt, n=tf.constant([7]), temp=tf.constant([0.5])):
         return {"text": prompt + "!", "n": n, "temp": temp}
 
     @tf.function(input_signature=[_strings("prompt")])
