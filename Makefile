@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
-# A file's tests share what is slow to make, so they stay in one process; tests/conftest.py decides which start first.
+# The tests of a file share fixtures that are slow to make, so they run in one process; tests/conftest.py orders them.
 # "logical", because "auto" would count cores and not their threads.
 PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -21,11 +21,11 @@ check: $(INSTALLED)-dev  ## lint, type-check, run all tests except the long ones
 	$(BIN)/mypy
 	$(BIN)/python $(PYTEST)
 
-long: $(INSTALLED)-dev  ## all tests, with their largest numbers: some hours
+long: $(INSTALLED)-dev  ## run all tests at full size, which takes hours
 	TFCLM_LONG_TESTS=1 $(BIN)/python $(PYTEST)
 
 # The last two take one core each.
-lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## the journey from text to model on the lowest versions that pyproject.toml allows, and what the highest exports
+lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## test the path from text to model on the lowest versions that pyproject.toml allows
 	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/checkpoint/test_checkpoint.py tests/savedmodel/tokenizer/test_detokenizer.py tests/savedmodel/graph/test_decoding.py tests/savedmodel/graph/test_products.py
 	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k servers_tensorflow & other=$$!; \
 	.venv-lowest/bin/python -m pytest tests/server/test_hostile_requests.py && wait $$other
@@ -33,27 +33,27 @@ lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## the journey from text t
 docs: $(INSTALLED)-dev  ## build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
 
-help:  ## list what make can do
+help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-benchmarks: $(INSTALLED)-dev  ## the figures of the documentation
+benchmarks: $(INSTALLED)-dev  ## measure the figures of the documentation
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.serving
 
-clean:  ## remove what make has made
+clean:  ## remove everything that make created
 	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache build site src/*.egg-info
 
 CONSTRAINTS ?= constraints.txt
 
-# The lowest versions have an environment of their own.
+# The lowest versions have a separate environment.
 .venv-lowest/.installed .venv-lowest/.installed-dev: CONSTRAINTS = constraints-lowest.txt
 
 .PRECIOUS: %/.installed
 
-# What is never imported is not compiled either.
+# --no-compile: Python compiles each module when it is first imported.
 %/.installed: pyproject.toml constraints.txt constraints-lowest.txt
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable .

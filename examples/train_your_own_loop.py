@@ -1,4 +1,4 @@
-"""Fine-tunes in a training loop of your own: tfclm loads, packs, measures and saves; the steps are TensorFlow's.
+"""Fine-tunes in your own training loop: tfclm loads, packs, measures and saves; the steps are TensorFlow's.
 
     python examples/train_your_own_loop.py runs/quickstart notes.txt runs/own_loop
 
@@ -16,7 +16,7 @@ import tfclm
 
 
 def main(source: str = "runs/quickstart", text_file: str = "notes.txt", output_dir: str = "runs/own_loop") -> None:
-    """Checkpoint and text in, fine-tuned checkpoint out."""
+    """Fine-tunes a checkpoint on a text and saves the result."""
     tf_keras.utils.set_random_seed(0)
     model, tokenizer = tfclm.load(source)
     texts = datasets.load_dataset("text", data_files=text_file, sample_by="paragraph", split="train")

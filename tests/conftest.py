@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# Caches of their own, gone with the tests: what an older reader wrote must not be found again.
+# Separate caches, which are removed after the tests: what an older reader wrote must not be found again.
 _CACHES = tempfile.TemporaryDirectory(prefix="tfclm-tests-")
 os.environ["HF_HOME"] = _CACHES.name
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -42,7 +42,7 @@ def imported(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_private_api_is_imported_here_alone(path: Path):
-    """A private module or attribute that is imported elsewhere, where no test says that it is gone."""
+    """A private module or attribute that is imported elsewhere, where no test notices that it was removed."""
     if path.name == "compat.py":
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Writing files and folders: on mounts that refuse what is only best effort, and beside what others have left."""
+"""Writing files and folders: on mounts without some operations, and next to leftovers of other processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_mount_that_refuses_what_is_best_effort(tmp_path: Path):
     assert (done.returncode, done.stdout) == (0, "[1, 2]\n"), done.stderr
     assert (tmp_path / "2" / "variables" / "a.index").read_text() == "a"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1", "2"]
-    # One line a kind, not one a file.
+    # One line per kind, not one per file.
     assert [line.split(": ")[0] for line in done.stderr.splitlines()] == ["tfclm", "tfclm"], done.stderr
     assert "permissions cannot be set" in done.stderr
     assert "cannot flush (Invalid argument)" in done.stderr
@@ -117,7 +117,7 @@ print(names)
 
 @pytest.mark.slow
 def test_run_ends_well_on_such_a_mount(tmp_path: Path):
-    """A training of hours that fails when it saves its model, and fails there again each time it goes on."""
+    """A training of hours that fails when it saves its model, and fails again each time it is resumed."""
     done = on_a_mount(SAVE, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['config.json', 'generation_config.json', 'model.safetensors']"
@@ -144,7 +144,7 @@ copy_folder(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path):
-    """The old file gone, or half of the new one left beside it, because the disk was full."""
+    """The old file lost, or half of the new one left next to it, because the disk was full."""
     write(tmp_path / "a.txt", "old")
     done = on_a_mount(
         "from pathlib import Path\nfrom tfclm.disk import write\nwrite(Path(sys.argv[1]), 'new')",
@@ -184,7 +184,7 @@ def test_what_another_user_has_left_stops_nothing(public: Path):
 
 
 def test_a_lock_is_waited_for_only_so_long(tmp_path: Path):
-    """A command that hangs for ever, without a word, behind a process that is stopped."""
+    """A command that waits forever, without a message, for a process that is stopped."""
     began = time.monotonic()
     with FolderLock(tmp_path) as first:
         assert first.exclusive

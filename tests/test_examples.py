@@ -140,7 +140,7 @@ def test_step_pushes_what_it_has_trained(workplace: Path, step: dict):
 
 @pytest.mark.slow
 def test_step_does_not_push_a_bad_model(workplace: Path, step: dict):
-    """A limit that nothing heeds; or a second run that trains anew."""
+    """A limit that is ignored; or a second run that trains again."""
     weights = (workplace / "trained" / "model.safetensors").stat()
     flags = ["--block-size", "64", "--epochs", "3", "--batch-size", "8", "--learning-rate", "3e-3"]
     again = run(workplace, "tfx_style_step.py", "notes.txt", "base", "trained", "serving/notes", "2", *flags)
@@ -185,9 +185,10 @@ def test_grpc_gives_the_models_text(workplace: Path, step: dict, trained: Refere
 FINDINGS = """
 import json
 
-knobs = {"max_new_tokens": tf.constant([max_new_tokens]), "temperature": tf.constant([1.0]), "top_k": tf.constant([50])}
-knobs |= {"top_p": tf.constant([0.95]), "repetition_penalty": tf.constant([1.0]), "stop": tf.constant([""])}
-drawn = signatures["generate"](prompt=tf.constant([prompt]), seed=tf.constant([7], tf.int64), **knobs)
+params = {"max_new_tokens": tf.constant([max_new_tokens]), "temperature": tf.constant([1.0])}
+params |= {"top_k": tf.constant([50]), "top_p": tf.constant([0.95])}
+params |= {"repetition_penalty": tf.constant([1.0]), "stop": tf.constant([""])}
+drawn = signatures["generate"](prompt=tf.constant([prompt]), seed=tf.constant([7], tf.int64), **params)
 findings = {
     "executable": sys.executable,
     "blocks": test.blocks["input_ids"][:],

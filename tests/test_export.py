@@ -122,7 +122,7 @@ def save_checkpoint(folder: Path, tokenizer: Any) -> Path:
 
 
 def write_results(checkpoint: Path, perplexity: float | None = 20.0) -> None:
-    """What `fit` writes beside a checkpoint."""
+    """What `fit` writes with a checkpoint."""
     results = {"perplexity": perplexity, "tokens": 1000, "protocol": PROTOCOL}
     (checkpoint / "results.json").write_text(json.dumps(results))
 
@@ -321,9 +321,9 @@ def test_list_and_rollback(console: Console, tmp_path: Path):
         ["2", "2026-03-04", "05:06", "20.0000", "1000", "runs/eli5"],
     ]
     assert console(export, *at, "--rollback")[:2] == (0, "version 2 removed, 1 is the newest\n")
-    refuse(console(export, *at, "--rollback"), "has one version, and nothing to go back to")
+    refuse(console(export, *at, "--rollback"), "has one version, and no earlier version to return to")
     assert names(tmp_path / "m") == {"1"}
-    for flag, text in (("--list", "there is no such directory"), ("--rollback", "nothing to go back to")):
+    for flag, text in (("--list", "there is no such directory"), ("--rollback", "no earlier version to return to")):
         refuse(console(export, "--serving-dir", tmp_path / "nowhere", flag), text)
 
 
@@ -344,7 +344,7 @@ def test_list_of_a_remote_folder(console: Console, tmp_path: Path):
     assert " ".join(when) == time.strftime("%Y-%m-%d %H:%M", time.gmtime(written))
     assert len(out.splitlines()) == 2
     assert f"{at}/2 has no saved_model.pb and does not count as a version" in err
-    refuse(console(export, "--serving-dir", at, "--rollback"), "has one version, and nothing to go back to")
+    refuse(console(export, "--serving-dir", at, "--rollback"), "has one version, and no earlier version to return to")
     refuse(console(export, "--serving-dir", "nowhere://x", "--list"), "'nowhere' not implemented")
 
 
@@ -399,9 +399,9 @@ REFUSED = [
     ("--serving-dir NEW --model BARE", "BARE: no tokenizer can be read from its files"),
     ("--serving-dir FILE --model NEW", "--serving-dir FILE: FILE is not a directory; give a directory"),
     ("--serving-dir FILE/x --model NEW", "--serving-dir FILE/x: FILE is not a directory; give a directory"),
-    ("--serving-dir TAKEN --model NEW --version 1", "--version 1 is in TAKEN already: give another"),
-    ("--serving-dir TAKEN --model NEW --version 7", "--version 7 is in TAKEN already: give another"),
-    ("--serving-dir TAKEN --model NEW --version 8", "--version 8 is in TAKEN already: give another"),
+    ("--serving-dir TAKEN --model NEW --version 1", "--version 1 already exists in TAKEN: give another"),
+    ("--serving-dir TAKEN --model NEW --version 7", "--version 7 already exists in TAKEN: give another"),
+    ("--serving-dir TAKEN --model NEW --version 8", "--version 8 already exists in TAKEN: give another"),
     ("--serving-dir NEW --model NEW --version 0", "--version 0: give 1 or more"),
     ("--serving-dir NEW --model NEW --version -1", "--version -1: give 1 or more"),
     ("--serving-dir NEW --model NEW --version 9223372036854775808", "9223372036854775807 at most"),
@@ -411,14 +411,14 @@ REFUSED = [
     ("--serving-dir NEW --model NEW --temperature -1", "--temperature -1.0: give 0"),
     ("--serving-dir NEW --model NEW --top-p 0", "--top-p 0.0: give"),
     ("--serving-dir NEW --model NEW --top-p 1e-50", "--top-p 1e-50: give"),
-    ("--serving-dir NEW --model NEW --top-k 3000000000", "--top-k 3000000000: give 2147483647 at most"),
+    ("--serving-dir NEW --model NEW --top-k 3000000000", "--top-k 3000000000: give at most 2147483647"),
     ("--serving-dir NEW --model NEW --temperature 1e39", "--temperature 1e+39: give 0"),
     ("--serving-dir= --model NEW", "--serving-dir is missing"),
     ("--serving-dir NEW --from-hub me/x --model NEW", "leave out --model"),
     ("--serving-dir NEW --from-hub me/x --file NEW --max-perplexity 30", "leave out --file"),
     ("--serving-dir NEW --from-hub me/x --compile xla", "leave out --compile"),
     ("--serving-dir NEW --model NEW --max-new-tokens 0", "--max-new-tokens 0: give 1 or more"),
-    ("--serving-dir NEW --model NEW --max-batch-size 5000", "--max-batch-size 5000: give 4096 at most"),
+    ("--serving-dir NEW --model NEW --max-batch-size 5000", "--max-batch-size 5000: give at most 4096"),
     (
         "--serving-dir NEW --model NEW --split dev --max-perplexity 9",
         "--split applies to the text of --dataset or --file",
@@ -429,7 +429,7 @@ REFUSED = [
     ("--serving-dir NEW --model UNKNOWN --max-perplexity 9", "the checkpoint has no results.json"),
     ("--serving-dir NEW --model CHECKPOINT --max-new-tokens-limit 16", "--max-new-tokens-limit 16"),
     ("--serving-dir NEW --model UNKNOWN --max-perplexity 9 --compile xla --weights bfloat16", "has no results.json"),
-    ("--serving-dir LAST --model NEW", "version 9223372036854775807 is there, and servers take no higher one"),
+    ("--serving-dir LAST --model NEW", "version 9223372036854775807 exists, and servers take no higher number"),
     ("--serving-dir nowhere://x --model NEW", "File system scheme 'nowhere' not implemented"),
     ("--serving-dir TAKEN --model NEW --max-regression 0", "served now has no perplexity in its record"),
     ("--serving-dir DAMAGED --model NEW --max-regression 0", f"DAMAGED/2/{RECORD} is damaged"),
@@ -442,7 +442,7 @@ def test_what_is_refused(console: Console, plain: Path, tmp_path: Path):
     (tmp_path / "FILE").write_text("")
     ignored = shutil.ignore_patterns("*token*", "merges.txt", "vocab.json")
     shutil.copytree(plain, tmp_path / "BARE", ignore=ignored)
-    # A version without a record, one that is named otherwise than we would, and a file where a version would be.
+    # A version without a record, one with another form of name, and a file where a version would be.
     (tmp_path / "TAKEN/1").mkdir(parents=True)
     (tmp_path / "TAKEN/007").mkdir()
     (tmp_path / "TAKEN/8").write_text("")
@@ -491,7 +491,7 @@ def test_beams_are_refused(console: Console, plain: Path, tmp_path: Path):
         (("--max-regression", 0.02), 2, "measured differently (block_size differ)"),
     ],
 )
-def test_gate_keeps_a_model_out(
+def test_gate_refuses_a_model(
     console: Console, plain: Path, tmp_path: Path, flags: tuple[object, ...], code: int, text: str
 ):
     """A worse model served, a verdict that nobody can read later, or one on perplexities that say different things."""
@@ -615,7 +615,7 @@ def check_full(disk: Disk) -> None:
     """What is said of it, what is left on it, and that it is of use again."""
     if disk.process is None:
         pytest.skip("a small disk cannot be mounted here, it takes root")
-    refuse(end(disk.process), "the disk is full, nothing was published; make room")
+    refuse(end(disk.process), "the disk is full, nothing was published; free some space")
     assert names(disk.folder / "m") == set()
     used = shutil.disk_usage(disk.folder).used
     assert used <= 16 * 1024, used

@@ -179,7 +179,7 @@ def test_finished_run_is_kept_unless_overwritten(console: Console, fitted: Path,
 def test_overwriting_leaves_exactly_the_new_files(
     console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path
 ):
-    """A former tokenizer's chat template and added tokens beside the new tokenizer, whose they then are."""
+    """A former tokenizer's chat template and added tokens, which the new tokenizer then loads."""
     model, tokenizer = load(checkpoints["gpt2"])
     tokenizer.chat_template = "{{ messages }}"
     save(model, tokenizer, tmp_path / "chatty")
@@ -227,7 +227,7 @@ def test_short_blocks_end_with_a_sample(
     assert isinstance(json.loads((tmp_path / "run" / "results.json").read_text())["sample"], str)
 
 
-def test_a_sample_that_fails_is_said_and_the_run_is_complete(
+def test_a_failed_sample_is_reported_and_the_run_is_complete(
     console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path
 ):
     """A run that can never finish because its tokenizer puts more in front of a prompt than the context holds."""
@@ -318,7 +318,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path
     return folder
 
 
-def test_what_is_not_finite_is_said(console: Console, broken: Path, corpus_file: Path, tmp_path: Path):
+def test_values_that_are_not_finite_are_reported(console: Console, broken: Path, corpus_file: Path, tmp_path: Path):
     """Weights with NaN that have perplexity "inf ± nan" and exit code 0, JSON that is none, and a text of NaN."""
     text = ("--file", corpus_file, "--text-column", "answers.text", "--block-size", 32)
     for protocol in ((), ("--stride", 16)):
@@ -341,7 +341,7 @@ def test_what_is_not_finite_is_said(console: Console, broken: Path, corpus_file:
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_perplexity_beyond_all_numbers_is_said(
+def test_a_perplexity_that_overflows_is_reported(
     console: Console, checkpoints: dict, corpus_file: Path, tmp_path: Path
 ):
     """A loss that is known and a perplexity that overflows: the loss is told, and the perplexity is no number."""

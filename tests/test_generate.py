@@ -1,4 +1,4 @@
-"""What `generate` goes on from, and the knobs that it takes."""
+"""The prompts and the sampling parameters of `generate`."""
 
 from __future__ import annotations
 

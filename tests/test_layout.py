@@ -17,7 +17,7 @@ LEAVES: dict[str, set[str]] = {
     "disk": set(),
     "compat": set(),
 }
-# What each room may import beside the leaves: the rooms below it.
+# The rooms that each room may import, in addition to the leaves.
 ROOMS: dict[str, set[str]] = {
     "corpus": set(),
     "metrics": set(),

@@ -222,7 +222,7 @@ def test_compose_mounts_what_it_names():
 
 
 def test_flags_are_those_of_the_server():
-    """A flag that is misspelled, which a stock server passes over; or a pod that ends before its requests do."""
+    """A flag that is misspelled, which an unmodified server ignores; or a pod that ends before its requests do."""
     compose = settings_of(COMPOSE["services"]["serving"]["command"])
     assert not compose.xla_cpu_compilation_enabled
     for deployment in of_kind("Deployment"):
@@ -294,7 +294,7 @@ def test_configs_serve(start: Callable[..., Any], url: str):
 
 
 def test_kubernetes_configs_serve(start: Callable[..., Any]):
-    """A version of the config map that is not the one served, or its copy of monitoring.config gone stale."""
+    """A version of the config map that is not the one served, or an outdated copy of monitoring.config in it."""
     data = of_kind("ConfigMap")[0]["data"]
     for track, version in (("stable", "1"), ("canary", "2")):
         server = start(data[f"{track}.config"], port=0)
@@ -432,7 +432,7 @@ def test_smoke_passes(url: str):
 
 @needs_curl
 def test_smoke_fails(url: str):
-    """A script that passes a model which is absent, does not go on from the prompt, heeds no seed, or scores NaN."""
+    """A script that passes a model which is absent, does not continue the prompt, ignores the seed, or scores NaN."""
     code, held = smoke(url, "liar")
     assert code == 1
     assert held == dict.fromkeys(CHECKS, False) | {"status": True, "metadata": True, "bad request": True}

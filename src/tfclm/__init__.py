@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with Keras on TensorFlow and put it behind TensorFlow Serving."""
+"""Fine-tune a causal language model with Keras on TensorFlow and serve it with TensorFlow Serving."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
     import tf_keras
 
-# The name here, and its module and attribute there.
+# Name in this module -> module and attribute in the other library.
 _TENSORFLOW = {  # tensorflow>=2.20,<2.22
     "config_pb2": "tensorflow.core.protobuf.config_pb2:",
     "saved_model_pb2": "tensorflow.core.protobuf.saved_model_pb2:",
@@ -74,13 +74,13 @@ def __getattr__(name: str) -> Any:
 
 
 def disable_xla(folder: Path | None = None) -> str | None:
-    """Makes ops that compile with XLA fail, as an unmodified server does; there is no way back in this process.
+    """Makes ops that compile with XLA fail, as an unmodified server does, for the rest of this process.
 
     Args:
-        folder: of TensorFlow's library; the installed TensorFlow's if not given.
+        folder: directory of TensorFlow's library; that of the installed TensorFlow if not given.
 
     Returns:
-        None, or why this build of TensorFlow cannot do that.
+        None if that worked, else the reason why this build of TensorFlow cannot do it.
     """
     if folder is None:
         import tensorflow as tf
@@ -120,17 +120,17 @@ def is_selection(rows: datasets.Dataset) -> bool:
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow for a command, without the lines that it prints about itself, which would bury the command's.
+    """Imports TensorFlow for a command, without its startup log, which would hide the command's own output.
 
     Example:
         >>> import_tensorflow()
         >>> import tensorflow as tf
     """
-    # Its modules and graphs are millions of objects that stay, and the collector would walk them time and again.
+    # TensorFlow keeps millions of objects alive, which the garbage collector would scan again and again.
     gc.set_threshold(200_000, 20, 100)
-    # Or it would import Keras 3 beside tf_keras.
+    # Otherwise TensorFlow would import Keras 3 in addition to tf_keras.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-    # Where PyTorch is installed, transformers would import it, which some of its versions do not survive (triton).
+    # transformers would import PyTorch if it is installed, and some versions of PyTorch fail then (triton).
     os.environ.setdefault("USE_TORCH", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
@@ -138,7 +138,7 @@ def import_tensorflow() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.stderr.flush()
     terminal = os.dup(2)
-    # In another process, because this one may be aborted while TensorFlow is imported, having said why.
+    # In another process, so that the last messages get through if the import of TensorFlow aborts this one.
     read, write = os.pipe()
     with subprocess.Popen([sys.executable, "-I", "-S", "-c", _RELAY], stdin=read, stderr=terminal) as relay:
         os.close(read)
@@ -149,14 +149,14 @@ def import_tensorflow() -> None:
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
-            # It ends with its input, unless a process that TensorFlow started still holds that.
+            # The relay ends when its input closes, unless a process that TensorFlow started keeps it open.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 relay.wait(timeout=5)
             relay.kill()
 
 
-# Copies stderr but for what TensorFlow says of itself: informational lines begin with I and a date, and another line
-# says that they are not in the log file yet.
+# Copies stderr without TensorFlow's own log: informational lines, which begin with I and a date, and the line that says
+# that they are not in the log file yet.
 _RELAY = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """Writes files atomically, and tolerates file systems without some operations.
 
-Network and FUSE mounts may not support flushing a folder, changing a mode, or locking. None of that loses data, so it
-is a warning on stderr, once per process. A full or failing disk and all else stays an error.
+Network and FUSE mounts may not support flushing a directory, changing a mode, or locking. No data is lost by that, so
+it is a warning on stderr, once per process. All other errors, such as a full disk, are raised.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def write(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or folder to the disk, so that a power cut after a later rename does not lose the content.
+    """Flushes a file or directory to the disk, so that a power cut after a later rename does not lose the content.
 
     Raises:
         OSError: the data could not be written. If the file system cannot flush, that is a warning only.
@@ -81,14 +81,14 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes everything in a folder and the folder itself."""
+    """Flushes everything in a directory and the directory itself."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Sets the permissions of a file or folder, if the file system supports that."""
+    """Sets the permissions of a file or directory, if the file system supports that."""
     try:
         os.chmod(path, mode)
     except OSError as error:
@@ -100,7 +100,7 @@ def set_mode(path: Path, mode: int) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies the files of a folder into a new or existing one, following links.
+    """Copies the files of a directory into a new or existing one, following links.
 
     Unlike `shutil.copytree` it leaves out modes and times, which some mounts cannot set.
     """
@@ -114,10 +114,10 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 class FolderLock:
-    """Locks a folder against other processes; the lock ends with this process at the latest.
+    """Locks a directory against other processes; the lock is released when this process ends, at the latest.
 
     Args:
-        folder: the folder, which is locked itself, without a lock file.
+        folder: the directory, which is locked itself, without a lock file.
         timeout: seconds to wait for another process.
 
     Attributes:
@@ -137,7 +137,7 @@ class FolderLock:
                     fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self.exclusive = True
                 except BlockingIOError:
-                    # Not a blocking lock: a stopped process may hold the folder for ever.
+                    # Not a blocking lock: a stopped process may hold it forever.
                     if time.monotonic() >= deadline:
                         raise
                     time.sleep(_LOCK_POLL)
@@ -161,20 +161,20 @@ class FolderLock:
 
 @contextmanager
 def staging(place: Path, prefix: str, log: Callable[[str], None] | None = None) -> Iterator[Path]:
-    """Creates an empty folder to write into, which is removed at the end unless it was renamed.
+    """Creates an empty directory to write into, which is removed at the end unless it was renamed.
 
-    Folders that killed processes left are removed first.
+    Directories that killed processes left are removed first.
 
     Args:
-        place: the existing folder to create it in.
-        prefix: prefix of the names of these folders, which nothing else there has.
+        place: the existing directory to create it in.
+        prefix: prefix of the names of these directories; no other name in `place` has it.
         log: gets a line for each leftover that cannot be removed; stderr if not given.
 
     Raises:
         OSError: `place` cannot be written, or another process locks it for too long.
     """
     with ExitStack() as stack:
-        # Under a lock: until a new folder is locked itself, it looks like a leftover.
+        # Under a lock: until a new directory is locked itself, it looks like a leftover.
         with FolderLock(place, LOCK_TIMEOUT):
             for entry in place.glob(f"{prefix}*"):
                 _remove_leftover(entry, log or _print)

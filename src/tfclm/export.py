@@ -36,10 +36,10 @@ class ExportSettings(ServableSettings, SourceSettings):
     model: str | None = setting(None, "directory or Hub id of the checkpoint")
     revision: str | None = setting(None, "branch, tag or commit of a Hub id")
     serving_dir: str | None = setting(
-        None, "model directory, such as serving_models/eli5; its numbered subfolders are the versions"
+        None, "model directory, such as serving_models/eli5; its numbered subdirectories are the versions"
     )
     version: int | None = setting(None, "version number; the highest existing one plus 1 if not given")
-    keep_versions: int | None = setting(None, "then remove all but this many of the newest versions")
+    keep_versions: int | None = setting(None, "after publishing, keep only this many of the newest versions")
     max_perplexity: float | None = setting(None, "publish only if the perplexity is at most this")
     max_regression: float | None = setting(
         None, "publish only if the perplexity is at most this fraction above the served version's; 0.02 is 2 %"
@@ -56,7 +56,7 @@ class ExportSettings(ServableSettings, SourceSettings):
 
 
 def run(settings: ExportSettings) -> int:
-    """Checkpoint to published version; the exit code."""
+    """Exports a checkpoint, or lists or removes versions; returns the exit code."""
     if not settings.serving_dir:
         raise InputError("`serving_dir` is missing: give the model directory, such as serving_models/eli5")
     if settings.list:
@@ -122,7 +122,7 @@ def import_from_hub(settings: ExportSettings) -> Exported:
 
 
 def open_release(settings: ExportSettings) -> Release:
-    """Where the model is published, and what it must meet.
+    """Where the model is published, and the limits that it must meet.
 
     Raises:
         InputError: a setting that has no effect, or is out of its range.
@@ -167,7 +167,7 @@ def measure_perplexity(
 
 
 def remove_old_versions(settings: ExportSettings, version: int) -> int:
-    """Removes all but the newest versions if that is asked for; the exit code."""
+    """Removes all versions except the newest if `keep_versions` is given; returns the exit code."""
     from tfclm.savedmodel.publishing.versions import ServingDirectory
 
     if settings.keep_versions is None:

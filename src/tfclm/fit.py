@@ -53,7 +53,7 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
         None, "peak learning rate; if not given, 2e-5 for a checkpoint and 1e-3 for scratch"
     )
     output_dir: str | None = setting(None, "directory of the result; runs/quickstart for the quickstart")
-    overwrite: bool = setting(False, "start again in a directory that holds a run", recorded=False)
+    overwrite: bool = setting(False, "start over, replacing the run in `output_dir`", recorded=False)
     export_to: str | None = setting(
         None,
         "model directory that the finished model is exported to, such as serving_models/eli5",
@@ -104,7 +104,7 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
         if self.vocab_size < 257:
             raise InputError(f"`vocab_size` {self.vocab_size}: give 257 or more, one per byte and one for the EOS")
         if settings.export_to is None and (settings.max_perplexity, settings.max_regression) != (None, None):
-            raise InputError("`max_perplexity` and `max_regression` decide what is exported: give `export_to` as well")
+            raise InputError("`max_perplexity` and `max_regression` are limits for an export: give `export_to` too")
         if settings.push_saved_model and (settings.push_to_hub is None or settings.export_to is None):
             raise InputError("`push_saved_model` pushes what `export_to` exports: give `export_to` and `push_to_hub`")
         if settings.push_saved_model and is_remote(address(str(settings.export_to))):
@@ -146,8 +146,8 @@ def preset(given: Mapping[str, Any]) -> dict[str, Any]:
 def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
     """Fetches a run's state from the Hub, unless the directory holds it already; returns the run's settings.
 
-    The settings may be somebody else's. So only those count that a run records, which do not decide what is
-    overwritten, exported or fetched; and the run is pushed only to the repository that it comes from.
+    Somebody else may have pushed the settings. So only those that a run records are used, which cannot overwrite,
+    export or fetch anything; and the run is pushed only to the repository that it comes from.
 
     Raises:
         InputError: no directory is given, or one that holds something else, or the Hub has no state there.
@@ -177,7 +177,7 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(settings: FitSettings) -> int:
-    """Text to token blocks to the directory of the fine-tuned model; the exit code."""
+    """Reads and packs the text, trains, exports and pushes; returns the exit code."""
     settings = settings.resolved()
     release = open_release(settings)
     if release is not None:
@@ -187,7 +187,7 @@ def run(settings: FitSettings) -> int:
 
     folder = RunFolder(Path(str(settings.output_dir)), record(settings), settings.overwrite)
     if folder.results is not None:
-        log(f"{folder.path} is complete; --overwrite starts again")
+        log(f"{folder.path} is complete; --overwrite starts over")
         hub = open_hub(settings) if is_unpushed(settings) else None
         return deliver(folder.results, settings, release, hub)
     with folder:
@@ -255,7 +255,7 @@ def fine_tune(
 def deliver(
     results: Mapping[str, Any], settings: FitSettings, release: RunRelease | None, hub: HubTarget | None
 ) -> int:
-    """Prints what a complete run came to, exports its model and pushes it, as far as asked; the exit code."""
+    """Prints the results of a complete run, exports and pushes its model if requested; returns the exit code."""
     from tfclm.savedmodel.publishing.canary import CanaryFailed
     from tfclm.savedmodel.publishing.gate import GateFailed
 
@@ -319,7 +319,7 @@ def push_callbacks(
 
 
 def set_up(settings: FitSettings) -> tf.distribute.Strategy:
-    """Sets precision and seed for what is created next, and returns the strategy to create it under."""
+    """Sets precision and seed, and returns the strategy to create the model under."""
     import tensorflow as tf
     import tf_keras
 

@@ -20,7 +20,7 @@ class PushSettings(HubSettings):
 
     model: str | None = setting(None, "directory of a run, or of another checkpoint")
     repo_id: str | None = setting(
-        None, "Hub repository, such as me/eli5; by default the one that the run was given", metavar="REPO"
+        None, "Hub repository, such as me/eli5; by default the one in the run's settings", metavar="REPO"
     )
     push_saved_model: str | None = setting(
         None, "exported model to push as well, zipped: a version, or a model directory for its newest version"
@@ -28,7 +28,7 @@ class PushSettings(HubSettings):
 
 
 def run(settings: PushSettings) -> int:
-    """Uploads the directory so that the repository equals it; the exit code."""
+    """Uploads the directory so that the repository equals it; returns the exit code."""
     from tfclm.hub.archive import newest_version
     from tfclm.hub.delivery import deliver, marked
     from tfclm.hub.repository import Unreachable, preflight
@@ -47,7 +47,7 @@ def run(settings: PushSettings) -> int:
         if left is None:
             raise InputError("`repo_id` is missing: give the Hub repository, such as me/eli5")
         repo_id = left.pop("repo_id")
-        # Flags override what the run was given.
+        # Flags override the settings of the run.
         where = left | {name: value for name, value in where.items() if value}
     lock = Lock(folder)
     try:

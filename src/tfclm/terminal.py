@@ -24,7 +24,7 @@ def prepare_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # Closed (`2>&-`): otherwise the next file that is opened gets this number, and what is printed.
+            # Closed (`2>&-`): the next file that is opened would get this number, and the output with it.
             os.open(os.devnull, os.O_RDWR)
             _closed.add(number)
     # A closed stdin stays None, so that commands that read it can report that.
@@ -58,7 +58,7 @@ def print_result(text: str) -> None:
 
 
 def rewrite_lines(rewrite: Callable[[str], str]) -> None:
-    """Sets what `log` applies to each line from now on; a command shows its fields as flags."""
+    """Sets the function that `log` applies to each line; a command uses it to show fields as flags."""
     global _rewrite
     _rewrite = rewrite
 

@@ -666,7 +666,7 @@ def test_a_distributed_model_loads_and_saves(saved, tokenizer, tmp_path: Path) -
 
 
 def test_generation_settings_survive_even_those_that_transformers_will_not_save(saved) -> None:
-    """Settings lost beside PyTorch weights, as transformers does, or a save that fails after hours of training."""
+    """Settings lost with PyTorch weights, as transformers does, or a save that fails after hours of training."""
     folder = saved()
     settings = {"do_sample": False, "top_k": 7, "temperature": 0.5, "eos_token_id": [0, 5]}
     (folder / "generation_config.json").write_text(json.dumps(settings))
@@ -743,7 +743,7 @@ def only_slow(folder: Path) -> None:
         (lose_a_shard, "model-00002-of-00002.safetensors cannot be read: there is no such file"),
     ],
 )
-def test_a_spoilt_folder_is_refused_in_one_line(spoil: Callable[[Path], Any], words: str, saved) -> None:
+def test_a_damaged_directory_is_refused_in_one_line(spoil: Callable[[Path], Any], words: str, saved) -> None:
     """A traceback of transformers, safetensors or h5py in place of what is wrong and what would be right."""
     folder = saved()
     spoil(folder)

@@ -1,4 +1,4 @@
-"""What PyTorch makes of our checkpoints and we of PyTorch's; runs where torch is installed beside TensorFlow."""
+"""What PyTorch makes of our checkpoints and we of PyTorch's; runs where torch is installed too."""
 
 from __future__ import annotations
 

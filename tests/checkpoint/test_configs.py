@@ -122,7 +122,7 @@ def test_a_mistral_of_transformers_5_has_its_own_theta(saved, make_model, tokeni
 
 
 def test_a_gpt2_of_transformers_5_is_saved_as_float32(saved, tokenizer) -> None:
-    """`dtype` bfloat16 kept beside float32 weights, which transformers 5 then opens as bfloat16."""
+    """`dtype` bfloat16 kept with float32 weights, which transformers 5 then opens as bfloat16."""
     folder, model = saved("gpt2")
     (folder / "config.json").write_text(json.dumps(GPT2 | {"dtype": "bfloat16"}))
     loaded, _ = checkpoint.load(folder)
@@ -140,7 +140,7 @@ def test_a_config_object_with_two_ropes_is_refused() -> None:
         checkpoint.create(AutoConfig.for_model(**MISTRAL))
 
 
-def test_the_form_of_the_output_is_ours(saved) -> None:
+def test_the_output_form_of_the_config_is_ignored(saved) -> None:
     """A traceback for configs that ask for tuples; a model that was trained without a cache refused by the exporter."""
     folder, model = saved("gpt2")
     asked = {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "use_cache": False}
@@ -204,7 +204,7 @@ ENCODER = {"model_type": "bert", "is_decoder": True}
         (GPT2 | {"hidden_size": 64}, "n_embd 32 and hidden_size 64"),
         (GPT2 | {"is_encoder_decoder": True}, "is_encoder_decoder=True"),
         (GPT2 | {"pruned_heads": {"0": [1]}}, "pruned_heads={"),
-        (GPT2 | {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "code of its own"),
+        (GPT2 | {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "custom code"),
         (GPT2 | {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized by bitsandbytes"),
         (GPT2 | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized by gptq"),
         (GPT2 | {"quantization": {"group_size": 64, "bits": 4}}, "quantized to 4 bits"),
@@ -216,7 +216,9 @@ ENCODER = {"model_type": "bert", "is_decoder": True}
         (ENCODER | {"model_type": "roberta", "pad_token_id": 0}, "pad_token_id=0"),
     ],
 )
-def test_what_would_be_computed_otherwise_is_refused_by_name(fields: dict[str, Any], words: str) -> None:
+def test_settings_that_tensorflow_would_compute_differently_are_refused_by_name(
+    fields: dict[str, Any], words: str
+) -> None:
     """A key that our transformers or TensorFlow's class ignores: another model than the one that was trained."""
     with pytest.raises(InputError, match="FOLDER") as caught:
         from_fields("FOLDER", fields)

@@ -70,7 +70,7 @@ def refused(given: Path | str) -> str:
         (["openvino_model.xml", "openvino_model.bin"], "converted for another runtime"),
         (["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"], "a tokenizer without a model"),
         (["train.jsonl", "test.jsonl"], "data, not a model"),
-        (["model/config.json", "model/model.safetensors"], "its subfolder model has one: give that"),
+        (["model/config.json", "model/model.safetensors"], "its subdirectory model has one: give that"),
         (["config.json:t5"], "an encoder-decoder"),
         (["config.json:vit"], "for images or sound"),
         (["config.json:gpt2", "pytorch_model.bin"], "convert it with transformers where PyTorch is installed"),

@@ -120,9 +120,7 @@ def test_a_chat_template_of_transformers_5_is_kept(original: Any, tmp_path: Path
         ),
     ],
 )
-def test_what_is_wrong_with_the_files_is_said(
-    name: str, content: str | None, words: str, original: Any, tmp_path: Path
-) -> None:
+def test_broken_files_are_explained(name: str, content: str | None, words: str, original: Any, tmp_path: Path) -> None:
     """A traceback, blame for whole files, or a question at the terminal whether to run the checkpoint's own code."""
     folder = as_version_5(original, BACKEND, tmp_path / "five")
     if content is None:

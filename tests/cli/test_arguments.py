@@ -171,7 +171,7 @@ def test_a_setting_that_is_like_none_is_not_guessed_at(tmp_path: Path):
 
 
 def test_flags_give_the_settings_again():
-    """A command to go on with that leaves out, or misspells, what the run was told."""
+    """A suggested next command that omits or misspells settings of the run."""
     for settings in (
         Example(),
         Example(rate=2e-5, block_size=7, kind="none", train_file=("a b", "c"), jit_compile=False, again=True),
@@ -250,7 +250,7 @@ def test_text_is_printed_as_utf8(encoding: str):
 
 @pytest.mark.parametrize("arguments", ["", "--times 100000", "--help"])
 def test_a_reader_that_has_gone(arguments: str):
-    """A traceback, or Python's "Exception ignored … BrokenPipeError", behind `| head`."""
+    """A traceback, or Python's "Exception ignored … BrokenPipeError", with `| head`."""
     line = f'{{ sleep 0.2; exec "$PYTHON" -c "$PRINTING" {arguments}; }} | true; exit ${{PIPESTATUS[0]}}'
     code, out, err = shell(line, PRINTING=PRINTING)
     assert (code, out, err.replace("progress\n", "")) == (1, "", "")
@@ -273,7 +273,7 @@ def test_import_does_not_import_tensorflow():
 
 @pytest.mark.slow
 def test_commands_do_not_import_pytorch(tmp_path: Path):
-    """A version of it that ends the process when it is imported behind TensorFlow, as transformers does unasked."""
+    """A version of it that ends the process when it is imported after TensorFlow, as transformers does by itself."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("import os\nos._exit(9)\n")
     (tmp_path / "torch-2.9.0.dist-info").mkdir()

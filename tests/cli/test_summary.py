@@ -71,7 +71,7 @@ def test_no_export_is_suggested_that_is_made_or_refused_anyway():
         ([7.0, 3.0, math.nan], {}, None),
     ],
 )
-def test_a_training_that_ended_too_early_is_said(losses: list[float], settings: dict, expected: str | None):
+def test_a_training_that_ended_too_early_is_reported(losses: list[float], settings: dict, expected: str | None):
     """A perplexity of hundreds that is taken for what the text allows, where more training would make it small."""
     summary, _ = shown(losses, **settings)
     assert ("still falling" in summary) == (expected is not None)

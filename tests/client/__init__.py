@@ -1,1 +1,1 @@
-"""Tests of the client, against servers that are sick, hostile or behind TLS."""
+"""Tests of the client, against servers that are broken, hostile or use TLS."""

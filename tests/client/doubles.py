@@ -100,7 +100,7 @@ def http_reply(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
 
 
 def read_request(connection: socket.socket) -> tuple[str, bytes]:
-    """A request's path and body; an empty path once the client is gone, or speaks TLS."""
+    """A request's path and body; an empty path if the client has disconnected or speaks TLS."""
     received = b""
     while b"\r\n\r\n" not in received:
         chunk = connection.recv(2**16)

@@ -179,7 +179,7 @@ def test_score_is_the_signature(client, signatures):
         for ours, its in ((score.loss, row["loss"]), (score.perplexity, row["perplexity"])):
             assert np.float32(ours) == its
         assert np.array_equal(np.float32(score.token_logprobs), row["token_logprobs"][: count + 1])
-        # Alone, the same products have another shape and round otherwise.
+        # Alone, the same products have another shape and round differently.
         assert client.score(text).loss == pytest.approx(score.loss, abs=1e-5)
 
 
@@ -211,7 +211,7 @@ def test_any_signature(client, signatures):
         ),
         (lambda client: client.generate("\udce9"), "`prompt` is not UTF-8"),
         (lambda client: client.generate(3), "`prompt` is 3: give a text"),
-        (lambda client: client.score("a b"[:1]), r"text\[0\] has less than 2 tokens"),
+        (lambda client: client.score("a b"[:1]), r"text\[0\] has fewer than 2 tokens"),
         (lambda client: client.predict("nope", {}), "no signature nope; it has generate, generate_tokens, score, "),
         (lambda client: client.predict("score", {}), "signature score needs the input text"),
         (lambda client: client.generate("word " * 100), r"prompt\[0\] has \d+ tokens, and the context holds 64"),
@@ -259,7 +259,7 @@ def test_threads_share_a_client(client):
         ({"url": "http://"}, "give the server alone"),
         ({"url": "grpc://localhost"}, "give host and port, such as grpc://localhost:8500"),
         ({"model_name": ""}, "`model_name` is empty"),
-        ({"version": 1, "version_label": "stable"}, "`version` and `version_label` exclude each other"),
+        ({"version": 1, "version_label": "stable"}, "`version` and `version_label` are mutually exclusive"),
         ({"timeout": 0}, "`timeout` 0: give seconds"),
         ({"retries": -1}, "`retries` -1: give 0 or more"),
     ],
@@ -552,7 +552,7 @@ def test_a_batch(served):
         (["--prompt=a", "--temperature=hot"], 2, "argument --temperature: invalid float value: 'hot'"),
         (["--prompt=a", "--temprature=1"], 2, "unrecognized arguments: --temprature=1"),
         (["--prompt=a", "--temperature=-1"], 2, "temperature[0] is -1.000000: give 0 (greedy) or more"),
-        (["--prompt=a", "--prompt-file=b"], 2, "--prompt and --prompt-file exclude each other"),
+        (["--prompt=a", "--prompt-file=b"], 2, "--prompt and --prompt-file are mutually exclusive"),
         (["--prompt-file=/no/such/file"], 2, "--prompt-file /no/such/file: No such file or directory"),
         (["--prompt=a", "--url=localhost:8501"], 2, "--url localhost:8501: give http://HOST:PORT"),
         (["--prompt=a", "--grpc", "--url=http://localhost:8501"], 2, "--url http://localhost:8501 is for REST"),

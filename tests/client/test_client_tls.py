@@ -1,4 +1,4 @@
-"""TLS: what is said where it fails, whom the client trusts, and the commands of serving/README.md."""
+"""TLS: error messages, whom the client trusts, and the commands of serving/README.md."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ HANDLERS: dict[str, Callable[[bytes, Any], bytes]] = {
 
 @contextmanager
 def secure_server(scheme: str, pair: tuple[str, str], clients: Authority | None = None) -> Iterator[str]:
-    """A server behind TLS, which wants clients of an authority if one is given; gives HOST:PORT."""
+    """A server with TLS, which requires client certificates of an authority if one is given; gives HOST:PORT."""
     certificate, key = pair
     with ExitStack() as stack:
         if scheme == "https":
@@ -343,7 +343,7 @@ def test_a_tunnel_through_a_proxy(no_proxy: pytest.MonkeyPatch, authority: Autho
 
 
 def test_a_proxy_that_is_not_there(no_proxy: pytest.MonkeyPatch):
-    """The server is said not to answer, and the proxy's password is in the message."""
+    """A message that blames the server, or that holds the proxy's password."""
     no_proxy.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
     told = said("http://models.invalid:8501")
     assert "the proxy 127.0.0.1:9 does not answer" in told

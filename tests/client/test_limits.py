@@ -40,7 +40,7 @@ BOUND = 4.0
 
 
 def drip(connection: socket.socket, start: bytes, piece: bytes) -> None:
-    """Sends a start, and then a piece ten times a second, until the client is gone."""
+    """Sends a start, and then a piece ten times a second, until the client disconnects."""
     read_request(connection)
     connection.sendall(start)
     for _ in range(200):

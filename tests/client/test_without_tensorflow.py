@@ -60,7 +60,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    # A copy, because a build leaves files beside the source.
+    # A copy, because a build leaves files in the source.
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     block = re.findall(r"```console\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
     make, *installs = (shlex.split(line) for line in block.splitlines())
@@ -136,7 +136,7 @@ def test_query_asks(python: Path, tmp_path: Path, server: Any):
     assert (done.returncode, done.stdout) == (0, "The é\n"), done.stderr
 
 
-def test_what_is_missing_is_said(python: Path, tmp_path: Path):
+def test_missing_packages_are_named(python: Path, tmp_path: Path):
     """A mistake of the user, or a server that is not there, that ends in a traceback about a package."""
     done = run(python, "-m", "tfclm.query", "--temprature", "1")
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Where texts come from, what is held out, and what is said about input that cannot be used."""
+"""Where texts come from, what is held out, and the messages about input that cannot be used."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_another_text_of_the_same_size_and_time_is_read(tmp_path: Path, kind: st
 
 
 def test_a_text_is_known_by_its_content(tmp_path: Path) -> None:
-    """Catches a cache that is of no use once the text has been moved or copied; or one that heeds no column."""
+    """Catches a cache that is of no use once the text has been moved or copied; or one that ignores the column."""
     first = write_rows(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "b.jsonl").write_bytes(first.read_bytes())
     os.utime(tmp_path / "b.jsonl", (1e9, 1e9))
@@ -315,7 +315,7 @@ def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="the file that fails to be read is Linux'")
 @pytest.mark.parametrize("name", ["train.txt", "train.jsonl", "train.csv.gz", "train.parquet", "folder"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
-    """Catches a traceback where reading fails: no permission, a network or a disk that is gone."""
+    """Catches a traceback where reading fails: no permission, a network or a disk that is not available."""
     (tmp_path / "folder").mkdir()
     link = tmp_path / (f"{name}/train.jsonl" if name == "folder" else name)
     link.symlink_to("/proc/self/mem")
@@ -468,7 +468,7 @@ def save_eli5(folder: Path, layout: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("layout", ["struct of lists", "list of structs", "flattened", "jsonl", "parquet"])
 def test_nested_answers_of_eli5(tmp_path: Path, layout: str) -> None:
-    """Catches a nested column that is not found, or answers that come one a row instead of joined."""
+    """Catches a nested column that is not found, or answers in separate rows instead of joined."""
     split = read_split(**save_eli5(tmp_path, layout), text_column="answers.text")
     assert list(split.texts["text"]) == ANSWERS
     assert split.texts.column_names == ["text"]
@@ -555,7 +555,7 @@ def saved(tmp_path: Path) -> str:
 
 
 def test_own_validation_split_goes_with_the_train_split(saved: str) -> None:
-    """Catches validation on training rows when the dataset brings a validation split."""
+    """Catches validation on training rows when the dataset has a validation split."""
     texts = read(dataset=saved, split="train_asks[:5]")
     assert list(texts.train["text"]) == [f"train {i}" for i in range(5)]
     assert list(texts.validation["text"]) == [f"validation {i}" for i in range(5)]
@@ -779,8 +779,8 @@ def test_source_must_be_given_once(tmp_path: Path) -> None:
     path = str(write_rows(tmp_path / "a.jsonl", ["a", "b"]))
     refused("give `dataset` or `train_file`")
     refused("give `dataset` or `file`", one=True)
-    refused("exclude each other", dataset="x", files=[path])
-    refused("exclude each other", dataset="x", validation_split="test", validation_files=[path])
+    refused("are mutually exclusive", dataset="x", files=[path])
+    refused("are mutually exclusive", dataset="x", validation_split="test", validation_files=[path])
     refused("needs `dataset`", files=[path], validation_split="test")
     assert re.search(r"is a file: give it as `train_file` .*a\.jsonl", refused(dataset=path))
 

@@ -92,7 +92,7 @@ def test_repository_is_made_equal_to_the_folder(hub: Hub, tmp_path: Path):
     results, _ = asked("OPTIONS = {}" + MIRROR, hub.endpoint, folder)
     assert results == [True, False]
     assert hub.model("me/tiny").files() == held(folder)
-    # The first commit removes .gitignore, the second brings what that kept back.
+    # The first commit removes .gitignore, the second adds the files that it excluded.
     assert hub.model("me/tiny").titles() == ["content", "a title", "a title"]
     uploads = [request for request in hub.requests if request.startswith("PUT")]
     assert len(uploads) == 2, "of the two large files each goes once"
@@ -148,7 +148,7 @@ def test_push_goes_through_a_bad_network(hub: Hub, tmp_path: Path, seed: int):
 
 
 def test_states_are_coalesced_and_the_newest_wins(hub: Hub, tmp_path: Path):
-    """A queue that grows behind a slow Hub, a training that waits for it, or a last state that is left out."""
+    """A queue that grows while the Hub is slow, a training that waits for it, or a last state that is left out."""
     folder = filled(tmp_path / "run")
     hub.make("models/me/tiny", {})
     hub.faults = Faults(["hang"], "/commit/", hang=0.9)
@@ -274,7 +274,7 @@ def test_a_hub_that_never_answers_is_given_up(hub: Hub, tmp_path: Path):
 
 
 def test_gives_up_when_its_time_is_over_or_there_is_no_use(hub: Hub, tmp_path: Path):
-    """A process that never ends because the Hub does not come back, or that goes on against a plain no."""
+    """A process that never ends because the Hub does not come back, or that retries after a refusal."""
     folder = filled(tmp_path / "run")
     hub.make("models/me/tiny", {})
     hub.faults = Faults(["500"] * 100, "/commit/")
@@ -292,7 +292,7 @@ def test_gives_up_when_its_time_is_over_or_there_is_no_use(hub: Hub, tmp_path: P
     assert hub.model("me/tiny").titles() == []
 
 
-def test_a_run_that_goes_on_does_not_push_what_is_there(hub: Hub, tmp_path: Path):
+def test_a_resumed_run_does_not_push_an_existing_state(hub: Hub, tmp_path: Path):
     """After a kill: the commits of the first process once more, and the Hub back at an older state."""
     folder = filled(tmp_path / "run")
     for run, steps in (("abc", 100), ("abc", 200), ("abc", 100), ("abc", 200), ("abc", 300), ("xyz", 100)):

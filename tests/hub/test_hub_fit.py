@@ -198,7 +198,7 @@ def weights(folder: Path) -> bytes:
 
 
 @pytest.mark.long
-def test_killed_run_goes_on_here_and_elsewhere(hub: Hub, tmp_path: Path):
+def test_killed_run_resumes_here_and_elsewhere(hub: Hub, tmp_path: Path):
     """Commits made twice, a run that begins anew, or a pushed state without optimizer or position in the data."""
     user, other = User(hub, tmp_path / "user"), User(hub, tmp_path / "other")
     command = [*FIT, "--epochs", 8, "--push-checkpoint"]
@@ -264,7 +264,7 @@ def test_settings_that_come_with_a_state(hub: Hub, tmp_path: Path, target: str, 
         settings = yaml.safe_load(rest)
         assert (settings["epochs"], settings["learning_rate"], settings["push_to_hub"]) == (7, 1e-3, expected)
         assert settings["output_dir"] == "run"
-        # What the folder compares with when the run goes on.
+        # The settings that are compared when the run is resumed.
         there = yaml.safe_load((user.home / "run" / "fit.yaml").read_text())
         assert there == settings | {"output_dir": None}
     assert said == [target == "me/other" and not flags, False]

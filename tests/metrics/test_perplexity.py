@@ -124,7 +124,7 @@ class Table:
 
 
 def test_a_dataset_of_blocks_has_the_score_of_its_array():
-    """Rows that are lost, doubled or batched otherwise where they are read a thousand at a time."""
+    """Rows that are lost, doubled or batched differently when they are read a thousand at a time."""
     random = np.random.default_rng(0)
     model = Table(random.normal(size=(512, 512)))
     blocks = random.integers(2, 512, (2103, 4)).astype(np.int32)

@@ -145,7 +145,7 @@ assert not numbers
 
 
 def test_a_filesystem_without_locks(tmp_path: Path):
-    """A run that cannot be had on a network's filesystem, or one that is not told what is not checked there."""
+    """A run that fails on a network file system, or that does not say what is not checked there."""
     folders = [tmp_path / str(number) for number in range(4)]
     command = [sys.executable, "-c", WITHOUT_LOCKS, *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -156,7 +156,7 @@ def test_a_filesystem_without_locks(tmp_path: Path):
     assert said.startswith(f"tfclm: {words}")
 
 
-def test_a_lock_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_lock_that_fails_for_another_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A failing disk that is taken for a filesystem without locks."""
 
     def flock(handle: int, operation: int) -> None:

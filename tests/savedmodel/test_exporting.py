@@ -208,7 +208,7 @@ def test_tokens_alone_are_the_default(tokens: tuple[Path, list[canary.Prompt]]):
     ],
 )
 def test_generation_config_becomes_defaults(generation: dict[str, Any], expected: tuple[float, ...]):
-    """A server that decodes otherwise than transformers does with the same folder."""
+    """A server that decodes differently from transformers with the same checkpoint."""
     config = GenerationConfig(**generation)
     assert tuple(vars(defaults(ServableSettings(), config, 63)).values()) == pytest.approx(expected)
 

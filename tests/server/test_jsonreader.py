@@ -43,7 +43,7 @@ def test_large_documents_read_as_a_whole_does(seed):
     assert (parse(body.encode() + b"} garbage") == json.loads(body)) is True
 
 
-def test_what_the_interpreter_reads_otherwise():
+def test_documents_that_python_reads_differently():
     """A large document in which the second of two equal keys counts, an integer has no end, or bytes are replaced."""
     many = ", ".join(f'"{place}": {place}' for place in range(50_000))
     value = parse(
@@ -93,7 +93,7 @@ def test_values_are_counted(item):
 
 @pytest.mark.parametrize("item", ["[],", "[", '{"a":', '"a\\n",', " ", "9", '"', '"a":1,', "\\n", "\\ude42"])
 def test_parsing_ends_in_time(item):
-    """A document of some kind whose parsing goes on when nobody waits for it."""
+    """A document of some kind whose parsing continues when nobody waits for it."""
     body = ('{"a":[' + ('"' if item.startswith("\\") else "") + item * (12 * 2**20 // len(item))).encode()
     start = time.monotonic()
     with pytest.raises(StatusError) as error:

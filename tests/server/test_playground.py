@@ -227,7 +227,7 @@ def test_curl_does_the_same(page, asked):
     ],
 )
 def test_wrong_parameters(page, asked, params, said):
-    """A mistake without a word, or beside which the text of another request still stands."""
+    """An error that is not shown, or that is shown next to the text of another request."""
     page.fill(prompt="The", temperature="0")
     page.submit("generate")
     assert page.said("generate", "text") == asked.generate("The", temperature=0.0).generated_text

@@ -179,7 +179,7 @@ def test_few_bytes_do_not_ask_for_all_memory(process, predict, channel):
     assert "at most 16777216 bytes may be repeated" in _refused(stub.Classify, request)
     assert time.monotonic() - began < BUSY
     assert process.peak() - before < 500
-    # What clients make of constant tensors goes on working.
+    # Constant tensors of clients still work.
     compact = tf.make_tensor_proto(1.0, shape=[1_000_000])
     assert len(compact.float_val) == 1
     outputs = predict(_request("half", x=compact), timeout=BUSY).outputs["y"]
@@ -250,7 +250,7 @@ def test_output_filter_makes_no_new_executor(process, predict):
 
 
 def test_multi_inference_makes_no_new_executor(process, channel):
-    """A choice of tasks that is answered otherwise than each task by itself."""
+    """Several tasks whose answers differ from those of each task alone."""
     stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
     request = inference_pb2.MultiInferenceRequest()
     for signature in ("regress", "classify"):
@@ -300,7 +300,7 @@ def test_reloads_of_an_empty_folder(process, channel, predict, folder, tmp_path)
     assert codes <= {grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE}, calls
     empty.name = "empty"
     details = _refused(reload, request, grpc.StatusCode.UNKNOWN)
-    assert f"model empty has no version in {tmp_path}: no folder is named by a number" in details
+    assert f"model empty has no version in {tmp_path}: no subdirectory is named with a number" in details
     assert process.rest.get("/v1/models/empty").error.startswith("Could not find any versions of model empty: ")
     assert _half_answers(process, predict) < BUSY
     # It was taken nevertheless, and a version is taken up when it comes.
@@ -370,7 +370,7 @@ def test_sigterm_ends_it_whatever_runs(launch, folder):
 
 
 @pytest.mark.slow
-def test_versions_change_while_a_run_goes_on(launch, folder, tmp_path):
+def test_versions_change_during_a_run(launch, folder, tmp_path):
     """An abandoned run that blocks the loading of all versions, because its own version is to be unloaded."""
     shutil.copytree(folder / "heavy", tmp_path / "heavy")
     process = launch(f"--model_base_path={tmp_path / 'heavy'}", "--rest_api_timeout_in_ms=500").listens()
@@ -428,9 +428,8 @@ def test_sigterm_while_a_model_is_loaded(launch, folder, tmp_path):
 def test_empty_folder_is_waited_for(launch, tmp_path):
     """A server that does not listen, and does not say why, because its model has no version yet."""
     process = launch(f"--model_base_path={tmp_path}").listens()
-    assert f"model model has no version in {tmp_path}: no folder is named by a number; checked again at each poll" in (
-        process.events
-    )
+    warning = f"model model has no version in {tmp_path}: no subdirectory is named with a number"
+    assert f"{warning}; checked again at each poll" in process.events
     assert process.rest.predict({"inputs": [2.0]}, "model").status == 404
     export(HalfPlusTwo(), tmp_path, 1)
     process.says("loaded version 1 of model model")
@@ -457,7 +456,7 @@ def test_taken_port_is_noticed_before_loading(folder, start_server, caplog):
 
 
 def test_deadline_ends_the_run(process, predict):
-    """A call that goes on for long after its client has given up."""
+    """A call that runs long after its client has given up."""
     began = time.monotonic()
     with pytest.raises(grpc.RpcError) as raised:
         predict(_request("slow", steps=2**31 - 1), timeout=1)

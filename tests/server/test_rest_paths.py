@@ -251,7 +251,7 @@ def test_prometheus_endpoint(rest, server):
 
 
 def test_timeout(models, start_server, client):
-    """A run that goes on for ever, or a timeout that looks like a fault of the server."""
+    """A run that never ends, or a timeout that looks like an error of the server."""
     server = start_server(model_base_path=str(models / "slow"), rest_api_timeout_in_ms=300, port=0)
     answer = client(server).predict({"inputs": 10**9}, "model")
     assert (answer.status, answer.error) == (504, "Timed out waiting for notification")

@@ -10,7 +10,7 @@ import pytest
 
 
 def test_row_format(rest):
-    """A reply in another shape than the request's, or spaced otherwise than TensorFlow Serving spaces it."""
+    """A reply in another shape than the request's, or with other white space than TensorFlow Serving's."""
     answer = rest.predict({"instances": ["hello"]})
     assert (answer.status, answer.body) == (200, b'{\n    "predictions": ["hello world"\n    ]\n}')
 
@@ -339,7 +339,7 @@ WHOLE = gzip.compress(b'{"inputs":["a"]}')
 
 @pytest.mark.parametrize("body", [WHOLE + b"x", WHOLE * 2, WHOLE[:-3], WHOLE[:-8] + bytes(8), b'{"inputs":["a"]}'])
 def test_gzip_with_something_wrong(rest, body):
-    """What stands behind the compressed body being passed over, or half a body being run."""
+    """Data after the compressed body that is ignored, or half a body that is run."""
     answer = rest.predict(body, **{"Content-Encoding": "gzip"})
     assert (answer.status, answer.error) == (400, "JSON Parse error: The document is empty")
 

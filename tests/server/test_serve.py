@@ -94,7 +94,7 @@ def test_transformers_is_not_imported(models):
     ("flags", "said"),
     [
         ([], "`model_base_path` is missing"),
-        (["--model_base_path=/nowhere"], "`model_base_path` /nowhere: there is no such folder"),
+        (["--model_base_path=/nowhere"], "`model_base_path` /nowhere: there is no such directory"),
         (["--model_config_file=/nowhere"], "`model_config_file` /nowhere: No such file"),
         (["--model_base_path=.", "--port=8501"], "`rest_api_port` 8501: give another port"),
         (["--model_base_path=.", "--port=0", "--rest_api_port=0"], "nothing would listen"),
@@ -148,7 +148,7 @@ def test_user_error_is_one_line():
     command = [sys.executable, "-m", "tfclm.serve", "--model_base_path=/nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert done.stderr == "tfclm.serve: --model_base_path /nowhere: there is no such folder\n"
+    assert done.stderr == "tfclm.serve: --model_base_path /nowhere: there is no such directory\n"
 
 
 @pytest.mark.parametrize("value", ["true", "1", "false", "0"])
@@ -179,7 +179,7 @@ def test_port_that_is_taken(models, server, start_server):
 
 
 def test_overload(models, start_server, client, eventually):
-    """Requests that pile up in memory; or a status probe that waits behind them."""
+    """Requests that pile up in memory; or a status probe that has to wait for them."""
     server = start_server(model_base_path=str(models / "slow"), rest_api_num_threads=1, max_queued_requests=1, port=0)
     rest = client(server)
     answers = []

@@ -65,7 +65,7 @@ def test_new_version_is_taken_up(base, half, start_server, client, eventually):
 
 
 def test_deleting_the_newest_rolls_back(base, half, start_server, client, eventually):
-    """A deleted version that goes on serving, or no version that takes its place."""
+    """A deleted version that is still served, or no version that takes its place."""
     publish(half, base, "2")
     rest = client(start_server(model_base_path=str(base), **QUICK))
     assert states(rest) == {"2": "AVAILABLE"}

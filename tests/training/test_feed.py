@@ -1,4 +1,4 @@
-"""The feed: the stock pipeline's batches, in a given order."""
+"""The feed: the batches of transformers' pipeline, in a given order."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ def assert_same(found: tf.data.Dataset, wanted: tf.data.Dataset) -> None:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "mistral"])
 @pytest.mark.parametrize("drop_remainder", [False, True])
-def test_batches_equal_the_stock_call(architecture: str, drop_remainder: bool, make_model, tokenizer) -> None:
-    """Catches a fast way that differs from `prepare_tf_dataset` with the stock collator in any value, type or shape."""
+def test_batches_equal_those_of_transformers(architecture: str, drop_remainder: bool, make_model, tokenizer) -> None:
+    """Catches a value, type or shape that differs from `prepare_tf_dataset` with transformers' collator."""
     model, blocks = make_model(architecture), make_blocks(75)
     order = np.random.default_rng(1).permutation(75)
-    stock_collator = DataCollatorForLanguageModeling(collator(tokenizer).tokenizer, mlm=False, return_tensors="tf")
-    stock = model.prepare_tf_dataset(
-        blocks.select(order), batch_size=8, shuffle=False, drop_remainder=drop_remainder, collate_fn=stock_collator
+    their_collator = DataCollatorForLanguageModeling(collator(tokenizer).tokenizer, mlm=False, return_tensors="tf")
+    theirs = model.prepare_tf_dataset(
+        blocks.select(order), batch_size=8, shuffle=False, drop_remainder=drop_remainder, collate_fn=their_collator
     )
     ours = feed(model, blocks, tokenizer, batch_size=8, order=order, drop_remainder=drop_remainder)
-    assert_same(ours, stock)
-    assert ours.element_spec == stock.element_spec
-    assert int(ours.cardinality()) == int(stock.cardinality()) == (9 if drop_remainder else 10)
+    assert_same(ours, theirs)
+    assert ours.element_spec == theirs.element_spec
+    assert int(ours.cardinality()) == int(theirs.cardinality()) == (9 if drop_remainder else 10)
 
 
-def test_batches_equal_the_stock_call_of_a_tokenizer_with_its_own_pad(make_model, tokenizer) -> None:
+def test_batches_equal_those_of_transformers_with_a_padding_token(make_model, tokenizer) -> None:
     """Catches a private pad token that changes the batches of a model whose pad is none of the text's ids."""
     model, blocks = make_model("opt"), make_blocks(20)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    stock_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False, return_tensors="tf")
-    stock = model.prepare_tf_dataset(blocks, batch_size=8, shuffle=False, collate_fn=stock_collator)
-    assert_same(feed(model, blocks, tokenizer, batch_size=8), stock)
+    their_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False, return_tensors="tf")
+    theirs = model.prepare_tf_dataset(blocks, batch_size=8, shuffle=False, collate_fn=their_collator)
+    assert_same(feed(model, blocks, tokenizer, batch_size=8), theirs)
 
 
 def test_many_fetches_and_record_batches(make_model, tokenizer) -> None:
@@ -100,7 +100,7 @@ def test_feed_of_a_selection_of_blocks(kind: str, make_model, tokenizer) -> None
     np.testing.assert_array_equal(found, rows[::-1])
 
 
-def test_resumed_order_goes_on_where_the_run_stopped(make_model, tokenizer) -> None:
+def test_resumed_order_continues_where_the_run_stopped(make_model, tokenizer) -> None:
     """Catches a resumed run that sees other batches than the uninterrupted one."""
     model, blocks = make_model(), make_blocks(21)
     order = run_order(21, 4, epochs=3, seed=5)
@@ -124,7 +124,7 @@ def test_eos_keeps_its_label_and_the_tokenizer_is_left_alone(make_model, tokeniz
     assert (tokenizer.pad_token, len(tokenizer)) == ("<|endoftext|>", length)
 
 
-def test_collator_pads_rows_of_unequal_length_as_the_stock_one(tokenizer) -> None:
+def test_collator_pads_rows_of_unequal_length_as_transformers_does(tokenizer) -> None:
     """Catches the short way taken for rows that need padding; padding must be out of the loss, EOS in it."""
     own = collator(tokenizer)
     batch = own([{"input_ids": [5, 0]}, {"input_ids": [6, 7, 0]}])
@@ -134,7 +134,7 @@ def test_collator_pads_rows_of_unequal_length_as_the_stock_one(tokenizer) -> Non
 
 
 @pytest.mark.parametrize("rows", [[[5, 0], [6, 7]], [np.array([5, 0], np.int32), np.array([6, 7], np.int32)]])
-def test_collator_alone_gives_tensors_as_the_stock_one(tokenizer: Any, rows: list[Any]) -> None:
+def test_collator_alone_gives_tensors_as_transformers_does(tokenizer: Any, rows: list[Any]) -> None:
     """Catches a short way that hands out another kind of batch than return_tensors="tf" promises."""
     own = collator(tokenizer)
     examples = [{"input_ids": row} for row in rows]

@@ -161,7 +161,7 @@ class Poison(tf_keras.callbacks.Callback):
 def test_nan_stops_with_the_last_good_weights(
     make_model, tokenizer, step: int, save_steps: int, best_step: int, best_epoch: int | None, said: str
 ):
-    """A run that goes on with NaN and saves it, or weights from inside an epoch that are said to be from its end."""
+    """A run that continues with NaN and saves it, or weights from inside an epoch that are said to be from its end."""
     model = make_model()
     settings = TrainingSettings(epochs=3, save_steps=save_steps, **FAST)
     validation = blocks(8, 1)
@@ -225,7 +225,7 @@ def test_settings_that_the_model_was_not_made_under(make_model, tokenizer, polic
 
 
 @pytest.mark.parametrize(("count", "said"), [(31, True), (97, False)])
-def test_blocks_left_out_are_said(make_model, tokenizer, capfd: pytest.CaptureFixture[str], count: int, said: bool):
+def test_blocks_left_out_are_reported(make_model, tokenizer, capfd: pytest.CaptureFixture[str], count: int, said: bool):
     """Half of the text that is not trained on in an epoch, without a word; 1 of 97 is no news."""
     settings = TrainingSettings(max_steps=1, gradient_accumulation_steps=2, **FAST)
     finetune(make_model(), tokenizer, blocks(count), blocks(8, 1), settings)

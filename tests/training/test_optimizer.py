@@ -1,4 +1,4 @@
-"""The optimizer: which weights decay, and the course of the learning rate."""
+"""The optimizer: which weights decay, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def test_norms_and_biases_do_not_decay_and_all_else_does(make_model, architectur
 
 
 @pytest.mark.parametrize(
-    ("course", "expected"),
+    ("name", "expected"),
     [
         ("linear", lambda done: 1 - done),
         ("cosine", lambda done: (1 + math.cos(math.pi * done)) / 2),
         ("constant", lambda done: 1.0),
     ],
 )
-def test_schedule(course: str, expected):
-    """A warm-up off by one, or a schedule that never reaches 0, or goes on below it."""
-    schedule = WarmupSchedule(peak=2e-4, steps=100, warmup_steps=10, course=course)
+def test_schedule(name: str, expected):
+    """A warm-up off by one, or a schedule that never reaches 0, or becomes negative."""
+    schedule = WarmupSchedule(peak=2e-4, steps=100, warmup_steps=10, schedule=name)
     for step in range(10):
         assert float(schedule(step)) == pytest.approx(2e-4 * step / 10, rel=1e-6, abs=1e-12)
     for step in (10, 11, 55, 99, 100, 150):
         assert float(schedule(step)) == pytest.approx(2e-4 * expected(min((step - 10) / 90, 1)), rel=1e-5, abs=1e-10)
-    assert float(WarmupSchedule(1.0, 10, 0, course)(0)) == 1.0
+    assert float(WarmupSchedule(1.0, 10, 0, name)(0)) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,7 @@ STATE = {
 }
 
 
-# The file `checkpoint` names the newest complete state: where it is gone, there is none.
+# The file `checkpoint` names the newest complete state: without it, there is none.
 @pytest.mark.parametrize(
     ("file", "damage"),
     [

@@ -240,7 +240,7 @@ def _check_quantization(where: str, fields: dict[str, Any]) -> None:
             )
     if isinstance(fields.get("auto_map"), dict) and any("Model" in key for key in fields["auto_map"]):
         raise InputError(
-            f"{where}: config.json has auto_map, so the model needs code of its own, which is not run here: "
+            f"{where}: config.json has auto_map, so the model needs custom code, which is not run here: "
             "remove it if the model type itself is supported"
         )
     fields.pop("auto_map", None)  # code for the config or the tokenizer only

@@ -194,7 +194,7 @@ def _limit_new_tokens(model: TFPreTrainedModel, prompt_tokens: int, max_new_toke
 
 
 def _check_finite(input_ids: tf.Tensor, scores: tf.Tensor, cur_len: int) -> tf.Tensor:
-    """A logits processor that refuses NaN and infinity: from NaN, `generate` would draw any token alike."""
+    """A logits processor that refuses NaN and infinity: from NaN, `generate` would draw arbitrary tokens."""
     import tensorflow as tf
 
     if tf.reduce_any(tf.math.is_nan(scores)) or not tf.math.is_finite(tf.reduce_max(scores)):

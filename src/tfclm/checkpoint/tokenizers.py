@@ -46,7 +46,7 @@ def read_tokenizer(where: str, folder: Path) -> PreTrainedTokenizerFast:
         if _is_of_version_5(settings):
             tokenizer = _read_version_5(where, folder, settings)
         else:
-            # Never runs the checkpoint's own code, and never asks at the terminal whether to.
+            # Never runs the checkpoint's own code, and never asks for permission at the terminal.
             tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except InputError:
         raise
@@ -69,10 +69,10 @@ def _is_of_version_5(settings: dict[str, Any]) -> bool:
 
 
 def _read_version_5(where: str, folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Reads a tokenizer.json without a tokenizer class of its own.
+    """Reads a tokenizer.json as a plain PreTrainedTokenizerFast.
 
     Version 5 keeps settings in tokenizer.json that version 4 keeps in its classes, such as BERT's lower casing. These
-    classes would override them with their defaults, so the result is a plain PreTrainedTokenizerFast.
+    classes would override them with their defaults, so they are not used.
     """
     import transformers
     from transformers import AddedToken, PreTrainedTokenizerFast

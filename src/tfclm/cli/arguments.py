@@ -29,7 +29,7 @@ def parse(
 ) -> T:
     """Reads a settings dataclass from command-line arguments, over the values of the file named by `--config`.
 
-    Every field is a flag, `--learning-rate` and `--learning_rate` alike; a bool has a `--no-` twin; a tuple takes
+    Every field is a flag, `--learning-rate` and `--learning_rate` alike; a bool has a `--no-` form; a tuple takes
     several values, and may be given several times; None is written `none`.
 
     Args:

@@ -26,7 +26,7 @@ class HubTarget:
     """A repository, and whether the Hub can be reached.
 
     Attributes:
-        repository: what is pushed to.
+        repository: the repository to push to.
         reachable: False if the Hub could not be reached; the run is pushed later then.
         patience: seconds for which the last push is tried again.
     """
@@ -54,7 +54,7 @@ class HubTarget:
                 raise InputError(f"{error}; go online, or give `push_later` to push when it can be reached") from error
             if "/" not in repo_id:
                 raise InputError(f"{error}, so its owner is not known: give `push_to_hub` as owner/name") from error
-            log(f"{error}; the run goes on and will be pushed later")
+            log(f"{error}; the run continues and will be pushed later")
             return cls(Repository(repo_id, **where), False, settings.push_patience)
 
     def callbacks(
@@ -86,7 +86,7 @@ class HubTarget:
         ]
 
     def mark(self, output_dir: Path) -> None:
-        """Records in the run's directory that it has to be pushed still, until it is."""
+        """Records in the run's directory that it still has to be pushed; the push removes the mark."""
         from tfclm.hub.delivery import mark
 
         mark(output_dir, self.repository)

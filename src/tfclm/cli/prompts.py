@@ -19,7 +19,7 @@ def read_prompt(prompt: str | None, stdin: TextIO | None, file: str | None = Non
         'The import statement'
     """
     if prompt is not None and file is not None:
-        raise InputError("`prompt` and `prompt_file` exclude each other: give one of them")
+        raise InputError("`prompt` and `prompt_file` are mutually exclusive: give one of them")
     given = "`prompt`" if prompt is not None else "standard input" if file is None else f"`prompt_file` {file}"
     try:
         if prompt is not None:

@@ -27,10 +27,10 @@ Texts = Callable[[], Iterable[str]]
 
 @dataclass(frozen=True)
 class Release:
-    """Where a checkpoint is published, and what it must meet.
+    """Where a checkpoint is published, and the limits that it must meet.
 
     Attributes:
-        directory: the serving directory, which can be written.
+        directory: the model directory, which can be written.
         settings: how the model is exported.
         limits: what its perplexity must meet.
     """
@@ -76,7 +76,7 @@ class Release:
             check_comparable(self.limits, served, protocol, tokens)
 
     def check_recorded(self, recorded: PerplexityResult | None) -> None:
-        """Raises InputError if the gate cannot decide by the perplexity that is recorded beside a checkpoint."""
+        """Raises InputError if the gate cannot decide by the perplexity that is recorded with a checkpoint."""
         from tfclm.savedmodel.publishing.gate import decide, served_record
 
         decide(self.limits, recorded, served_record(self.directory, self.limits))
@@ -96,7 +96,7 @@ class Release:
             checkpoint: its directory or Hub id.
             revision: branch, tag or commit of a Hub id.
             texts: documents on which the version served now is scored too.
-            measure: measures the perplexity of a model; asked where none is recorded, and for smaller weights.
+            measure: measures the perplexity of a model; called if none is recorded, and for smaller weights.
             recorded: the perplexity that the run measured.
 
         Returns:
@@ -128,7 +128,7 @@ class Release:
 
 
 def recorded_perplexity(checkpoint: str, revision: str | None = None) -> PerplexityResult | None:
-    """The perplexity that `fit` recorded beside a checkpoint; NaN if the run diverged, None without a record.
+    """The perplexity that `fit` recorded with a checkpoint; NaN if the run diverged, None without a record.
 
     Raises:
         InputError: the record of a local checkpoint is damaged.

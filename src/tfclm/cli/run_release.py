@@ -22,7 +22,7 @@ class RunRelease:
     """A release, and the validation text on which the version served now can be scored too.
 
     Attributes:
-        release: where the model is published, and what it must meet.
+        release: where the model is published, and the limits that it must meet.
         source: the run's text.
         validation_split: the split that the run validates on, if it is given.
         validation_files: the files that it validates on, if they are given.
@@ -45,7 +45,7 @@ class RunRelease:
         """
         texts = self.validation_texts(protocol)
         if texts is None and protocol is None and self.source.dataset:
-            # The dataset may have a validation split of its own, which is known once it is read.
+            # The dataset may have its own validation split, which is known once the dataset is read.
             texts = functools.partial(document_texts, self.source)
         with fields_of_fit(text=True):
             self.release.check(texts, protocol, tokens)

@@ -1,4 +1,4 @@
-"""What a finished run prints: its perplexity, a sample, and the commands that go on from it."""
+"""What a finished run prints: its perplexity, a sample, and the commands to continue with."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def summarize(results: Mapping[str, Any], settings: TrainingSettings, output_dir
         _perplexity(results, output_dir),
         *([f"sample: {results['sample']!r}"] if results["sample"] is not None else []),
         *_still_falling(results["train"]["epochs"], settings),
-        "go on with:",
+        "next steps:",
         f'  {python} -m tfclm.generate --model {folder} --prompt "…"',
         f"  {python} -m tfclm.evaluate --model {folder} {evaluating}",
     ]
-    # A model without a perplexity is not worth serving.
+    # A model that diverged should not be served.
     if not exports and results["perplexity"]:
         name = shlex.quote(Path(output_dir).resolve().name)
         lines.append(f"  {python} -m tfclm.export --model {folder} --serving-dir serving_models/{name}")

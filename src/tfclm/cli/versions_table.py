@@ -13,7 +13,7 @@ DAMAGED = "damaged record"
 
 
 def print_versions(serving_dir: str) -> int:
-    """Prints a table of the versions, and of the models that were not published; the exit code."""
+    """Prints a table of the versions, and of the models that were not published; returns the exit code."""
     import tensorflow as tf
 
     from tfclm.savedmodel.publishing.gate import verdicts

@@ -1,4 +1,4 @@
-"""A client for an exported model behind TensorFlow Serving, over REST or gRPC. It does not need TensorFlow."""
+"""A client for a model served by TensorFlow Serving, over REST or gRPC. It does not need TensorFlow."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Client:
         version: the number of a version; the version that is served by default if not given.
         version_label: the label of a version, such as "stable", instead of its number.
         timeout: seconds that a method call may take in total, including all of its requests and retries.
-        retries: how often to resend a request that the server was too busy to run (503, UNAVAILABLE).
+        retries: how many times to resend a request that the server was too busy to run (503, UNAVAILABLE).
         max_reply_bytes: size limit of a reply in bytes, after decompression.
         ca_file: PEM file with the certificate authorities to trust, for https:// and grpcs://; the public ones if not
             given.

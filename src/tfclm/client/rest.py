@@ -1,4 +1,4 @@
-"""A model behind TensorFlow Serving's REST API."""
+"""Calls a model over TensorFlow Serving's REST API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model behind TensorFlow Serving's gRPC API."""
+"""Calls a model over TensorFlow Serving's gRPC API."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _HEADER_BYTES = 2**16  # allowed in addition to the body
 
 
 class ConnectionFailed(Exception):
-    """A connection could not be made, or TLS failed; requests and urllib3 do not wrap this error in one of theirs."""
+    """A connection could not be made, or TLS failed; requests and urllib3 do not wrap this error."""
 
     def __init__(self, error: Exception, established: bool = False) -> None:
         super().__init__(str(error))

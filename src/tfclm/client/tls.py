@@ -54,7 +54,7 @@ class Tls:
     """PEM files: certificates of the authorities to trust, and the client's own certificate and key.
 
     Raises:
-        InputError: a file cannot be read, or is not what it should be.
+        InputError: a file cannot be read, or has the wrong content.
     """
 
     ca_file: str | None = None

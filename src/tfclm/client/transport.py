@@ -30,7 +30,7 @@ class Model:
         if not self.name:
             raise InputError("`model_name` is empty: give the name under which the server serves the model")
         if self.version is not None and self.label is not None:
-            raise InputError("`version` and `version_label` exclude each other: give one of them")
+            raise InputError("`version` and `version_label` are mutually exclusive: give one of them")
         if self.version is not None and not 0 <= self.version < 2**63:
             raise InputError(f"`version` {self.version}: give the number of a version, 0 or more")
         for field, text in (("model_name", self.name), ("version_label", self.label or "")):

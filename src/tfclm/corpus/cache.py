@@ -23,7 +23,7 @@ FORMAT = 2
 
 
 def code_versions() -> list[object]:
-    """Versions that belong to the cache key of every `datasets.map`, which hashes our functions by name alone."""
+    """Versions for the cache key of every `datasets.map`, which hashes this package's functions by name alone."""
     return [FORMAT, *(importlib.metadata.version(name) for name in ("tokenizers", "transformers"))]
 
 
@@ -68,7 +68,7 @@ def stored(
 
     Returns:
         The memory-mapped dataset and the facts. A file gets its name once it is complete; if `write` raises, nothing
-        is left behind.
+        is left on disk.
 
     Raises:
         InputError: the cache cannot be written.

@@ -52,7 +52,7 @@ def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = (
         tokens: a dataset with a column `input_ids`, one list of integers per document, as `tfclm.corpus.tokenize`
             returns it.
         block_size: number of tokens per block, 2 or more.
-        separator: token ids put after each document, such as `[tokenizer.eos_token_id]`. With nothing there, a model
+        separator: token ids put after each document, such as `[tokenizer.eos_token_id]`. Without a separator, a model
             does not learn where documents end.
 
     Returns:

@@ -79,10 +79,15 @@ def read(
 
     Raises:
         InputError: the input cannot be used; the message names the file and line, the column, the split or the setting.
+
+    Example:
+        >>> texts = read(files=["texts/*.jsonl"], text_column="body", validation_fraction=0.2)
+        >>> len(texts.train), len(texts.validation)
+        (800, 200)
     """
     _check_source(dataset, dataset_config, revision, files, "train_file")
     if validation_split and validation_files:
-        raise InputError("`validation_split` and `validation_file` exclude each other: give one of them")
+        raise InputError("`validation_split` and `validation_file` are mutually exclusive: give one of them")
     if validation_split and not dataset:
         raise InputError("`validation_split` needs `dataset`; with `train_file` give `validation_file`")
 
@@ -144,7 +149,7 @@ def _check_source(
 ) -> None:
     """Raises `InputError` unless exactly one source is given and the options apply to it; `field` names the files."""
     if dataset and files:
-        raise InputError(f"`dataset` and `{field}` exclude each other: give one of them")
+        raise InputError(f"`dataset` and `{field}` are mutually exclusive: give one of them")
     if not dataset and not files:
         raise InputError(f"no text to read: give `dataset` or `{field}`")
     folder = Path(dataset or "")
@@ -199,7 +204,7 @@ def _hold_out(texts: datasets.Dataset, fraction: float, seed: int) -> tuple[data
 
     if not 0 < fraction < 1:
         raise InputError(f"`validation_fraction` {fraction:g}: give a number between 0 and 1, for example 0.1")
-    # Duplicates go to one side: otherwise a document could be both trained on and validated on.
+    # Duplicates stay together: no document may be both trained on and validated on.
     digests = np.fromiter(
         (
             int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big", signed=True)
@@ -214,7 +219,7 @@ def _hold_out(texts: datasets.Dataset, fraction: float, seed: int) -> tuple[data
     count = len(first)
     if count < 2:
         raise InputError(
-            f"{count} document is too little to hold some out for validation: "
+            f"{count} document is not enough to hold some out for validation: "
             "give more text, or `validation_file` or `validation_split`"
         )
     held_out = np.random.default_rng(seed).permutation(count)[: min(max(round(count * fraction), 1), count - 1)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-# Characters per call of the tokenizer, whose own record of a token takes a hundred times the memory of its id.
+# Characters per call of the tokenizer, whose internal record of a token takes a hundred times the memory of its id.
 GROUP_CHARACTERS = 1 << 20
 CACHED_WORDS = 1 << 18  # about 50 MB per process
 CACHED_WORD_LENGTH = 64  # longer words are hardly ever repeated
@@ -99,7 +99,7 @@ class FastEncoder:
             and not model.dropout
         )
         # Texts with added tokens, which are split off before words, or with white space beyond ASCII, which the regex
-        # of Python and the tokenizer's do not define alike, go to the backend whole.
+        # engines of Python and the tokenizer define differently, go to the backend whole.
         added = [re.escape(token.content) for token in self._backend.get_added_tokens_decoder().values()]
         self._not_by_word = re.compile("|".join([*added, r"[^\S\t-\r ]", "\u180e"]))
         self._words: dict[str, bytes] = {}  # int32 ids as bytes, which join faster than lists

@@ -84,7 +84,7 @@ def unpack(packed: Path, target: Path, name: str) -> None:
             for entry in files:
                 place = target / entry.filename
                 place.parent.mkdir(parents=True, exist_ok=True)
-                # Not extract(), which would change unsafe names. "x" fails where two names are one to the file system.
+                # Not extract(), which would change unsafe names. "x" fails if the file system takes two names for one.
                 # ZipFile reads no more than the checked size and compares the checksum.
                 with file.open(entry) as source, open(place, "xb") as sink:
                     shutil.copyfileobj(source, sink, CHUNK_BYTES)

@@ -45,7 +45,7 @@ class PushToHubCallback(transformers.PushToHubCallback):
             case.
         save_steps: optimizer steps between two pushes, for "steps".
         tokenizer: saved and pushed with the model.
-        hub_model_id: the repository as owner/name, or the name of one of yours; the name of `output_dir` if None. It
+        hub_model_id: the repository as owner/name, or the name of one of your own; the name of `output_dir` if None. It
             is created if it does not exist.
         hub_token: token that may write there; that of HF_TOKEN or of `hf auth login` if None.
         checkpoint: also push, after each epoch, the state that `tfclm.fit --resume-from` continues. Needs
@@ -174,7 +174,7 @@ class PushToHubCallback(transformers.PushToHubCallback):
             self._add_state(folder)
 
     def _add_state(self, folder: Path) -> None:
-        """Adds what a run can be resumed from: its settings and, as of the same step as the weights, its state."""
+        """Adds the run's settings and its state at the step of the weights, from which it can be resumed."""
         settings, resume = self.output_dir / "fit.yaml", self.output_dir / "resume"
         if settings.is_file():
             shutil.copyfile(settings, folder / settings.name)

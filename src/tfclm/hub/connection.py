@@ -1,4 +1,4 @@
-"""Requests to the Hub: token, time limits, when to try again, and what an error means, in words."""
+"""Requests to the Hub: token, time limits, retries and error messages."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def scrubbed(text: str, *tokens: str | None) -> str:
 
 
 def limit_requests(seconds: float = 60.0) -> None:
-    """Sets a time limit for all requests of `huggingface_hub` in this process; many have none of their own."""
+    """Sets a time limit for all requests of `huggingface_hub` in this process; many of them have none by default."""
     import requests
     from huggingface_hub import configure_http_backend
 
@@ -89,7 +89,7 @@ def limit_requests(seconds: float = 60.0) -> None:
         """Gives up a connection without traffic."""
 
         def request(self, *arguments: Any, **options: Any) -> requests.Response:
-            # Most of the client's calls pass None, which waits for ever.
+            # Most of the client's calls pass None, which waits forever.
             if options.get("timeout") is None:
                 options["timeout"] = seconds
             return super().request(*arguments, **options)
@@ -158,7 +158,7 @@ def next_wait(waited: float, first: float = FIRST_WAIT) -> float:
 
 
 def retry(call: Callable[[], T], patience: float) -> T:
-    """Calls the Hub, and again while it fails for a reason that may pass.
+    """Calls the Hub, and retries while the call fails for a temporary reason.
 
     Raises:
         Unreachable: the next attempt would be later than `patience` seconds after the first.
@@ -204,7 +204,7 @@ def explain_push_error(error: BaseException, repo_id: str, user: str | None, *to
 
 
 def explain_fetch_error(error: BaseException, repo_id: str, revision: str | None, file: str) -> str:
-    """Why a repository cannot be read, in one line; `file` is what was to be fetched."""
+    """Why a repository cannot be read, in one line; `file` is the file to fetch."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HFValidationError):
@@ -225,9 +225,9 @@ def fetching_errors(repo_id: str, revision: str | None, file: str) -> Iterator[N
     """Raises the errors of a download as an InputError that names the repository.
 
     Args:
-        repo_id: what is fetched from.
+        repo_id: the repository to fetch from.
         revision: a branch, tag or commit.
-        file: what is fetched, for the message.
+        file: the file to fetch, for the message.
     """
     from huggingface_hub.errors import HFValidationError
 

@@ -44,7 +44,7 @@ class State:
 
 
 class Pusher:
-    """Pushes states to a repository in a thread of its own.
+    """Pushes states to a repository in a background thread.
 
     While one state is pushed, or waits until the Hub can be reached again, only the newest of the following ones is
     kept. `close` pushes that one, too, and ends the thread.

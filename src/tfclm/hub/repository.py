@@ -263,7 +263,7 @@ def preflight(
 
 
 def _check_before_requests(repo_id: str, where: str, token: str | None) -> None:
-    """Checks the name and the token as far as that needs no request; `where` is how messages name the repository."""
+    """Checks the name and the token without a request; `where` names the repository in messages."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

@@ -285,7 +285,7 @@ class _Perplexities:
 def _measure(
     model: TFPreTrainedModel, servable: GenerationModule, recorded: PerplexityResult | None, measure: Measure
 ) -> _Perplexities:
-    """Measures what is not recorded; smaller weights always, next to the float32 weights on the same text."""
+    """Measures the perplexity if none is recorded; with smaller weights always, both on the same text."""
     exact = recorded if recorded is not None else measure(model)
     if servable.settings.weights == "float32":
         return _Perplexities(exact, exact, None)

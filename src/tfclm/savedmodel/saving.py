@@ -22,7 +22,7 @@ RANKS = {"input_ids": 2, "attention_mask": 2}
 
 
 def write(module: GenerationModule, folder: Path) -> None:
-    """Writes `saved_model.pb`, the fingerprint and the variables into a folder."""
+    """Writes `saved_model.pb`, the fingerprint and the variables into a directory."""
     # No debug info: it holds paths of this machine.
     options = tf.saved_model.SaveOptions(save_debug_info=False)
     tf.saved_model.save(module, str(folder), signatures=module.signatures(), options=options)
@@ -51,7 +51,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(version: str) -> dict[str, Any]:
-    """The record of a version's folder or address; empty for a SavedModel that was exported by other software."""
+    """The record of a version's directory or address; empty for a SavedModel that was exported by other software."""
     path = f"{version.rstrip('/')}/{RECORD}"
     if not tf.io.gfile.exists(path):
         return {}

@@ -32,7 +32,7 @@ class ServableSettings:
 
     max_new_tokens: int | None = setting(None, "default of `max_new_tokens`; 100 if generation_config has none")
     max_new_tokens_limit: int | None = setting(
-        None, "largest `max_new_tokens` of a request; the context size - 1 if not given, with xla 256 at most"
+        None, "largest `max_new_tokens` that a request may ask for; by default the context - 1, with xla at most 256"
     )
     temperature: float | None = setting(None, "default of `temperature`; 0 = greedy, as with do_sample false")
     top_k: int | None = setting(None, "default of `top_k`; 0 = off")
@@ -41,22 +41,22 @@ class ServableSettings:
     truncate_prompts: bool = setting(
         False, "cut long prompts on the left, so that `max_new_tokens` more tokens fit into the context"
     )
-    max_batch_size: int = setting(8, "most rows that are decoded together, of one request or several")
-    batch_timeout: float = setting(30.0, "milliseconds that a request waits for others to be decoded together with")
-    max_request_rows: int = setting(4096, "most rows of a request; the model refuses more")
+    max_batch_size: int = setting(8, "maximum number of rows decoded together, from one or several requests")
+    batch_timeout: float = setting(30.0, "milliseconds that a request waits for others to join its batch")
+    max_request_rows: int = setting(4096, "maximum number of rows per request")
     max_request_tokens: int | None = setting(
         None,
-        "most tokens of a request: its rows times the longest of them, and for texts 4 bytes per token; "
-        "1048576, or a batch of full contexts if that is more",
+        "maximum number of tokens per request: its rows times the longest one, 4 bytes of text being one token; "
+        "by default 1048576, or a batch of full contexts if that is more",
     )
     compile: Literal["none", "xla"] = setting(
         "none", "xla is faster, but only servers started with --xla_cpu_compilation_enabled can run it"
     )
     buckets: tuple[int, ...] = setting(
-        (), "with xla, the prompt lengths that are compiled; if not given, 32, 128, 512 and so on"
+        (), "with xla, the prompt lengths that are compiled; by default 32, 128, 512 and so on"
     )
     weights: Literal["float32", "bfloat16"] = setting(
-        "float32", "type that the weights are stored in; bfloat16 needs xla"
+        "float32", "type in which the weights are stored; bfloat16 needs xla"
     )
 
     def check(self) -> None:
@@ -66,7 +66,7 @@ class ServableSettings:
             if value is not None and value < low:
                 raise InputError(f"`{name}` {value}: give {low} or more")
             if value is not None and value > high:
-                raise InputError(f"`{name}` {value}: give {high} at most")
+                raise InputError(f"`{name}` {value}: give at most {high}")
         if self.temperature is not None and not 0 <= self.temperature <= LARGEST:
             raise InputError(f"`temperature` {self.temperature}: give 0 (greedy) to 3.4e38")
         if self.top_p is not None and not SMALLEST <= self.top_p <= 1:

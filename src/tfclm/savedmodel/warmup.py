@@ -43,7 +43,7 @@ def requests(module: GenerationModule) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write(module: GenerationModule, folder: Path) -> int:
-    """Writes the records of a module into its version's folder; returns their number."""
+    """Writes the records of a module into its version's directory; returns their number."""
     from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
     path = folder / PATH

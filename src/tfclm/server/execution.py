@@ -74,7 +74,7 @@ class Caller:
 
 
 class Runs:
-    """The runs of a server's sessions, each in a thread of its own.
+    """The runs of a server's sessions, each in its own thread.
 
     TensorFlow stops a run that timed out only between two kernels, and has no way to stop one whose caller has
     cancelled. Such a run is abandoned: its request is answered at once, and its thread continues until the run ends.

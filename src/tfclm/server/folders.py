@@ -1,4 +1,4 @@
-"""Base paths of models: which versions a folder holds, which of them a config wants, and whether they can be read."""
+"""Base paths of models: the versions below one, which of them a config selects, and whether they can be read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VERSION = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
 
 @dataclass(frozen=True)
 class Listing:
-    """The versions to serve from a base path, number -> folder.
+    """The versions to serve from a base path, number -> directory.
 
     `error` says why there are none; `warning` says what is missing, even where other versions are there.
     """
@@ -26,7 +26,7 @@ class Listing:
 
 
 def is_version(name: str) -> bool:
-    """Whether a folder of this name is a version of a model: its name is an int64."""
+    """Whether a directory of this name is a version of a model: its name is an int64."""
     return _VERSION.fullmatch(name) is not None and -(2**63) <= int(name) < 2**63
 
 
@@ -42,8 +42,8 @@ def misplaced_model(base_path: str) -> str:
     path = Path(base_path).absolute()
     if names & {"saved_model.pb", "saved_model.pbtxt"}:
         if is_version(path.name):
-            return f"is a version of a model, not the folder that holds its versions: give {path.parent}"
-        return f"is a SavedModel, not a folder that holds versions: move it to {path / '1'} and give {path}"
+            return f"is a version of a model, not the directory that holds its versions: give {path.parent}"
+        return f"is a SavedModel, not a directory that holds versions: move it to {path / '1'} and give {path}"
     if "config.json" in names:
         return (
             "is a checkpoint, not an exported model: run "
@@ -64,7 +64,7 @@ def list_versions(config: Any) -> Listing:
     if missing:
         warning = f"model {config.name} has no version {', '.join(map(str, missing))} in {config.base_path}"
     elif not versions:
-        warning = f"model {config.name} has no version in {config.base_path}: no folder is named by a number"
+        warning = f"model {config.name} has no version in {config.base_path}: no subdirectory is named with a number"
     return Listing(versions, None if versions else StatusError(Code.NOT_FOUND, warning), warning)
 
 
@@ -89,7 +89,7 @@ def _select_versions(config: Any) -> dict[int, Path]:
 
 
 def check_readable(folder: Path) -> None:
-    """Raises OSError if a file in a folder cannot be opened. Missing files are left to the loader to report."""
+    """Raises OSError if a file in a directory cannot be opened. Missing files are left to the loader to report."""
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):

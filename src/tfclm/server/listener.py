@@ -54,7 +54,7 @@ class RequestRefused(Exception):
 
 
 class Listener:
-    """An HTTP server in a thread of its own, and a pool of threads that run requests."""
+    """An HTTP server in its own thread, and a pool of threads that run requests."""
 
     def __init__(self, api: RestApi, host: str, port: int, limits: Limits) -> None:
         self._api, self._host, self._port, self._limits = api, host, port, limits
@@ -280,7 +280,7 @@ class _HttpServer(web.Server):
                 connection.unread = unread
 
     def drop_idle(self, min_idle_seconds: float) -> bool:
-        """Closes the connection that has been idle for longest, if that is `min_idle_seconds` or more, and says so."""
+        """Closes the longest idle connection, if that is `min_idle_seconds` or more; returns whether it did."""
         idle = [pair for pair in self._open.items() if pair[1].no_request or pair[1].unread]
         if not idle:
             return False

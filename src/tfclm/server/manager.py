@@ -33,9 +33,9 @@ class Manager:
     is unloaded once a new one is available and the last request has released it.
 
     Args:
-        load: loads a version, given the model's name, the version's number and its folder.
+        load: loads a version, given the model's name, the version's number and its directory.
         poll_seconds: time between two polls of the file system; 0 polls once.
-        max_retries: how often a version that failed to load is tried again.
+        max_retries: how many times a version that failed to load is tried again.
         retry_seconds: time between two attempts to load a version.
         labels_for_unavailable: whether a new label may name a version that is not available.
     """
@@ -311,7 +311,7 @@ class Manager:
         return True
 
     def _actions(self) -> Iterator[Callable[[], None]]:
-        """The loads and unloads that are due now, while states change accordingly."""
+        """Updates the states of the versions and yields the loads and unloads that are due."""
         for name, model in list(self._models.items()):
             versions = sorted(model.versions.items(), reverse=True)
             if model.config is None and all(version.state == State.END for _, version in versions):

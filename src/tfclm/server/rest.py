@@ -1,4 +1,4 @@
-"""The REST API: turns method, path and body into status and body. It has nothing to do with sockets."""
+"""The REST API: turns method, path and body into status and body. It does not use sockets."""
 
 from __future__ import annotations
 

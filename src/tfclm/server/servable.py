@@ -55,8 +55,8 @@ class Servable:
     They take a `timeout_ms`, 0 for no limit, or a `caller`, who may also cancel.
 
     Raises:
-        StatusError: the folder holds no SavedModel that can be loaded, or a warm-up record fails.
-        OSError: the folder cannot be read.
+        StatusError: the directory holds no SavedModel that can be loaded, or a warm-up record fails.
+        OSError: the directory cannot be read.
     """
 
     def __init__(self, name: str, version: int, path: Path, options: LoadOptions, metrics: Metrics, runs: Runs) -> None:

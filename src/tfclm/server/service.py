@@ -1,4 +1,4 @@
-"""The calls of PredictionService behind both protocols: pick the requested version of a model and run it."""
+"""The calls of PredictionService, for both protocols: pick the requested version of a model and run it."""
 
 from __future__ import annotations
 

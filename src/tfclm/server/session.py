@@ -1,4 +1,4 @@
-"""A SavedModel in a TensorFlow session of its own, run as the C++ server runs it."""
+"""A SavedModel in its own TensorFlow session, run as the C++ server runs it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tfclm.compat import call_session_run, config_pb2, delete_buffer, new_buffer
 from tfclm.server.execution import THREAD_POOLS, Step
 from tfclm.server.status import Code, StatusError, from_tensorflow, invalid
 
-MAX_INTER_OP_THREADS = 4  # per run, unless the setting says otherwise
+MAX_INTER_OP_THREADS = 4  # per run, by default
 
 
 class Session:
     """A loaded SavedModel: `signatures` are its SignatureDefs by name.
 
     Args:
-        path: the SavedModel's folder.
+        path: the SavedModel's directory.
         tags: the tags of the graph to load.
         inter_op_threads: ops that a run executes in parallel; 0 for automatic.
         intra_op_threads: threads per op; 0 for automatic.
 
     Raises:
-        StatusError: the folder holds no SavedModel that can be loaded.
-        OSError: the folder cannot be read.
+        StatusError: the directory holds no SavedModel that can be loaded.
+        OSError: the directory cannot be read.
     """
 
     def __init__(self, path: Path, tags: Sequence[str], inter_op_threads: int, intra_op_threads: int) -> None:
@@ -60,7 +60,7 @@ class Session:
             self.close()
             raise
         except Exception as error:
-            # The loader has no error class of its own for an invalid file or missing tags.
+            # The loader has no specific error class for an invalid file or missing tags.
             self.close()
             raise invalid(f"{path}: {' '.join(str(error).split())}") from error
         self.signatures: dict[str, Any] = dict(meta.signature_def)
@@ -127,7 +127,7 @@ def tensorflow_errors() -> Iterator[None]:
 
 
 def _as_array(value: Any) -> Any:
-    """An output as an array: a scalar string comes as bytes, of which NumPy would drop NULs at the end."""
+    """An output as an array: a scalar string comes as bytes, whose trailing NULs NumPy would drop."""
     if not isinstance(value, bytes):
         return np.asarray(value)
     array = np.empty((), object)

@@ -14,8 +14,10 @@ from tfclm.settings import setting
 class ServeSettings:
     """Settings of `serve`."""
 
-    model_base_path: str | None = setting(None, "folder of the model, with one numbered subfolder per version")
-    hub: str | None = setting(None, "Hub repository whose saved_model.zip is served, instead of a `model_base_path`")
+    model_base_path: str | None = setting(None, "model directory, with one numbered subdirectory per version")
+    hub: str | None = setting(
+        None, "Hub repository whose saved_model.zip is served, instead of `model_base_path`", metavar="REPO"
+    )
     hub_revision: str | None = setting(
         None, "branch, tag or commit of the Hub repository; a commit never changes, a branch or tag can"
     )
@@ -34,7 +36,7 @@ class ServeSettings:
     playground: bool = setting(False, "serve a web page at / on which to generate and score text")
     grpc_max_threads: int = setting(0, "gRPC calls that run at the same time; 0 = 4 per CPU")
     file_system_poll_wait_seconds: int = setting(1, "seconds between two checks for new versions; 0 = check once")
-    max_num_load_retries: int = setting(5, "how often to retry a version that failed to load")
+    max_num_load_retries: int = setting(5, "how many times to retry a version that failed to load")
     load_retry_interval_micros: int = setting(60_000_000, "microseconds between two attempts to load a version")
     allow_version_labels_for_unavailable_models: bool = setting(
         False, "allow a new label to name a version that is not loaded yet"
@@ -42,7 +44,7 @@ class ServeSettings:
     enable_model_warmup: bool = setting(
         True, "replay assets.extra/tf_serving_warmup_requests before a version is served"
     )
-    num_request_iterations_for_warmup: int = setting(1, "how often to run each warm-up request")
+    num_request_iterations_for_warmup: int = setting(1, "how many times to run each warm-up request")
     saved_model_tags: str = setting("serve", "comma-separated tags of the graph to load")
     enable_signature_method_name_check: bool = setting(
         False, "refuse signatures whose method name does not match the API that is called"
@@ -93,8 +95,8 @@ def _check_ports(settings: ServeSettings) -> None:
 
 def _check_base_path(path: str | None) -> None:
     if path is None:
-        raise InputError("`model_base_path` is missing: give the folder that holds the versions of the model")
+        raise InputError("`model_base_path` is missing: give the model directory, which holds the versions")
     if not os.path.isdir(path):
-        raise InputError(f"`model_base_path` {path}: there is no such folder")
+        raise InputError(f"`model_base_path` {path}: there is no such directory")
     if mistake := misplaced_model(path):
         raise InputError(f"`model_base_path` {path} {mistake}")

@@ -271,7 +271,7 @@ def _fit(
     """Runs Keras' fit from the restored position to the end of the run."""
     progress = tracker.progress
     if plan.is_end_of_epoch(progress):
-        # Interrupted during an epoch's validation: to the callbacks, the rest of that epoch is a fit of its own.
+        # Interrupted during an epoch's validation: for the callbacks, the rest of that epoch is a separate fit.
         rest = tf_keras.callbacks.CallbackList(callbacks, model=model)
         rest.on_train_begin()
         rest.on_epoch_end(progress.epoch, {"loss": progress.loss, "val_loss": validate(rest)})

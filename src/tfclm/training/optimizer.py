@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 class WarmupSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
     """Learning rate schedule: linear from 0 to the peak, then linear or cosine to 0, or constant."""
 
-    def __init__(self, peak: float, steps: int, warmup_steps: int, course: str) -> None:
-        self.peak, self.steps, self.warmup_steps, self.course = peak, steps, warmup_steps, course
+    def __init__(self, peak: float, steps: int, warmup_steps: int, schedule: str) -> None:
+        self.peak, self.steps, self.warmup_steps, self.schedule = peak, steps, warmup_steps, schedule
 
     def __call__(self, step: Any) -> tf.Tensor:
         """The learning rate of a step, numbered from 0, as float32."""
         step = tf.cast(step, tf.float32)
         warmup = float(self.warmup_steps)
         done = tf.clip_by_value((step - warmup) / max(self.steps - warmup, 1.0), 0.0, 1.0)
-        if self.course == "linear":
+        if self.schedule == "linear":
             after = 1.0 - done
-        elif self.course == "cosine":
+        elif self.schedule == "cosine":
             after = 0.5 * (1.0 + tf.cos(tf.constant(3.141592653589793) * done))
         else:
             after = tf.ones_like(done)
@@ -36,7 +36,7 @@ class WarmupSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {"peak": self.peak, "steps": self.steps, "warmup_steps": self.warmup_steps, "course": self.course}
+        return {"peak": self.peak, "steps": self.steps, "warmup_steps": self.warmup_steps, "schedule": self.schedule}
 
 
 def exempt_from_decay(model: TFPreTrainedModel) -> list[str]:

@@ -432,8 +432,8 @@ def test_tokens_refused(exported: Export, ids: Any, mask: Any, message: str) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (["import x", "x"], r"text\[1\] has less than 2 tokens"),
-        ([""], r"text\[0\] has less than 2 tokens"),
+        (["import x", "x"], r"text\[1\] has fewer than 2 tokens"),
+        ([""], r"text\[0\] has fewer than 2 tokens"),
         ([], "text is empty"),
         ("x", "text has rank 0"),
     ],

@@ -70,7 +70,7 @@ def test_what_cannot_be_compared(tmp_path: Path):
     assert can_be_measured({"perplexity": None})
 
 
-def test_a_model_that_has_diverged_is_kept_out(tmp_path: Path):
+def test_a_diverged_model_is_not_published(tmp_path: Path):
     """A comparison with NaN, which is false whichever way it is asked."""
     nan, good = version(tmp_path / "2", math.nan), version(tmp_path / "1", -1.0)
     limits = Gate(max_regression=10.0)

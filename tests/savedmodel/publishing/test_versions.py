@@ -79,7 +79,7 @@ def test_next_version_and_a_given_one(tmp_path: Path):
     assert versions(tmp_path) == [1, 41, 42]
     assert ServingDirectory.at(tmp_path).served() == f"{tmp_path}/42"
     assert ServingDirectory.at(tmp_path / "nowhere").served() is None
-    with pytest.raises(InputError, match=r"`version` 41 is in .* already"):
+    with pytest.raises(InputError, match=r"`version` 41 already exists in"):
         publish(tmp_path, version=41)
     assert_only_complete(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["007", "1", "41", "42", "notes"]
@@ -89,7 +89,7 @@ def test_next_version_and_a_given_one(tmp_path: Path):
 def test_a_number_that_is_taken_during_the_export(tmp_path: Path, other: str):
     """A version that replaces the one that another export published, or a folder of another name that servers read."""
     directory = ServingDirectory.open(tmp_path, version=41)
-    with pytest.raises(InputError, match=r"`version` 41 is in .* already"), directory.staged() as folder:
+    with pytest.raises(InputError, match=r"`version` 41 already exists in"), directory.staged() as folder:
         fill(folder)
         (tmp_path / other).mkdir()
         directory.publish(folder)
@@ -155,7 +155,7 @@ def _export_without_room(serving_dir: Path, connection) -> None:
 
 
 def test_no_room_leaves_nothing(tmp_path: Path):
-    """A write that fails in the middle, and a version that stays behind half full."""
+    """A write that fails in the middle, and an incomplete version that it leaves."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_export_without_room, args=(tmp_path, sender))
     process.start()
@@ -181,7 +181,7 @@ def test_keep_and_rollback(tmp_path: Path):
     assert keep(tmp_path, 3) == [1, 2]
     assert rollback(tmp_path) == (5, 4)
     assert rollback(tmp_path) == (4, 3)
-    with pytest.raises(InputError, match="nothing to go back to"):
+    with pytest.raises(InputError, match="no earlier version to return to"):
         rollback(tmp_path)
     with pytest.raises(InputError, match="`keep_versions` 0"):
         keep(tmp_path, 0)
@@ -200,7 +200,7 @@ def test_unwritable_place_is_named(tmp_path: Path):
         pass
 
 
-def test_folders_named_otherwise(tmp_path: Path):
+def test_directories_with_other_names(tmp_path: Path):
     """A rollback that says 7 is removed and leaves 007, which servers read as 7; or a name that none of them reads."""
     for name in ("5", "007", str(LARGEST + 1), "7" * 200):
         (tmp_path / name).mkdir()
@@ -217,7 +217,7 @@ def test_folders_named_otherwise(tmp_path: Path):
 def test_no_number_beyond_the_largest(tmp_path: Path):
     """A version that no server reads, because its number does not fit into 64 bits."""
     (tmp_path / str(LARGEST)).mkdir()
-    with pytest.raises(InputError, match=f"version {LARGEST} is there, and servers take no higher one"):
+    with pytest.raises(InputError, match=f"version {LARGEST} exists, and servers take no higher number"):
         ServingDirectory.open(tmp_path)
     with pytest.raises(InputError, match="give a free `version`"), ServingDirectory.at(tmp_path).staged() as folder:
         ServingDirectory.at(tmp_path).publish(folder)
@@ -302,7 +302,7 @@ def test_remote_exports_at_once_get_a_version_each(where: str):
     with ThreadPoolExecutor(4) as pool:
         numbers = list(pool.map(run, range(4)))
     got = sorted(number for those in numbers for number in those)
-    # Not always 1 to 20: who sees a claim that is withdrawn just then takes the number behind it.
+    # Not always 1 to 20: who sees a claim that is withdrawn just then takes the next number.
     assert got == versions(where)
     assert len(set(got)) == 20
     import tensorflow as tf
@@ -316,7 +316,7 @@ def test_remote_exports_at_once_get_a_version_each(where: str):
 def test_a_number_claimed_by_another_upload_is_taken(where: str):
     """A claim that is not looked at, because the folder is not there yet."""
     put(f"{where}/.claims/1.{int(time.time())}.another")
-    with pytest.raises(InputError, match="`version` 1 is in ram://"):
+    with pytest.raises(InputError, match="`version` 1 already exists in ram://"):
         publish(where, version=1)
     assert export(where) == [2]
     assert versions(where) == [2]
@@ -335,7 +335,7 @@ def test_killed_uploads_are_no_versions(where: str):
     assert len(lines) == 1
     assert f"{where}/3 has no saved_model.pb and does not count as a version" in lines[0]
     assert (directory.versions(), directory.incomplete()) == ([1, 2, 4], [3])
-    with pytest.raises(InputError, match="`version` 3 is in ram://"):
+    with pytest.raises(InputError, match="`version` 3 already exists in ram://"):
         ServingDirectory.open(where, version=3)
     assert keep(where, 1) == [1, 2]
     assert rollback_refused(where)

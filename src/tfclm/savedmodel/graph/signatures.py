@@ -114,7 +114,7 @@ class GenerationModule(tf.Module):
         return sizes
 
     def _limits(self) -> tuple[int, int]:
-        """The largest max_new_tokens of a request, and the most tokens that one may have."""
+        """The largest max_new_tokens and the maximum number of tokens of a request."""
         settings, context = self.settings, self.network.context
         limit = settings.max_new_tokens_limit or min(context - 1, 256 if self._xla else context - 1)
         if limit > context - 1:
@@ -232,7 +232,7 @@ class GenerationModule(tf.Module):
         else:
             fits = lengths < context
             problem = tf.strings.join(
-                ["has ", _first(lengths, fits), f" tokens, and the context holds {context}, the answer included"]
+                ["has ", _first(lengths, fits), f" tokens, and the context holds {context} including the new tokens"]
             )
             ids = require(fits, ids, name, problem)
         return (*self._decode(ids, lengths, stop, *params), lengths)
@@ -387,7 +387,7 @@ class GenerationModule(tf.Module):
         def score(text: Tensor) -> dict[str, Tensor]:
             text = self._check_texts(text, "text")
             ids, lengths = tokenizer.encode(text, max_tokens=self.max_request_tokens)
-            ids = require(lengths > 1, ids, "text", "has less than 2 tokens: the first one is only context")
+            ids = require(lengths > 1, ids, "text", "has fewer than 2 tokens: the first one is only context")
             # As many rows at a time as are decoded together, because each may fill a whole context.
             (logprobs,) = _in_slices(logprobs_of, (ids,), self.settings.max_batch_size)
             logprobs = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), logprobs, 0.0)

@@ -230,7 +230,7 @@ def _disable_xla(library: str | None) -> str | None:
 
 
 def _replay_warmup(loaded: Any, version: str) -> int:
-    """Replays the warm-up records of a version as a server does when it loads it; their number."""
+    """Replays the warm-up records of a version as a server does when it loads it; returns their number."""
     import tensorflow as tf
     from tensorflow_serving.apis import prediction_log_pb2
 

@@ -36,7 +36,7 @@ __all__ = [
     "verdicts",
 ]
 
-# What to do where two records cannot be compared.
+# What to do if two records cannot be compared.
 REMEDY = "give `dataset` or `file`, on which both are measured then, or leave it out once"
 VERDICTS = ".verdicts"  # servers ignore it: its name is not a number
 DIVERGED = "the model has diverged and has no perplexity: train it again"
@@ -255,7 +255,7 @@ def read_record(version: str) -> dict[str, Any]:
 
 
 def record_verdict(serving_dir: str | os.PathLike[str] | ServingDirectory, verdict: Mapping[str, Any]) -> str:
-    """Writes a verdict to `.verdicts` in the serving directory; the path of the file.
+    """Writes a verdict to `.verdicts` in the model directory; returns the path of the file.
 
     Raises:
         InputError: it cannot be written there.
@@ -274,7 +274,7 @@ def record_verdict(serving_dir: str | os.PathLike[str] | ServingDirectory, verdi
 
 
 def verdicts(serving_dir: str | os.PathLike[str] | ServingDirectory) -> list[dict[str, Any]]:
-    """The verdicts recorded in a serving directory, oldest first; unreadable files are left out."""
+    """The verdicts recorded in a model directory, oldest first; unreadable files are left out."""
     folder = f"{ServingDirectory.at(serving_dir).address}/{VERDICTS}"
     found = []
     with contextlib.suppress(tf.errors.OpError):

@@ -28,14 +28,14 @@ def find_versions(names: Iterable[str]) -> dict[int, list[str]]:
 def check_number(version: int) -> None:
     """Raises InputError for a number that servers do not read as a version."""
     if not 1 <= version <= LARGEST:
-        raise InputError(f"`version` {version}: give 1 or more" + (f", {LARGEST} at most" if version > 0 else ""))
+        raise InputError(f"`version` {version}: {'give 1 or more' if version < 1 else f'give at most {LARGEST}'}")
 
 
 def next_number(where: str, numbers: Iterable[int]) -> int:
     """The highest of the numbers plus 1; 1 if there is none.
 
     Args:
-        where: the serving directory, for the message.
+        where: the model directory, for the message.
         numbers: those of its versions.
 
     Raises:
@@ -44,11 +44,11 @@ def next_number(where: str, numbers: Iterable[int]) -> int:
     number = max(numbers, default=0) + 1
     if number > LARGEST:
         raise InputError(
-            f"`serving_dir` {where}: version {LARGEST} is there, and servers take no higher one; give a free `version`"
+            f"`serving_dir` {where}: version {LARGEST} exists, and servers take no higher number; give a free `version`"
         )
     return number
 
 
 def taken_error(where: str, version: int) -> InputError:
     """The error for a version whose number is taken."""
-    return InputError(f"`version` {version} is in {where} already: give another, or leave it out")
+    return InputError(f"`version` {version} already exists in {where}: give another, or leave it out")

@@ -40,7 +40,7 @@ class _Claim(NamedTuple):
 
 @contextmanager
 def named_errors(where: str) -> Iterator[None]:
-    """Names the serving directory in which TensorFlow's filesystem refuses an operation."""
+    """Names the model directory in which TensorFlow's filesystem refuses an operation."""
     try:
         yield
     except tf.errors.OpError as error:
@@ -61,7 +61,7 @@ def folders(where: str) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
 
 
 def upload(folder: Path, where: str, version: int | None) -> int:
-    """Uploads a finished version; its number: `version`, or the next free one if that is None.
+    """Uploads a finished version; returns its number: `version`, or the next free one if that is None.
 
     Raises:
         InputError: the number is taken, or a file cannot be written; the files written before are removed again.
@@ -97,7 +97,7 @@ def remove(where: str, version: int, names: list[str]) -> None:
 
 
 def clean(where: str) -> list[int]:
-    """Removes what killed exports left; the numbers of the incomplete versions that stay, ascending.
+    """Removes what killed exports left; returns the numbers of the incomplete versions that stay, ascending.
 
     There is no way to ask whether an upload is still running. It counts as killed once its claim is older than a day.
     """

@@ -1,4 +1,4 @@
-"""A serving directory and its versions: staged under a hidden name, complete, then renamed into place.
+"""A model directory and its versions, which are staged under a hidden name, complete, then renamed into place.
 
 A server may load any subdirectory whose name is a whole number, at any moment. So an unfinished version never has such
 a name.
@@ -33,7 +33,7 @@ WRITABLE = "give a directory that can be written"
 
 
 def address(serving_dir: str | os.PathLike[str]) -> str:
-    """The path of a serving directory, also of a file:// address, or its address in one of TensorFlow's filesystems.
+    """The path of a model directory, also of a file:// address, or its address in one of TensorFlow's filesystems.
 
     Raises:
         InputError: it is empty.
@@ -78,7 +78,7 @@ class ServingDirectory:
 
     @classmethod
     def at(cls, serving_dir: str | os.PathLike[str] | ServingDirectory) -> ServingDirectory:
-        """A serving directory to read from; it need not exist.
+        """A model directory to read from; it need not exist.
 
         Raises:
             InputError: the path is empty.
@@ -89,7 +89,7 @@ class ServingDirectory:
     def open(
         cls, serving_dir: str | os.PathLike[str] | ServingDirectory, version: int | None = None
     ) -> ServingDirectory:
-        """A serving directory to publish to, checked before the work of an export.
+        """A model directory to publish to, checked before the work of an export.
 
         Args:
             serving_dir: its path or address; it need not exist. One that is open already is not checked again.
@@ -152,15 +152,15 @@ class ServingDirectory:
     def staged(self, log: Callable[[str], None] = lambda line: None) -> Iterator[Path]:
         """An empty local directory to write a version to; removed at the end unless it was published.
 
-        What a killed export left is removed first: at once from a local serving directory and from the temporary
-        directory that uploads are staged in, after a day from a remote serving directory.
+        What a killed export left is removed first: at once from a local model directory and from the temporary
+        directory that uploads are staged in, after a day from a remote model directory.
 
         Args:
-            log: gets a line per leftover that stays: an incomplete version in a remote serving directory, or a
+            log: gets a line per leftover that stays: an incomplete version in a remote model directory, or a
                 directory that this user may not remove.
 
         Raises:
-            InputError: the serving directory cannot be written, or the disk is full.
+            InputError: the model directory cannot be written, or the disk is full.
         """
         if self.is_remote:
             from tfclm.savedmodel.publishing import remote
@@ -168,7 +168,7 @@ class ServingDirectory:
             with remote.named_errors(self.address):
                 for number in remote.clean(self.address):
                     log(explain_incomplete(self.address, number))
-            hint = "make room, or set TMPDIR to a directory of yours"
+            hint = "free some space, or set TMPDIR to your own directory"
             with _named_errors("the temporary directory", hint):
                 # One per user, so that its leftovers are known to be this user's.
                 place = Path(tempfile.gettempdir()) / f"tfclm-{os.getuid()}"
@@ -176,13 +176,13 @@ class ServingDirectory:
                 yield folder
         else:
             named = f"`serving_dir` {self.address}"
-            with _stage(Path(self.address), named, WRITABLE, "make room", log) as folder:
+            with _stage(Path(self.address), named, WRITABLE, "free some space", log) as folder:
                 yield folder
 
     def publish(self, folder: Path) -> int:
-        """Makes a complete staged directory a version; its number.
+        """Makes a complete staged directory a version; returns its number.
 
-        Of two exports that publish at once, each gets a number of its own.
+        Two exports that publish at once get different numbers.
 
         Args:
             folder: what `staged` gave.
@@ -231,7 +231,7 @@ class ServingDirectory:
             shutil.rmtree(hidden)
 
     def keep(self, count: int, spare: int | None = None) -> list[int]:
-        """Removes all versions but the newest `count` and `spare`; the removed numbers, ascending.
+        """Removes all versions except the newest `count` and `spare`; returns the removed numbers, ascending.
 
         Raises:
             InputError: `count` is below 1, or the directory cannot be written.
@@ -244,7 +244,7 @@ class ServingDirectory:
         return removed
 
     def rollback(self) -> tuple[int, int]:
-        """Removes the newest version, so that servers go back to the previous one; both numbers: removed, served.
+        """Removes the newest version, so that servers return to the previous one; returns (removed, served).
 
         Raises:
             InputError: there is no previous version.
@@ -252,7 +252,7 @@ class ServingDirectory:
         numbers = self.versions()
         if len(numbers) < 2:
             count = "one version" if numbers else "no version"
-            raise InputError(f"`rollback`: {self.address} has {count}, and nothing to go back to")
+            raise InputError(f"`rollback`: {self.address} has {count}, and no earlier version to return to")
         self.remove(numbers[-1])
         return numbers[-1], numbers[-2]
 
@@ -292,7 +292,7 @@ def explain_incomplete(serving_dir: str, number: int) -> str:
 
 @contextmanager
 def _stage(
-    place: Path, named: str, hint: str, room: str, log: Callable[[str], None], *, private: bool = False
+    place: Path, named: str, hint: str, space_hint: str, log: Callable[[str], None], *, private: bool = False
 ) -> Iterator[Path]:
     """An empty directory in `place`, with errors that name it.
 
@@ -300,7 +300,7 @@ def _stage(
         place: created if it does not exist; `private` to this user, or with the usual permissions.
         named: what messages call it.
         hint: what to do if it cannot be written.
-        room: what to do if the disk is full.
+        space_hint: what to do if the disk is full.
         log: gets a line per leftover that stays.
         private: refuse a directory that another user has created.
     """
@@ -315,10 +315,10 @@ def _stage(
         except InputError:
             raise
         except Exception as error:
-            # TensorFlow's writers raise errors of their own, which quote the system's message.
+            # TensorFlow's writers raise their own errors, which quote the system's message.
             if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-            raise InputError(f"{named}: the disk is full, nothing was published; {room}") from error
+            raise InputError(f"{named}: the disk is full, nothing was published; {space_hint}") from error
 
 
 def _hide(folder: Path, hidden: Path) -> None:

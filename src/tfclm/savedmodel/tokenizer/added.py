@@ -53,7 +53,7 @@ class AddedTokens(tf.Module):
             self._single_word = tf.constant(single_word, tf.int32)
 
     def __call__(self, text: Text) -> Text:
-        """Makes each added token in ordinary pieces a piece of its own."""
+        """Makes each added token in ordinary pieces a separate piece."""
         pieces = text.pieces()
         any_found = tf.reduce_any(tf.strings.regex_full_match(pieces, rf"\C*{self._pattern}\C*"))
         split: Text = tf.cond(any_found, lambda: self._split(text, pieces), lambda: text)

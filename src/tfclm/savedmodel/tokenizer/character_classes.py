@@ -35,7 +35,7 @@ PAGE_SIZE = 256
 
 @functools.cache
 def all_code_points() -> str:
-    """Every code point that text can contain, in order: all but the surrogates."""
+    """Every code point that text can contain, in order: all except the surrogates."""
     return "".join(map(chr, [*range(0xD800), *range(0xE000, NUM_CODE_POINTS)]))
 
 

@@ -86,10 +86,10 @@ class GraphTokenizer(tf.Module):
 
         Args:
             texts: string [B]; invalid UTF-8 is read as U+FFFD, as with Python's `errors="replace"`.
-            last: the most tokens per text. Of a longer text only the last ones are returned, so that one long text
-                does not make all rows wide.
+            last: the maximum number of tokens per text. Of a longer text only the last ones are returned, so that one
+                long text does not make all rows wide.
             max_tokens: the largest B times L; an assertion fails for more, before ids of that size are in memory.
-            name: of the texts in the assertion's message.
+            name: name of the texts in the assertion's message.
 
         Returns:
             Token ids int32 [B, L], padded with 0 on the right, and the lengths of the whole texts, int32 [B].

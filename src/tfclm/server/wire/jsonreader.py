@@ -4,8 +4,8 @@ It keeps what Python's JSON parser would lose or refuse: NaN and Infinity are nu
 (as lone surrogates in a `str`), anything after the document is ignored, nesting has no limit, and an error gives the
 offset of its byte. Values are None, bool, int, float, str, list and dict.
 
-Python's parser, which is written in C, reads everything that both read alike. No other thread runs while it does, so it
-gets a small document as a whole, but a large one in pieces.
+Everything that Python's parser reads in the same way is left to it, because it is written in C. No other thread runs
+during that time, so it gets a small document as a whole, but a large one in pieces.
 """
 
 from __future__ import annotations

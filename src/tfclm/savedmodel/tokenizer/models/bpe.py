@@ -48,7 +48,7 @@ class BPE(tf.Module):
         self.order_sensitive = tf.constant(sensitive) if sensitive.any() else None
 
     def __call__(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids int32 [T] of words (strings [W]), and the words' row splits int64 [W + 1]; for no word, one word more."""
+        """Ids int32 [T] of words (strings [W]), and the words' row splits int64 [W + 1]; W = 0 gives one empty word."""
         symbols = self._symbols(words)
         block, position, continues = self._divide(symbols)
         symbols, *_ = tf.while_loop(

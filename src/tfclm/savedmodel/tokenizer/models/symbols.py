@@ -65,7 +65,7 @@ class ByteSymbols(tf.Module):
             return None
 
     def __call__(self, words: Tensor) -> Tensor:
-        """Symbols int32 [S] of words (strings [W]), `WORD_END_ID` after each; for no word, one `WORD_END_ID`."""
+        """Symbols int32 [S] of words (strings [W]), `WORD_END_ID` after each; for W = 0, one `WORD_END_ID`."""
         symbols = tf.gather(self._ids, _word_bytes(words))
         return tf.boolean_mask(symbols, symbols != OMIT)
 
@@ -103,7 +103,7 @@ class CharacterSymbols(tf.Module):
         return token.encode()
 
     def __call__(self, words: Tensor) -> Tensor:
-        """Symbols int32 [S] of words (strings [W]), `WORD_END_ID` after each; for no word, one `WORD_END_ID`."""
+        """Symbols int32 [S] of words (strings [W]), `WORD_END_ID` after each; for W = 0, one `WORD_END_ID`."""
         raw = _word_bytes(words)
         # The same code points, with a NUL for each word's end.
         _, points = decode(tf.strings.reduce_join(words, separator="\0")[None] + "\0")

@@ -1,4 +1,4 @@
-"""WordPiece in the graph: of each word the longest entry that it begins with, then the longest that follows."""
+"""WordPiece in the graph: the longest entry at the start of each word, then the longest one after it, and so on."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ from tfclm.savedmodel.tokenizer.text import Text
 
 __all__ = ["SHORT_CLUSTER_LIMIT", "Clusters"]
 
-SHORT_CLUSTER_LIMIT = 6  # clusters of less bytes are replaced as a whole
+SHORT_CLUSTER_LIMIT = 6  # clusters of fewer bytes are replaced as a whole
 
-# Bits of a code point's class: a mark, which joins any code point but a control; another code point, which joins only a
-# few; a part of a Hangul syllable; a line feed. A class times `ACCEPTS`: the code point accepts that class after it.
-# Controls have no class and accept none.
+# Bits of a code point's class: a mark, which joins any code point except a control; another code point, which joins
+# only a few; a part of a Hangul syllable; a line feed. A class times `ACCEPTS`: the code point accepts that class after
+# it. Controls have no class and accept none.
 MARK, OTHER, LEAD, VOWEL, TAIL, LINE_FEED = (1 << bit for bit in range(6))
 CLASS_BITS = 6
 ACCEPTS = 1 << CLASS_BITS
@@ -40,7 +40,7 @@ class Clusters(tf.Module):
         self._features = CodePointTable(_features())
 
     def may_be_short(self, text: Text) -> Tensor:
-        """Whether there may be a cluster of several code points and less than `SHORT_CLUSTER_LIMIT` bytes, bool []."""
+        """Whether there may be a cluster of several code points and fewer than `SHORT_CLUSTER_LIMIT` bytes, bool []."""
         return tf.reduce_any(_has(self._features(text.points), MARK | (OTHER | LINE_FEED) * ACCEPTS) & text.is_ordinary)
 
     def joins_previous(self, text: Text) -> Tensor:
@@ -123,7 +123,7 @@ def _features() -> Array:
 
 
 def _replacing_normalizer() -> normalizers.Precompiled:
-    """A normalizer with the same replacement for all text that begins with any byte but NUL."""
+    """A normalizer with the same replacement for all text that begins with any byte except NUL."""
     units = np.zeros(768, np.uint32)  # the root, its children for all first bytes, and no further ones
     first = np.arange(1, 256)
     units[0] = 256 << 10

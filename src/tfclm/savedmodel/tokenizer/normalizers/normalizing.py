@@ -26,7 +26,7 @@ __all__ = ["Step", "flatten_sequences", "normalization_steps"]
 
 Step = Callable[[Text], Text]
 
-# Regular expressions that RE2 and tokenizers' engine match alike.
+# Regular expressions that RE2 and tokenizers' engine match in the same way.
 SUPPORTED_REGEX = re.compile(r" (?:\{\d+,?\d*\}|\+)?")
 
 

@@ -23,7 +23,7 @@ REMOVED = 0  # the row of code points that are removed
 class Precompiled(tf.Module):
     """The normalizer of a tokenizer.json, type Precompiled, with its table.
 
-    A grapheme cluster of less than `SHORT_CLUSTER_LIMIT` bytes that begins with an entry is replaced as a whole by the
+    A grapheme cluster of fewer than `SHORT_CLUSTER_LIMIT` bytes that begins with an entry is replaced as a whole by the
     entry's replacement; all other code points are replaced one by one. In most text each code point is a cluster.
 
     Raises:
