@@ -633,7 +633,7 @@ def test_read_only_disk(console: Console, disk: Disk, plain: Path):
     disk.process.wait()
     subprocess.run(["mount", "-o", "remount,ro", disk.folder], check=True)
     answer = console(export, "--model", "nowhere", "--serving-dir", disk.folder / "m")
-    refuse(answer, f"{disk.folder}/m cannot be written; give a folder that can")
+    refuse(answer, f"{disk.folder}/m cannot be written; give a directory that can")
 
 
 @pytest.mark.long

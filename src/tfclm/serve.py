@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tfclm.cli.command import command
+from tfclm.cli.command import command, name_flags
 from tfclm.compat import disable_xla, import_tensorflow
 from tfclm.errors import InputError
 from tfclm.server.settings import ServeSettings, check
@@ -86,7 +86,7 @@ class _JsonLines(logging.Formatter):
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
             "level": record.levelname.lower(),
-            "event": record.getMessage(),
+            "event": name_flags(record.getMessage(), ServeSettings, "--{}".format),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:

@@ -374,7 +374,7 @@ def test_version_from_elsewhere(tokens: tuple[Path, list[canary.Prompt]], tmp_pa
     saving.write_record(version, {"perplexity": 20.0, "source": {"checkpoint": "runs/eli5"}})
     broken = spoil_record(version, tmp_path / "8")
     serving = tmp_path / "m"
-    with pytest.raises(CanaryFailed, match=r"not published: .*give 0, which is greedy.* \(the verdict is in "):
+    with pytest.raises(CanaryFailed, match=r"not published: .*give 0 \(greedy\).* \(the verdict is in "):
         publish_exported(broken, serving, source={"hub": "me/eli5"})
     with pytest.raises(GateFailed, match=r"not published: perplexity 20\.0000 is above 19"):
         publish_exported(version, serving, limits=Gate(max_perplexity=19.0))
@@ -386,7 +386,7 @@ def test_version_from_elsewhere(tokens: tuple[Path, list[canary.Prompt]], tmp_pa
     verdicts = [json.loads(path.read_text()) for path in sorted((serving / ".verdicts").iterdir())]
     assert [(each["passed"], each.get("version")) for each in verdicts] == [(False, None), (False, None), (True, 3)]
     assert verdicts[0]["source"] == {"checkpoint": "runs/eli5", "hub": "me/eli5"}
-    assert "give 0, which is greedy" in verdicts[0]["reason"]
+    assert "give 0 (greedy)" in verdicts[0]["reason"]
     saving.write_record(version, {})
     with pytest.raises(InputError, match="the exported model's record has none"):
         publish_exported(version, serving, limits=Gate(max_perplexity=21.0))

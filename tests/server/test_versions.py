@@ -195,7 +195,7 @@ def test_config_file_is_polled(base, half, start_server, client, tmp_path, event
     config.write_text(f"model_config_list {{ {entry % 'model'} }}")
     rest = client(start_server(model_config_file=str(config), model_config_file_poll_wait_seconds=1, **QUICK))
     config.write_text("model_config_list { nonsense }")
-    eventually(lambda: "the models stay as they are: --model_config_file" in caplog.text)
+    eventually(lambda: "the config is not changed: `model_config_file`" in caplog.text)
     assert rest.predict({"inputs": [2]}, "model").json == {"outputs": [3.0]}
     config.write_text(f"model_config_list {{ {entry % 'other'} }}")
     eventually(lambda: rest.predict({"inputs": [2]}, "other").status == 200)
