@@ -404,7 +404,7 @@ REFUSED = [
     ("--serving-dir TAKEN --model NEW --version 8", "--version 8 already exists in TAKEN: give another"),
     ("--serving-dir NEW --model NEW --version 0", "--version 0: give 1 or more"),
     ("--serving-dir NEW --model NEW --version -1", "--version -1: give 1 or more"),
-    ("--serving-dir NEW --model NEW --version 9223372036854775808", "9223372036854775807 at most"),
+    ("--serving-dir NEW --model NEW --version 9223372036854775808", "give at most 9223372036854775807"),
     ("--serving-dir NEW --model NEW --version two", "--version: invalid int value: 'two'"),
     ("--serving-dir NEW --model NEW --keep-versions 0", "--keep-versions 0: give 1 or more"),
     ("--serving-dir NEW --model NEW --keep 2", "unrecognized arguments: --keep 2"),

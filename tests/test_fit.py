@@ -163,7 +163,7 @@ def test_finished_run_is_kept_unless_overwritten(console: Console, fitted: Path,
     assert "is complete" in err
     code, _, err = console(fit, *same, "--learning-rate", "1e-3")
     assert code == 2
-    assert "learning_rate 0.01 there, 0.001 now" in err
+    assert "--learning-rate 0.01 there, 0.001 now" in err
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, _, err = console(fit, *same, "--train-file", tmp_path / "nowhere.jsonl", "--overwrite")

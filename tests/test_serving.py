@@ -508,9 +508,9 @@ def test_flags_that_the_readme_calls_refused():
             settings_of([f"--{flag}=1"])
 
 
-def test_flags_that_the_readme_calls_its_own():
+def test_additional_flags_of_the_readme():
     """A flag in the table that does not exist."""
-    (row,) = re.findall(r"^\| Flags of its own \|(.*)$", README, re.MULTILINE)
+    (row,) = re.findall(r"^\| Additional flags \|(.*)$", README, re.MULTILINE)
     flags = re.findall(r"`--(\w+)`", row)
     assert flags
     assert set(flags) <= set(ServeSettings.__annotations__)

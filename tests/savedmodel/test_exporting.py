@@ -221,7 +221,7 @@ def test_what_generation_config_asks_in_vain():
         defaults(ServableSettings(max_new_tokens=64), GenerationConfig(), 63)
     for name, value, message in [
         ("top_k", 2**31, "`top_k` 2147483648"),
-        ("top_k", "many", "top_k is 'many', no whole number"),
+        ("top_k", "many", "top_k is 'many', not a whole number"),
         ("top_k", 0.5, "top_k is 0.5"),
         ("top_k", True, "top_k is True"),
         ("top_k", math.inf, "top_k is inf"),
