@@ -226,7 +226,7 @@ def test_what_generation_config_asks_in_vain():
         ("top_k", True, "top_k is True"),
         ("top_k", math.inf, "top_k is inf"),
         ("max_new_tokens", 2.5, "max_new_tokens is 2.5"),
-        ("temperature", "hot", "temperature is 'hot', no number"),
+        ("temperature", "hot", "temperature is 'hot', not a number"),
         ("temperature", 10**400, "too large"),
         ("temperature", 1e39, r"`temperature` 1e\+39"),
         ("top_p", 1.5, "`top_p` 1.5"),
