@@ -94,9 +94,10 @@ class GenerationModule(tf.Module):
         tokens = {"generate_tokens": self._generate_tokens()}
         if self._tokenizer is None:
             return {**tokens, "serving_default": tokens["generate_tokens"]}
+        generate = self._generate()
         return {
-            "serving_default": self._serving_default(),
-            "generate": self._generate(),
+            "serving_default": self._serving_default(generate),
+            "generate": generate,
             **tokens,
             "score": self._score(),
         }
@@ -307,10 +308,10 @@ class GenerationModule(tf.Module):
             **{name: tf.constant([values[name]], kind) for name, kind in PARAM_TYPES._asdict().items()}
         )
 
-    def _serving_default(self) -> Any:
+    def _serving_default(self, generate: Any) -> Any:
         def serving_default(prompt: Tensor) -> dict[str, Tensor]:
-            answer = self._generate_text(prompt, self._default_params(), tf.constant([""]))
-            return {"generated_text": answer["generated_text"]}
+            # Calls the traced function, so that the tokenizer and the loop are in the graph only once for both.
+            return {"generated_text": generate(prompt)["generated_text"]}
 
         return tf.function(serving_default, autograph=False, input_signature=[tf.TensorSpec(None, tf.string, "prompt")])
 

@@ -78,6 +78,10 @@ class GraphTokenizer(tf.Module):
         # By kind, the ids of the end of a text and of the added tokens, and where each ends.
         self._ids_of_kinds = tf.constant([*after, *(token["id"] for token in added)], tf.int32)
         self._ends_of_kinds = tf.constant(len(after) + np.arange(len(added) + 1), tf.int64)
+        # Traced once for all signatures.
+        self._tokenize = tf.function(
+            self._tokenize_texts, autograph=False, input_signature=[tf.TensorSpec([None], tf.string)]
+        )
 
     def encode(
         self, texts: Tensor, last: int | None = None, *, max_tokens: int | None = None, name: str = "text"
@@ -95,19 +99,7 @@ class GraphTokenizer(tf.Module):
             Token ids int32 [B, L], padded with 0 on the right, and the lengths of the whole texts, int32 [B].
         """
         with tf.device("CPU:0"):
-            # A NUL ends each text, and an empty text ends the batch, so that no array is empty from here on.
-            texts = tf.strings.join([tf.concat([texts, [""]], 0), "\0"])
-            rows, points = decode(texts)
-            ends = rows[1:] - 1
-            shape = tf.shape(points, tf.int64)
-            kinds = tf.scatter_nd(ends[:, None], tf.ones_like(ends, tf.int32), shape) + ORDINARY
-            boundaries = tf.concat([rows[:-1], ends], 0)
-            starts = tf.scatter_nd(boundaries[:, None], tf.ones_like(boundaries, tf.int32), shape) > 0
-            text = Text(points, starts, kinds)
-            for step in (self._added_in_raw, *self._normalize, self._added_in_normalized, *self._split):
-                if step is not None:
-                    text = step(text)
-            ids, splits = self._ids(text.pieces(), tf.boolean_mask(text.kinds, text.starts))
+            ids, splits = self._tokenize(texts)
             begin, size = splits[:-2], splits[1:-1] - splits[:-2]
             prefix = tf.size(self._prefix, tf.int64)
             length = prefix + size
@@ -123,6 +115,22 @@ class GraphTokenizer(tf.Module):
             values = tf.concat([self._prefix, ids, [0]], 0)
             dense = tf.gather(values, tf.where(position < length[:, None], index, padding))
             return dense, tf.cast(length, tf.int32)
+
+    def _tokenize_texts(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [T] of all texts [B], one after the other, and their row splits, int64 [B + 2]: an empty text comes last."""
+        # A NUL ends each text, and an empty text ends the batch, so that no array is empty from here on.
+        texts = tf.strings.join([tf.concat([texts, [""]], 0), "\0"])
+        rows, points = decode(texts)
+        ends = rows[1:] - 1
+        shape = tf.shape(points, tf.int64)
+        kinds = tf.scatter_nd(ends[:, None], tf.ones_like(ends, tf.int32), shape) + ORDINARY
+        boundaries = tf.concat([rows[:-1], ends], 0)
+        starts = tf.scatter_nd(boundaries[:, None], tf.ones_like(boundaries, tf.int32), shape) > 0
+        text = Text(points, starts, kinds)
+        for step in (self._added_in_raw, *self._normalize, self._added_in_normalized, *self._split):
+            if step is not None:
+                text = step(text)
+        return self._ids(text.pieces(), tf.boolean_mask(text.kinds, text.starts))
 
     def _ids(self, words: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [T] of the words [W] of all texts, and the texts' row splits, int64 [texts + 1]."""
