@@ -13,7 +13,7 @@ from tfclm.cli.command import command
 from tfclm.cli.hub_target import Card, HubTarget
 from tfclm.cli.release import Release
 from tfclm.cli.run_release import RunRelease, fields_of_fit
-from tfclm.cli.summary import summarize
+from tfclm.cli.summary import closing_sample, summarize
 from tfclm.corpus.settings import BLOCK_SIZE, SourceSettings
 from tfclm.errors import InputError
 from tfclm.hub.settings import HubSettings
@@ -24,7 +24,6 @@ from tfclm.terminal import log, print_result
 from tfclm.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    import datasets
     import tensorflow as tf
     from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
 
@@ -49,6 +48,7 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
     )
     revision: str | None = setting(None, "branch, tag or commit of the Hub model")
     vocab_size: int = setting(4096, "vocabulary size of the tokenizer that scratch trains")
+    # None, which `TrainingSettings` does not have, until `resolved` knows what is trained.
     learning_rate: float | None = setting(  # type: ignore[assignment]
         None, "peak learning rate; if not given, 2e-5 for a checkpoint and 1e-3 for scratch"
     )
@@ -249,7 +249,8 @@ def fine_tune(
         hub.mark(folder.path)  # before the run is complete, so that one killed in between is still pushed later
     results = folder.finish(done, protocol, validation.predicted_tokens, files, corpus_tokens, base, repo_id)
     # The run is complete, even if it cannot give a sample.
-    return folder.record({**results, "sample": closing_sample(settings, validation.blocks[0]["input_ids"])})
+    sample = closing_sample(folder.path, validation.blocks[0]["input_ids"], settings.seed)
+    return folder.record({**results, "sample": sample})
 
 
 def deliver(
@@ -333,10 +334,14 @@ def load_model_and_texts(
 ) -> tuple[TFPreTrainedModel, PreTrainedTokenizerBase, Texts]:
     """The checkpoint, or a new model whose tokenizer is trained on the train split alone, and the texts."""
     from tfclm import checkpoint, corpus
+    from tfclm.checkpoint.scratch import create_from_scratch
 
     if settings.model == SCRATCH:
         texts = read_texts(settings)
-        return (*create_from_scratch(settings, texts.train, strategy), texts)
+        with strategy.scope():
+            model, tokenizer = create_from_scratch(texts.train["text"], settings.vocab_size, settings.block_size)
+        log(f"new GPT-2 with {model.num_parameters() / 1e6:.1f} M parameters and a vocabulary of {len(tokenizer)}")
+        return model, tokenizer, texts
     with strategy.scope():
         model, tokenizer = checkpoint.load(settings.model, revision=settings.revision)
     corpus.check_block_size(settings.block_size, checkpoint.context_size(model))
@@ -363,21 +368,6 @@ def read_texts(settings: FitSettings) -> Texts:
     return texts
 
 
-def create_from_scratch(
-    settings: FitSettings, train: datasets.Dataset, strategy: tf.distribute.Strategy
-) -> tuple[TFPreTrainedModel, PreTrainedTokenizerBase]:
-    """A new model and its tokenizer."""
-    from tfclm import checkpoint
-    from tfclm.checkpoint.scratch import GENERATION, small_config, train_tokenizer
-
-    tokenizer = train_tokenizer(train["text"], settings.vocab_size, settings.block_size)
-    with strategy.scope():
-        model = checkpoint.create(small_config(tokenizer, settings.block_size))
-    model.generation_config.update(**GENERATION)
-    log(f"new GPT-2 with {model.num_parameters() / 1e6:.1f} M parameters and a vocabulary of {len(tokenizer)}")
-    return model, tokenizer
-
-
 def pack_splits(
     texts: Texts, model: TFPreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: FitSettings
 ) -> tuple[Packed, Packed]:
@@ -398,24 +388,6 @@ def pack_splits(
         f"{len(validation.blocks)} to validate on"
     )
     return train, validation
-
-
-def closing_sample(settings: FitSettings, ids: Sequence[int]) -> str | None:
-    """A continuation of validation text by the model in the output directory; None if it fails, which is logged."""
-    import tf_keras
-
-    from tfclm import checkpoint
-    from tfclm.checkpoint.generation import sample
-
-    # transformers' top_p does not run in half precision.
-    tf_keras.mixed_precision.set_global_policy("float32")
-    try:
-        model, tokenizer = checkpoint.load(str(settings.output_dir))
-        prompt = tokenizer.decode(ids[: min(8, settings.block_size // 2)], skip_special_tokens=True)
-        return sample(model, tokenizer, prompt, seed=settings.seed)
-    except Exception as error:  # a complete run does not fail because of its sample
-        log(f"no sample: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
-        return None
 
 
 def main() -> None:

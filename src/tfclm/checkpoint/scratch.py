@@ -6,12 +6,35 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config, PreTrainedTokenizerFast
+    from transformers import GPT2Config, PreTrainedTokenizerFast, TFPreTrainedModel
 
 END_OF_TEXT = "<|endoftext|>"
 # Default sampling parameters, those of Hugging Face's guide: greedy text of a model this small ends at once or repeats
 # itself.
 GENERATION = {"do_sample": True, "top_k": 50, "top_p": 0.95}
+
+
+def create_from_scratch(
+    texts: Iterable[str], vocab_size: int, context: int
+) -> tuple[TFPreTrainedModel, PreTrainedTokenizerFast]:
+    """Creates a small GPT-2 with random weights and trains its tokenizer.
+
+    Args:
+        texts: the training documents.
+        vocab_size: maximum number of entries of the tokenizer, 257 or more.
+        context: context length of the model, in tokens.
+
+    Example:
+        >>> model, tokenizer = create_from_scratch(["The first text.", "The second."], 300, 64)
+        >>> model.config.vocab_size == len(tokenizer)
+        True
+    """
+    from tfclm.checkpoint import create
+
+    tokenizer = train_tokenizer(texts, vocab_size, context)
+    model = create(small_config(tokenizer, context))
+    model.generation_config.update(**GENERATION)
+    return model, tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tfclm.cli.arguments import flags
+from tfclm.terminal import log
 from tfclm.training.settings import TrainingSettings
 
 # Settings that decide how a text is read, and how it is split into training and validation.
@@ -47,6 +48,24 @@ def summarize(results: Mapping[str, Any], settings: TrainingSettings, output_dir
         lines.append(f"  {python} -m tfclm.export --model {folder} --serving-dir serving_models/{name}")
     lines += ["train it further with:", f"  {python} -m tfclm.fit --model {folder} {further}"]
     return "\n".join(lines)
+
+
+def closing_sample(output_dir: Path, ids: Sequence[int], seed: int) -> str | None:
+    """A continuation of a validation block by the model in the output directory; None if it fails, which is logged."""
+    import tf_keras
+
+    from tfclm.checkpoint import load
+    from tfclm.checkpoint.generation import sample
+
+    # transformers' top_p does not run in half precision.
+    tf_keras.mixed_precision.set_global_policy("float32")
+    try:
+        model, tokenizer = load(output_dir)
+        prompt = tokenizer.decode(ids[: min(8, len(ids) // 2)], skip_special_tokens=True)
+        return sample(model, tokenizer, prompt, seed=seed)
+    except Exception as error:  # a complete run does not fail because of its sample
+        log(f"no sample: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+        return None
 
 
 def _python() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -129,31 +129,30 @@ def _addresses(host: str, port: int, call: Call) -> list[Any]:
     raise addresses
 
 
-class _LimitedMixin:
+class _LimitedSocket(socket.socket):
     """A socket whose operations time out with the call, and which counts received bytes."""
 
-    def recv_into(self, *args: Any) -> int:
-        size: int = self._run(super().recv_into, *args)  # type: ignore[misc]
+    def recv_into(self, *args: Any, **options: Any) -> int:
+        size = self._run(super().recv_into, *args, **options)
         reply = getattr(_current, "reply", None)
         if reply is not None:
             reply.count(size)
         return size
 
-    def send(self, *args: Any) -> int:
-        sent: int = self._run(super().send, *args)  # type: ignore[misc]
-        return sent
+    def send(self, *args: Any, **options: Any) -> int:
+        return self._run(super().send, *args, **options)
 
-    def _run(self, operation: Any, *args: Any) -> int:
+    def _run(self, operation: Callable[..., int], *args: Any, **options: Any) -> int:
         reply = getattr(_current, "reply", None)
         if reply is not None:
-            self.settimeout(reply.call.remaining())  # type: ignore[attr-defined]
+            self.settimeout(reply.call.remaining())
         try:
-            return int(operation(*args))
+            return operation(*args, **options)
         except ssl.SSLError as error:
             raise ConnectionFailed(error, established=True) from error
 
 
-class _Socket(_LimitedMixin, socket.socket):
+class _Socket(_LimitedSocket):
     def sendall(self, data: Any, flags: int = 0) -> None:
         # A plain socket has one timeout for all of the data; a TLS socket calls `send` for each piece.
         reply = getattr(_current, "reply", None)
@@ -162,7 +161,7 @@ class _Socket(_LimitedMixin, socket.socket):
         super().sendall(data, flags)
 
 
-class _TlsSocket(_LimitedMixin, ssl.SSLSocket): ...
+class _TlsSocket(_LimitedSocket, ssl.SSLSocket): ...
 
 
 class _ConnectMixin:

@@ -102,7 +102,7 @@ def silence_client() -> None:
 
     They come from another thread, in the middle of the training's progress bar; the caller logs what matters.
     """
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils import disable_progress_bars
 
     from tfclm.compat import hub_api_logger, hub_http_logger
 

@@ -266,7 +266,7 @@ def _check_before_requests(repo_id: str, where: str, token: str | None) -> None:
     """Checks the name and the token without a request; `where` names the repository in messages."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id
 
     if scrubbed(repo_id, token) != repo_id:
         raise InputError("`repo_id`: that is a token and not the name of a repository, which looks like owner/name")

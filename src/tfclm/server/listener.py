@@ -19,7 +19,7 @@ from aiohttp.http_exceptions import BadHttpMethod
 from tfclm.server.rest import Reply, RestApi, error_page, local_path
 from tfclm.server.status import Code
 from tfclm.server.wire.bodies import Body
-from tfclm.server.wire.jsontensor import write_error
+from tfclm.server.wire.jsonreplies import write_error
 
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("tfclm.server.access")

@@ -25,7 +25,7 @@ from tfclm.server.deadline import Deadline, deadline_exceeded
 from tfclm.server.playground import Playground
 from tfclm.server.service import METADATA_FIELD, Service
 from tfclm.server.status import HTTP_STATUS, Code, StatusError, TooLarge, invalid
-from tfclm.server.wire import jsontensor
+from tfclm.server.wire import jsonreplies, jsonrequests
 from tfclm.server.wire.bodies import Body
 
 _JSON = {"Content-Type": "application/json"}
@@ -128,7 +128,7 @@ class RestApi:
             return Reply(200, reply, headers, name)
         except StatusError as error:
             status = 413 if isinstance(error, TooLarge) else HTTP_STATUS.get(error.code, 500)
-            return Reply(status, jsontensor.write_error(error.message), headers, name, error.code)
+            return Reply(status, jsonreplies.write_error(error.message), headers, name, error.code)
 
     def _metrics(self, path: str) -> Reply:
         if path != self._metrics_path:
@@ -164,31 +164,31 @@ class RestApi:
         with ExitStack() as stack:
             servables = []
 
-            def inputs_of(signature_name: str) -> jsontensor.Inputs:
+            def inputs_of(signature_name: str) -> jsonrequests.Inputs:
                 servables.append(stack.enter_context(self._service.manager.use(spec)))
                 return servables[0].signature_inputs(signature_name)
 
             with self._read(body, deadline) as text:
-                request = jsontensor.read_predict(text, inputs_of, deadline, self._max_values)
+                request = jsonrequests.read_predict(text, inputs_of, deadline, self._max_values)
                 del text
             timeout_ms = deadline.milliseconds()
             outputs = servables[0].predict(request.signature_name, request.inputs, timeout_ms=timeout_ms)
-        return jsontensor.write_predict(outputs, row=request.row, deadline=deadline)
+        return jsonreplies.write_predict(outputs, row=request.row, deadline=deadline)
 
     def _classify(self, spec: model_pb2.ModelSpec, body: Body, deadline: Deadline) -> bytes:
         examples = self._examples(spec, body, deadline)
         request = classification_pb2.ClassificationRequest(model_spec=spec, input=examples)
-        return jsontensor.write_classifications(self._service.classify(request, deadline.milliseconds()).result)
+        return jsonreplies.write_classifications(self._service.classify(request, deadline.milliseconds()).result)
 
     def _regress(self, spec: model_pb2.ModelSpec, body: Body, deadline: Deadline) -> bytes:
         examples = self._examples(spec, body, deadline)
         request = regression_pb2.RegressionRequest(model_spec=spec, input=examples)
-        return jsontensor.write_regressions(self._service.regress(request, deadline.milliseconds()).result)
+        return jsonreplies.write_regressions(self._service.regress(request, deadline.milliseconds()).result)
 
     def _examples(self, spec: model_pb2.ModelSpec, body: Body, deadline: Deadline) -> input_pb2.Input:
         """The examples of a request; sets the signature's name in `spec`."""
         with self._read(body, deadline) as text:
-            name, examples = jsontensor.read_examples(text, deadline, self._max_values)
+            name, examples = jsonrequests.read_examples(text, deadline, self._max_values)
         try:
             spec.signature_name = name
         except UnicodeEncodeError:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 import tensorflow as tf
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.checks import broadcast, ranked, require, require_at_most
+from tfclm.savedmodel.checks import require
 from tfclm.savedmodel.graph.decoding import Decoded, decode
 from tfclm.savedmodel.graph.network import Network
+from tfclm.savedmodel.graph.requests import RequestChecks, first_invalid
 from tfclm.savedmodel.graph.sampling import SamplingParams, uniform_samples
 from tfclm.savedmodel.graph.scoring import token_logprobs
-from tfclm.savedmodel.graph.stopping import MAX_STOP_BYTES, Stop, StopFinder
+from tfclm.savedmodel.graph.stopping import Stop, StopFinder
 from tfclm.savedmodel.settings import INT32, Defaults, ServableSettings, defaults
 from tfclm.savedmodel.tokenizer import GraphTokenizer
 from tfclm.savedmodel.tokenizer.detokenizer import GraphDetokenizer
@@ -28,9 +29,6 @@ Tensor = Any
 
 MAX_ENQUEUED_BATCHES = 1024  # a server answers UNAVAILABLE when more batches are waiting
 MAX_REQUEST_TOKENS = 2**20
-# Bytes of text that a request may have per token that it may have. Checked before the text is tokenized, which takes
-# far more memory than the text.
-BYTES_PER_TOKEN = 4
 PARAM_TYPES = SamplingParams(
     max_new_tokens=tf.int32,
     temperature=tf.float32,
@@ -77,6 +75,9 @@ class GenerationModule(tf.Module):
         # Saved as plain variables: a Keras model as an attribute would be saved with its own traced functions.
         self.weights = self.network.variables
         self.limit, self.max_request_tokens = self._limits()
+        self._checks = RequestChecks(
+            self.limit, settings.max_request_rows, self.max_request_tokens, self.network.vocab_size
+        )
         self.defaults: Defaults = defaults(settings, model.generation_config, self.limit)
         self.eos_ids, self._pad_id = _eos_and_pad_ids(model.generation_config)
         self.tokenizer_problem: str | None = None
@@ -226,79 +227,21 @@ class GenerationModule(tf.Module):
         Of a prompt longer than L, `ids` has the last tokens. `name` is the request's input, for messages.
         """
         batch = tf.shape(ids)[0]
-        params, stop = self._check_params(params, stop, batch)
+        params, stop = self._checks.params(params, stop, batch)
         context = self.network.context
         if self.settings.truncate_prompts:
             ids, lengths = _truncate_left(ids, lengths, tf.maximum(1, context - params.max_new_tokens))
         else:
             fits = lengths < context
             problem = tf.strings.join(
-                ["has ", _first(lengths, fits), f" tokens, and the context holds {context} including the new tokens"]
+                [
+                    "has ",
+                    first_invalid(lengths, fits),
+                    f" tokens, and the context holds {context} including the new tokens",
+                ]
             )
             ids = require(fits, ids, name, problem)
         return (*self._decode(ids, lengths, stop, *params), lengths)
-
-    # Checks of requests.
-
-    def _check_params(self, params: SamplingParams, stop: Tensor, batch: Tensor) -> tuple[SamplingParams, Tensor]:
-        """The parameters and stop strings, [B] each, if all values are in their ranges."""
-        params = SamplingParams(
-            *(broadcast(value, name, batch) for value, name in zip(params, SamplingParams._fields, strict=True))
-        )
-        stop = broadcast(stop, "stop", batch)
-        valid = SamplingParams(
-            max_new_tokens=(params.max_new_tokens >= 1) & (params.max_new_tokens <= self.limit),
-            temperature=(params.temperature >= 0) & tf.math.is_finite(params.temperature),
-            top_k=params.top_k >= 0,
-            top_p=(params.top_p > 0) & (params.top_p <= 1),
-            repetition_penalty=(params.repetition_penalty > 0) & tf.math.is_finite(params.repetition_penalty),
-            seed=params.seed >= -1,
-        )
-        ranges = SamplingParams(
-            max_new_tokens=f"give 1 to {self.limit}",
-            temperature="give 0 (greedy) or more",
-            top_k="give 0 (off) or more",
-            top_p="give a number above 0 and up to 1 (1 = off)",
-            repetition_penalty="give a number above 0 (1 = off)",
-            seed="give 0 or more, or -1 for a random one",
-        )
-
-        def check(value: Tensor, name: str, valid: Tensor, range: str) -> Tensor:
-            return require(valid, value, name, tf.strings.join(["is ", _first(value, valid), f": {range}"]))
-
-        params = SamplingParams(*map(check, params, SamplingParams._fields, valid, ranges))
-        problem = f"is too long: give at most {MAX_STOP_BYTES} bytes"
-        return params, require(tf.strings.length(stop) <= MAX_STOP_BYTES, stop, "stop", problem)
-
-    def _check_texts(self, texts: Tensor, name: str) -> Tensor:
-        """The texts [B] of a request, if it is not too large."""
-        texts = ranked(texts, name, 1, self.settings.max_request_rows)
-        size = tf.reduce_sum(tf.cast(tf.strings.length(texts), tf.int64))
-        limit = BYTES_PER_TOKEN * self.max_request_tokens
-        return require_at_most(size, limit, texts, name, "bytes in all rows together")
-
-    def _check_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of token ids [B, L] of a request, with the padding moved to the right, and their lengths [B]."""
-        ids, mask = self._check_size(input_ids, "input_ids"), self._check_size(attention_mask, "attention_mask")
-        same = tf.reduce_all(tf.shape(ids) == tf.shape(mask))
-        with tf.control_dependencies(
-            [tf.debugging.Assert(same, ["attention_mask has another shape than input_ids: give 1 or 0 for each"])]
-        ):
-            real = tf.identity(mask) == 1
-        mask = require(tf.reduce_all((mask == 0) | real, 1), mask, "attention_mask", "has other values than 0 and 1")
-        known = ~real | ((ids >= 0) & (ids < self.network.vocab_size))
-        problem = f"has an id that is no token: give 0 to {self.network.vocab_size - 1}"
-        ids = require(tf.reduce_all(known, 1), ids, "input_ids", problem)
-        lengths = tf.reduce_sum(mask, 1)
-        ids = require(lengths > 0, ids, "input_ids", "has no token: give at least one")
-        # A stable sort moves the tokens to the left in their order, wherever the padding was.
-        ids = tf.gather(ids, tf.argsort(1 - mask, 1, stable=True), batch_dims=1)
-        return tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), ids, 0), lengths
-
-    def _check_size(self, ids: Tensor, name: str) -> Tensor:
-        """Token ids, or their mask, [B, L] of a request, if it is not too large."""
-        ids = ranked(ids, name, 2, self.settings.max_request_rows)
-        return require_at_most(tf.size(ids, tf.int64), self.max_request_tokens, ids, name, "tokens with padding")
 
     # The signatures. The ranks of their inputs are unknown, so that the graph itself checks them.
 
@@ -338,7 +281,7 @@ class GenerationModule(tf.Module):
         """The outputs of `generate`."""
         assert self._tokenizer is not None
         assert self._detokenizer is not None
-        prompt = self._check_texts(prompt, "prompt")
+        prompt = self._checks.texts(prompt, "prompt")
         prompt = require(tf.strings.length(prompt) > 0, prompt, "prompt", "is empty: give a text")
         ids, lengths = self._tokenizer.encode(
             prompt, last=self.network.context, max_tokens=self.max_request_tokens, name="prompt"
@@ -370,7 +313,7 @@ class GenerationModule(tf.Module):
             repetition_penalty: Tensor = default.repetition_penalty,
             seed: Tensor = default.seed,
         ) -> dict[str, Tensor]:
-            ids, lengths = self._check_tokens(input_ids, attention_mask)
+            ids, lengths = self._checks.tokens(input_ids, attention_mask)
             params = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
             output, count, *_ = self._generate_rows(ids, lengths, "input_ids", tf.constant([""]), params)
             return {"output_ids": output[:, : tf.reduce_max(count)], "completion_tokens": count}
@@ -386,7 +329,7 @@ class GenerationModule(tf.Module):
         ).get_concrete_function(tf.TensorSpec([None, None], tf.int32))
 
         def score(text: Tensor) -> dict[str, Tensor]:
-            text = self._check_texts(text, "text")
+            text = self._checks.texts(text, "text")
             ids, lengths = tokenizer.encode(text, max_tokens=self.max_request_tokens)
             ids = require(lengths > 1, ids, "text", "has fewer than 2 tokens: the first one is only context")
             # As many rows at a time as are decoded together, because each may fill a whole context.
@@ -446,8 +389,3 @@ def _in_slices(function: Any, arguments: Sequence[Tensor], size: int) -> tuple[T
 
 def _param_specs() -> list[tf.TensorSpec]:
     return [tf.TensorSpec(None, kind, name) for name, kind in PARAM_TYPES._asdict().items()]
-
-
-def _first(values: Tensor, condition: Tensor) -> Tensor:
-    """The first value that does not meet the condition, as text."""
-    return tf.strings.reduce_join(tf.strings.as_string(tf.boolean_mask(values, ~condition)[:1]))

@@ -117,7 +117,7 @@ class GraphTokenizer(tf.Module):
             return dense, tf.cast(length, tf.int32)
 
     def _tokenize_texts(self, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids [T] of all texts [B], one after the other, and their row splits, int64 [B + 2]: an empty text comes last."""
+        """Ids [T] of all texts [B], and their row splits, int64 [B + 2]: an empty text comes last."""
         # A NUL ends each text, and an empty text ends the batch, so that no array is empty from here on.
         texts = tf.strings.join([tf.concat([texts, [""]], 0), "\0"])
         rows, points = decode(texts)

@@ -12,7 +12,7 @@ from tensorflow_serving.apis import classification_pb2, regression_pb2
 
 from tfclm.compat import types_pb2
 from tfclm.server.status import invalid
-from tfclm.server.wire.jsontensor import MAX_RANK
+from tfclm.server.wire.dtypes import MAX_RANK
 
 __all__ = ["classifications", "read_tensors", "regressions", "write_tensor"]
 
