@@ -28,6 +28,7 @@ A padded text has positions of its own, from 0: `max(cumsum(mask) - 1, 0)`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import platform
@@ -41,7 +42,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from weights import reference_weight
 
@@ -54,21 +55,40 @@ MARGIN = 2e-4
 Case = tuple[str, dict[str, Any]]
 
 
+def tiny(model_type: str, **settings: Any) -> Case:
+    """The settings that all types have."""
+    tokens = {"vocab_size": VOCABULARY, "pad_token_id": PADDING, "bos_token_id": 1, "eos_token_id": 2}
+    return model_type, {**tokens, **settings}
+
+
+def sized(model_type: str, **settings: Any) -> Case:
+    """The sizes that most types name alike."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "max_position_embeddings": 64}
+    return tiny(model_type, **{**sizes, **settings})
+
+
 def llama_like(model_type: str, **settings: Any) -> Case:
-    """The settings' names of Llama, which most newer types share."""
-    return model_type, {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": PADDING,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **settings,
-    }
+    """A type with the settings' names of Llama, and two heads for keys and values."""
+    return sized(model_type, **{"intermediate_size": 80, "num_key_value_heads": 2, **settings})
+
+
+def gpt2_like(model_type: str, **settings: Any) -> Case:
+    """A type with the settings' names of GPT-2."""
+    sizes = {"n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 6}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    return tiny(model_type, **{**sizes, **dropout, **settings})
+
+
+def bert_like(model_type: str, **settings: Any) -> Case:
+    """A type with the settings' names of BERT."""
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return sized(model_type, **{"intermediate_size": 80, **dropout, **settings})
+
+
+def roberta_like(model_type: str, **settings: Any) -> Case:
+    """A type that takes the positions from the ids: the first is 1 + the padding token's id."""
+    tokens = {"pad_token_id": 1, "bos_token_id": 0, "max_position_embeddings": 66}
+    return bert_like(model_type, is_decoder=True, **tokens, **settings)
 
 
 def longrope(size: int) -> dict[str, Any]:
@@ -153,6 +173,88 @@ CASES: dict[str, Case] = {
     ),
     "olmo2": llama_like("olmo2"),
     "granite": llama_like("granite", tie_word_embeddings=True, **MULTIPLIERS),
+    # From here on, older types.
+    "gpt_neox": sized("gpt_neox", intermediate_size=80, rotary_pct=0.25),
+    "gpt_neox_sequential": sized(
+        "gpt_neox",
+        intermediate_size=80,
+        rotary_pct=0.5,
+        use_parallel_residual=False,
+        attention_bias=False,
+        tie_word_embeddings=True,
+    ),
+    "gpt_neo": tiny(
+        "gpt_neo",
+        hidden_size=48,
+        intermediate_size=80,
+        num_layers=4,
+        num_heads=6,
+        attention_types=[[["global", "local"], 2]],
+        window_size=8,
+        max_position_embeddings=64,
+    ),
+    # ALiBi's slopes follow another rule where the number of heads is no power of two.
+    "bloom": tiny("bloom", hidden_size=48, n_layer=3, n_head=6),
+    "bloom_post": tiny("bloom", hidden_size=48, n_layer=3, n_head=4, apply_residual_connection_post_layernorm=True),
+    "falcon_7b": sized("falcon", ffn_hidden_size=80),
+    "falcon_40b": sized("falcon", num_kv_heads=2, new_decoder_architecture=True, tie_word_embeddings=False),
+    "falcon_11b": sized(
+        "falcon", num_kv_heads=2, new_decoder_architecture=True, num_ln_in_parallel_attn=1, ffn_hidden_size=80
+    ),
+    "falcon_rw": sized("falcon", alibi=True, parallel_attn=False, multi_query=False, bias=True, ffn_hidden_size=80),
+    "mpt": tiny("mpt", d_model=48, n_layers=3, n_heads=6, max_seq_len=64),
+    # PyTorch's class ignores `no_bias` and `alibi_bias_max`: it has no biases, and slopes down to 2**-8.
+    "mpt_bias": tiny(
+        "mpt",
+        d_model=48,
+        n_layers=3,
+        n_heads=4,
+        max_seq_len=64,
+        no_bias=False,
+        attn_config={"clip_qkv": 1.0, "softmax_scale": 0.4, "alibi_bias_max": 4},
+        tie_word_embeddings=False,
+    ),
+    # Its fused projection has four parts of its own, so 8 heads are two in each.
+    "codegen": gpt2_like("codegen", n_head=8, rotary_dim=4, n_inner=80, attn_pdrop=0.0),
+    "persimmon": sized("persimmon", intermediate_size=80, qk_layernorm=True),
+    "phi": llama_like("phi", partial_rotary_factor=0.5, num_key_value_heads=6),
+    "phi_qk": llama_like("phi", partial_rotary_factor=0.5, qk_layernorm=True),
+    "stablelm": llama_like("stablelm", num_key_value_heads=6),
+    "stablelm_parallel": llama_like(
+        "stablelm",
+        partial_rotary_factor=0.5,
+        use_parallel_residual=True,
+        qk_layernorm=True,
+        use_qkv_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "biogpt": bert_like("biogpt"),
+    "gpt2": gpt2_like("gpt2", attn_pdrop=0.0),
+    "gpt2_scaled": gpt2_like(
+        "gpt2", scale_attn_by_inverse_layer_idx=True, n_inner=80, attn_pdrop=0.0, tie_word_embeddings=False
+    ),
+    "opt": sized("opt", ffn_dim=80, dropout=0.0),
+    # As OPT-350m.
+    "opt_post": sized("opt", ffn_dim=80, dropout=0.0, do_layer_norm_before=False, word_embed_proj_dim=32),
+    "gptj": gpt2_like("gptj", rotary_dim=4, n_inner=80, attn_pdrop=0.0),
+    "xglm": tiny(
+        "xglm",
+        d_model=48,
+        ffn_dim=80,
+        num_layers=3,
+        attention_heads=6,
+        max_position_embeddings=64,
+        dropout=0.0,
+        attention_dropout=0.0,
+    ),
+    "ctrl": gpt2_like("ctrl", dff=80),
+    "openai_gpt": gpt2_like("openai-gpt", attn_pdrop=0.0),
+    "bert": bert_like("bert", is_decoder=True),
+    "roberta": roberta_like("roberta"),
+    "camembert": roberta_like("camembert"),
+    "xlm_roberta": roberta_like("xlm-roberta"),
+    "roberta_prelayernorm": roberta_like("roberta-prelayernorm"),
+    "rembert": bert_like("rembert", input_embedding_size=24, output_embedding_size=36, is_decoder=True),
 }
 
 
@@ -162,7 +264,7 @@ def v5(model_type: str, theta: float = 10000.0, **settings: Any) -> Case:
     return llama_like(model_type, **{"rope_parameters": rope, **settings})
 
 
-# Their config.json has `rope_parameters` and `dtype`.
+# Their config.json has `rope_parameters` and `dtype`, for example.
 V5_CASES: dict[str, Case] = {
     "v5_llama": v5("llama", 500000.0),
     "v5_qwen3": v5("qwen3", 1000000.0, head_dim=16),
@@ -174,6 +276,10 @@ V5_CASES: dict[str, Case] = {
     "v5_granite": v5("granite", tie_word_embeddings=True, **MULTIPLIERS),
     "v5_phi3": v5("phi3", sliding_window=None),
     "v5_llama_llama3": llama_like("llama", rope_parameters={"rope_theta": 500000.0, **LLAMA_3}),
+    # transformers 4.54.1 multiplies their attention scores by the root of the heads' size, where it should divide:
+    # huggingface/transformers#40041.
+    "v5_gpt_bigcode": gpt2_like("gpt_bigcode", multi_query=True, n_inner=80, attn_pdrop=0.0),
+    "v5_gpt_bigcode_mha": gpt2_like("gpt_bigcode", multi_query=False, attn_pdrop=0.0, tie_word_embeddings=False),
 }
 
 
@@ -196,10 +302,17 @@ def saved(model: Any, folder: Path) -> dict[str, list[int]]:
 def builder(case: Case, folder: Path) -> Callable[[], Any]:
     """A function that makes the model anew, because some ropes remember the longest text that they have seen."""
     model_type, settings = case
+    # StableLM's initial values want a bias in every LayerNorm, which those of its heads do not have.
+    unset = modeling_utils.no_init_weights if model_type == "stablelm" else contextlib.nullcontext
+    # Falcon's eager attention adds ALiBi twice: once in the mask, once to the scores.
+    attention = "sdpa" if settings.get("alibi") else "eager"
 
     def build() -> Any:
         config = CONFIG_MAPPING[model_type](**settings)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        with unset():
+            made = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+        made.tie_weights()
+        return made
 
     shapes = saved(build(), folder)
 
@@ -251,7 +364,7 @@ def make(name: str, case: Case) -> None:
     folder = HERE / name
     folder.mkdir(exist_ok=True)
     model = builder(case, folder)
-    ids = np.random.RandomState(0).randint(3, VOCABULARY, (2, LENGTH))
+    ids = np.random.RandomState(8).randint(3, VOCABULARY, (2, LENGTH))
     lengths = np.array([[18], [7]])
     right = (np.arange(LENGTH) < lengths).astype(np.int64)
     left = right[:, ::-1].copy()
@@ -289,6 +402,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
     for name in names:
         make(name, cases[name])
