@@ -100,6 +100,15 @@ def longrope(size: int) -> dict[str, Any]:
     }
 
 
+# None of these is a default, so that a test notices when one of them is not read.
+UNUSUAL = {
+    "rms_norm_eps": 1e-3,
+    "layer_norm_eps": 1e-3,
+    "layer_norm_epsilon": 1e-3,
+    "rope_theta": 3000.0,
+    "rotary_emb_base": 3000.0,
+    "rope_local_base_freq": 500.0,
+}
 LLAMA_3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -174,7 +183,8 @@ CASES: dict[str, Case] = {
     "olmo2": llama_like("olmo2"),
     "granite": llama_like("granite", tie_word_embeddings=True, **MULTIPLIERS),
     # From here on, older types.
-    "gpt_neox": sized("gpt_neox", intermediate_size=80, rotary_pct=0.25),
+    # A quarter of smaller heads would be one frequency, which is 1 for every base.
+    "gpt_neox": sized("gpt_neox", intermediate_size=80, num_attention_heads=3, rotary_pct=0.25),
     "gpt_neox_sequential": sized(
         "gpt_neox",
         intermediate_size=80,
@@ -203,7 +213,7 @@ CASES: dict[str, Case] = {
     ),
     "falcon_rw": sized("falcon", alibi=True, parallel_attn=False, multi_query=False, bias=True, ffn_hidden_size=80),
     "mpt": tiny("mpt", d_model=48, n_layers=3, n_heads=6, max_seq_len=64),
-    # PyTorch's class ignores `no_bias` and `alibi_bias_max`: it has no biases, and slopes down to 2**-8.
+    # MPT's class ignores `no_bias` and `alibi_bias_max`: it has no biases, and slopes down to 2**-8.
     "mpt_bias": tiny(
         "mpt",
         d_model=48,
@@ -219,7 +229,7 @@ CASES: dict[str, Case] = {
     "persimmon": sized("persimmon", intermediate_size=80, qk_layernorm=True),
     "phi": llama_like("phi", partial_rotary_factor=0.5, num_key_value_heads=6),
     "phi_qk": llama_like("phi", partial_rotary_factor=0.5, qk_layernorm=True),
-    "stablelm": llama_like("stablelm", num_key_value_heads=6),
+    "stablelm": llama_like("stablelm", num_attention_heads=3, num_key_value_heads=3),
     "stablelm_parallel": llama_like(
         "stablelm",
         partial_rotary_factor=0.5,
@@ -228,6 +238,7 @@ CASES: dict[str, Case] = {
         use_qkv_bias=True,
         tie_word_embeddings=True,
     ),
+    # Its class ignores `layer_norm_eps`: it has PyTorch's default, 1e-5.
     "biogpt": bert_like("biogpt"),
     "gpt2": gpt2_like("gpt2", attn_pdrop=0.0),
     "gpt2_scaled": gpt2_like(
@@ -258,10 +269,9 @@ CASES: dict[str, Case] = {
 }
 
 
-def v5(model_type: str, theta: float = 10000.0, **settings: Any) -> Case:
+def v5(model_type: str, theta: float = 3000.0, **settings: Any) -> Case:
     """A type whose rope is in `rope_parameters`."""
-    rope = {"rope_type": "default", "rope_theta": theta}
-    return llama_like(model_type, **{"rope_parameters": rope, **settings})
+    return llama_like(model_type, rope_parameters={"rope_type": "default", "rope_theta": theta}, **settings)
 
 
 # Their config.json has `rope_parameters` and `dtype`, for example.
@@ -269,10 +279,18 @@ V5_CASES: dict[str, Case] = {
     "v5_llama": v5("llama", 500000.0),
     "v5_qwen3": v5("qwen3", 1000000.0, head_dim=16),
     "v5_gemma3_text": llama_like(
-        "gemma3_text", num_hidden_layers=7, head_dim=16, sliding_window=8, query_pre_attn_scalar=20
+        "gemma3_text",
+        num_hidden_layers=7,
+        head_dim=16,
+        sliding_window=8,
+        query_pre_attn_scalar=20,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
     ),
     "v5_mistral": v5("mistral", head_dim=16, sliding_window=8),
-    "v5_smollm3": v5("smollm3", 2000000.0, num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0]),
+    "v5_smollm3": v5("smollm3", num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0]),
     "v5_granite": v5("granite", tie_word_embeddings=True, **MULTIPLIERS),
     "v5_phi3": v5("phi3", sliding_window=None),
     "v5_llama_llama3": llama_like("llama", rope_parameters={"rope_theta": 500000.0, **LLAMA_3}),
@@ -302,13 +320,16 @@ def saved(model: Any, folder: Path) -> dict[str, list[int]]:
 def builder(case: Case, folder: Path) -> Callable[[], Any]:
     """A function that makes the model anew, because some ropes remember the longest text that they have seen."""
     model_type, settings = case
+    config_class = CONFIG_MAPPING[model_type]
+    known = inspect.signature(config_class).parameters
+    unusual = {name: value for name, value in UNUSUAL.items() if name in known and name not in settings}
     # StableLM's initial values want a bias in every LayerNorm, which those of its heads do not have.
     unset = modeling_utils.no_init_weights if model_type == "stablelm" else contextlib.nullcontext
     # Falcon's eager attention adds ALiBi twice: once in the mask, once to the scores.
     attention = "sdpa" if settings.get("alibi") else "eager"
 
     def build() -> Any:
-        config = CONFIG_MAPPING[model_type](**settings)
+        config = config_class(**unusual, **settings)
         with unset():
             made = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
         made.tie_weights()
