@@ -229,7 +229,7 @@ CASES: dict[str, Case] = {
     "persimmon": sized("persimmon", intermediate_size=80, qk_layernorm=True),
     "phi": llama_like("phi", partial_rotary_factor=0.5, num_key_value_heads=6),
     "phi_qk": llama_like("phi", partial_rotary_factor=0.5, qk_layernorm=True),
-    "stablelm": llama_like("stablelm", num_attention_heads=3, num_key_value_heads=3),
+    "stablelm": llama_like("stablelm", num_attention_heads=3, num_key_value_heads=1),
     "stablelm_parallel": llama_like(
         "stablelm",
         partial_rotary_factor=0.5,
@@ -258,7 +258,8 @@ CASES: dict[str, Case] = {
         dropout=0.0,
         attention_dropout=0.0,
     ),
-    "ctrl": gpt2_like("ctrl", dff=80),
+    # Its class has an epsilon of 1e-6 in the layers, whatever the setting says.
+    "ctrl": gpt2_like("ctrl", dff=80, layer_norm_epsilon=1e-6),
     "openai_gpt": gpt2_like("openai-gpt", attn_pdrop=0.0),
     "bert": bert_like("bert", is_decoder=True),
     "roberta": roberta_like("roberta"),
