@@ -13,6 +13,7 @@ import tensorflow as tf
 import tf_keras
 
 import tfclm
+from tfclm import corpus
 
 
 def main(source: str = "runs/quickstart", text_file: str = "notes.txt", output_dir: str = "runs/own_loop") -> None:
@@ -20,10 +21,11 @@ def main(source: str = "runs/quickstart", text_file: str = "notes.txt", output_d
     tf_keras.utils.set_random_seed(0)
     model, tokenizer = tfclm.load(source)
     texts = datasets.load_dataset("text", data_files=text_file, sample_by="paragraph", split="train")
-    tokens = texts.map(lambda row: {"input_ids": tokenizer(row["text"])["input_ids"]}, remove_columns="text")
+    tokens = corpus.tokenize(texts, tokenizer)
     held_out = range(0, len(tokens), 5)
+    around = {"separator": [tokenizer.eos_token_id], "prefix": corpus.prefix_ids(tokenizer)}
     train, validation = (
-        tfclm.pack(tokens.select(rows), block_size=64, separator=[tokenizer.eos_token_id]).blocks
+        tfclm.pack(tokens.select(rows), block_size=64, **around).blocks
         for rows in ([row for row in range(len(tokens)) if row not in held_out], held_out)
     )
     optimizer = tf_keras.optimizers.Adam(1e-3)

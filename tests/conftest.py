@@ -81,6 +81,16 @@ def tokenizer(tokenizer_dir: Path):
     return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
+def put_bos(tokenizer):
+    """The tokenizer, which now puts a BOS, `<s>` with the id 512, before each text, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
 ARCHITECTURES = ["gpt2", "opt", "mistral"]
 
 

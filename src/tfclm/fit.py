@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tfclm.cli.arguments import parse
 from tfclm.cli.command import command
+from tfclm.cli.evaluation import prefix_entry
 from tfclm.cli.hub_target import Card, HubTarget
 from tfclm.cli.release import Release
 from tfclm.cli.run_release import RunRelease, fields_of_fit
@@ -214,6 +215,7 @@ def fine_tune(
         "separator": settings.separator,
         "dropped_tokens": validation.dropped_tokens,
         "train_dropped_tokens": train.dropped_tokens,
+        **prefix_entry(tokenizer, validation.prefix),
     }
     if release is not None:
         release.check(protocol, validation.predicted_tokens)
@@ -249,7 +251,7 @@ def fine_tune(
         hub.mark(folder.path)  # before the run is complete, so that one killed in between is still pushed later
     results = folder.finish(done, protocol, validation.predicted_tokens, files, corpus_tokens, base, repo_id)
     # The run is complete, even if it cannot give a sample.
-    sample = closing_sample(folder.path, validation.blocks[0]["input_ids"], settings.seed)
+    sample = closing_sample(folder.path, validation.blocks[0]["input_ids"][len(validation.prefix) :], settings.seed)
     return folder.record({**results, "sample": sample})
 
 
@@ -374,11 +376,11 @@ def pack_splits(
     """The token blocks of the train and validation splits."""
     from tfclm import corpus
 
-    packed = []
+    packed, prefix = [], corpus.prefix_ids(tokenizer)
     for name, split in (("training", texts.train), ("validation", texts.validation)):
         tokens = corpus.tokenize(split, tokenizer, settings.num_proc)
         try:
-            packed.append(corpus.pack(tokens, settings.block_size, settings.separator_ids(tokenizer)))
+            packed.append(corpus.pack(tokens, settings.block_size, settings.separator_ids(tokenizer), prefix))
         except InputError as error:
             raise InputError(f"{name} split: {error}") from error
     train, validation = packed

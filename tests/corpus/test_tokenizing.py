@@ -9,10 +9,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+from conftest import put_bos
 from transformers import AutoTokenizer
 
 from tfclm.compat import fingerprint
-from tfclm.corpus import tokenize
+from tfclm.corpus import prefix_ids, tokenize
 from tfclm.corpus.tokenizing import fast_encoder
 
 
@@ -115,6 +116,20 @@ def test_no_special_tokens_truncation_or_padding(texts: datasets.Dataset, tokeni
     assert '"max_length":3' in state.replace(" ", "").replace("\n", "")
     assert list(tokenize(texts, tokenizer)["input_ids"]) == plain
     assert tokenizer.backend_tokenizer.to_str() == state
+
+
+def test_prefix_is_what_the_tokenizer_puts_before_a_text(tokenizer_dir: Path) -> None:
+    """Catches a BOS for GPT-2, which puts none before a text, none for Llama, or an EOS after the text taken for it."""
+    from tokenizers.processors import TemplateProcessing
+
+    for use_fast in (True, False):
+        assert prefix_ids(AutoTokenizer.from_pretrained(tokenizer_dir, use_fast=use_fast)) == []
+    tokenizer = put_bos(AutoTokenizer.from_pretrained(tokenizer_dir))
+    assert prefix_ids(tokenizer) == tokenizer("")["input_ids"] == [512]
+    around = [("<|endoftext|>", 0), ("<s>", 512)]
+    for template, ids in (("$A <|endoftext|>", []), ("<s> <|endoftext|> $A <s>", [512, 0])):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=around)
+        assert prefix_ids(tokenizer) == ids
 
 
 def test_special_tokens_in_the_text_follow_the_tokenizer(tokenizer_dir: Path) -> None:

@@ -112,6 +112,21 @@ def test_resumed_order_continues_where_the_run_stopped(make_model, tokenizer) ->
         np.testing.assert_array_equal(one, other)
 
 
+def test_blocks_with_labels_keep_them(make_model, tokenizer) -> None:
+    """Catches a BOS that is trained on although its label says that it is only context, or labels of other rows."""
+    ids = np.random.default_rng(0).integers(2, 512, (20, 16))
+    tokens = datasets.Dataset.from_dict({"input_ids": [*ids.tolist()]})
+    blocks = pack(tokens, 8, prefix=[1]).blocks.shuffle(seed=1)
+    rows = {name: np.array(list(blocks[name])) for name in ("input_ids", "labels")}
+    assert (rows["labels"][:, 1:] == -100).any()
+    order = np.random.default_rng(1).permutation(len(blocks))
+    batches = list(feed(make_model(), blocks, tokenizer, batch_size=8, order=order))
+    np.testing.assert_array_equal(
+        np.concatenate([inputs["input_ids"] for inputs, _ in batches]), rows["input_ids"][order]
+    )
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), rows["labels"][order])
+
+
 def test_eos_keeps_its_label_and_the_tokenizer_is_left_alone(make_model, tokenizer) -> None:
     """Catches pad == EOS, which takes every EOS out of the loss, so that the model never learns to stop."""
     blocks = make_blocks(16)

@@ -104,6 +104,18 @@ def test_val_loss_is_the_perplexity(make_model, tokenizer, architecture: str, ba
     assert done.steps == 3 * (64 // batch_size)
 
 
+def test_loss_with_a_prefix_is_that_of_the_labels(make_model, tokenizer):
+    """A BOS inside of a block that is trained on, validated or counted; both losses are those of the blocks."""
+    tokens = datasets.Dataset.from_dict({"input_ids": [list(range(n, n + 12)) for n in range(3, 80)]})
+    model, packed = make_model(**NO_DROPOUT), pack(tokens, 16, [0], [2])
+    settings = TrainingSettings(epochs=1, **FAST | {"learning_rate": 1e-12, "batch_size": len(packed.blocks)})
+    done = finetune(model, tokenizer, packed.blocks, packed.blocks, settings)
+    score = perplexity(model, packed.blocks)
+    assert done.tokens == score.tokens == packed.predicted_tokens < 15 * len(packed.blocks)
+    assert done.initial_loss == pytest.approx(score.loss, rel=1e-6)
+    assert done.epochs[0]["loss"] == pytest.approx(score.loss, rel=1e-6)
+
+
 def test_training_loss_is_token_weighted(make_model, tokenizer):
     """The mean of batch losses; with a learning rate of next to nothing the epoch's loss is that of the blocks."""
     model = make_model(**NO_DROPOUT)

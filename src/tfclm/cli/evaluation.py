@@ -93,13 +93,15 @@ def _score_blocks(
     block_size = source.block_size_for(context)
     corpus.check_block_size(block_size, context)
     tokens = corpus.tokenize(text.texts, tokenizer, source.num_proc)
-    packed = corpus.pack(tokens, block_size, source.separator_ids(tokenizer))
+    prefix = corpus.prefix_ids(tokenizer)
+    packed = corpus.pack(tokens, block_size, source.separator_ids(tokenizer), prefix)
     corpus.check_vocabulary(packed.largest_id, model.config.vocab_size)
     score = perplexity(model, packed.blocks, batch_size=batch_size)
     return score, {
         "block_size": block_size,
         "separator": source.separator,
         "dropped_tokens": packed.dropped_tokens,
+        **prefix_entry(tokenizer, prefix),
     }
 
 
@@ -111,19 +113,22 @@ def _score_windows(
     window: int | None,
     batch_size: int,
 ) -> tuple[Perplexity, dict[str, Any]]:
+    from tfclm import corpus
     from tfclm.checkpoint import context_size
-    from tfclm.metrics.perplexity import perplexity
+    from tfclm.metrics.perplexity import check_window, perplexity
 
-    context = context_size(model)
+    context, prefix = context_size(model), corpus.prefix_ids(tokenizer)
     window = window or context
     if window is None:
         raise InputError("this model's context has no limit: give `window`")
-    if not 2 <= window <= (context or window):
-        raise InputError(f"`window` {window}: give 2 to {context}, the model's context")
-    if not 0 < stride <= window:
-        raise InputError(f"`stride` {stride}: give 1 to {window}, the window")
+    check_window(window, stride, len(prefix), context)
     ids = tokenizer("\n\n".join(text.texts["text"]), verbose=False)["input_ids"]
-    if len(ids) < 2:
-        raise InputError(f"the text has {len(ids)} tokens: give at least 2, because the first one is only context")
-    score = perplexity(model, ids, window=window, stride=stride, batch_size=batch_size)
-    return score, {"window": window, "stride": stride, "separator": "\n\n"}
+    if len(ids) <= max(len(prefix), 1):
+        raise InputError(f"the text has {len(ids)} tokens: give more, because the first one is only context")
+    score = perplexity(model, ids, window=window, stride=stride, prefix=prefix, batch_size=batch_size)
+    return score, {"window": window, "stride": stride, "separator": "\n\n", **prefix_entry(tokenizer, prefix)}
+
+
+def prefix_entry(tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int]) -> dict[str, Any]:
+    """The entry of a protocol for the tokens at the beginning of each block or window; empty if there are none."""
+    return {"prefix": tokenizer.convert_ids_to_tokens(list(prefix))} if prefix else {}

@@ -7,7 +7,7 @@ memory-mapped `datasets.Dataset`. So memory stays bounded, and a second run on u
 from tfclm.corpus.files import Split
 from tfclm.corpus.packing import Packed, check_block_size, check_ids, check_vocabulary, pack
 from tfclm.corpus.sources import Texts, read, read_split
-from tfclm.corpus.tokenizing import tokenize
+from tfclm.corpus.tokenizing import prefix_ids, tokenize
 
 __all__ = [
     "Packed",
@@ -17,6 +17,7 @@ __all__ = [
     "check_ids",
     "check_vocabulary",
     "pack",
+    "prefix_ids",
     "read",
     "read_split",
     "tokenize",

@@ -16,18 +16,22 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_BYTES = 1 << 24  # of token ids per record batch
+IGNORED = -100  # the label of a token that is only context, as in transformers
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The blocks of one split; `tokens == len(blocks) * block_size + dropped_tokens`.
+    """The blocks of one split.
 
     Attributes:
-        blocks: a memory-mapped dataset with one column `input_ids`, int32 lists of `block_size` ids.
+        blocks: a memory-mapped dataset with a column `input_ids`, int32 lists of `block_size` ids. With a prefix also
+            `labels`: the ids, or -100 for the prefix's tokens.
         block_size: number of tokens per block.
         dropped_tokens: number of tokens at the end of the split that did not fill a block.
-        tokens: number of all tokens of the split, separators included.
+        tokens: number of all tokens of the split, with separators and without prefixes.
         largest_id: the largest token id, for `check_vocabulary`.
+        separator: the ids after each document.
+        prefix: the ids at the beginning of each block and document.
     """
 
     blocks: datasets.Dataset
@@ -35,18 +39,24 @@ class Packed:
     dropped_tokens: int
     tokens: int
     largest_id: int
+    separator: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
 
     @property
     def predicted_tokens(self) -> int:
-        """Number of tokens that a model predicts: all but the first of each block."""
-        return len(self.blocks) * (self.block_size - 1)
+        """Number of tokens that a model predicts: all but prefixes; without a prefix, all but the first per block."""
+        return self.tokens - self.dropped_tokens - (0 if self.prefix else len(self.blocks))
 
 
-def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = ()) -> Packed:
+def pack(
+    tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = (), prefix: Sequence[int] = ()
+) -> Packed:
     """Concatenates tokenized documents and cuts the result into blocks of `block_size` tokens.
 
-    The rest that does not fill a block is dropped. Rows are read in the dataset's order, also after `select` or
-    `shuffle`. Memory stays bounded, and the blocks are kept in the datasets cache.
+    Each document begins with the prefix, and so does each block, within its `block_size` tokens; where a document
+    begins with a block, the prefix is there once. The rest that does not fill a block is dropped. Rows are read in the
+    dataset's order, also after `select` or `shuffle`. Memory stays bounded, and the blocks are kept in the datasets
+    cache.
 
     Args:
         tokens: a dataset with a column `input_ids`, one list of integers per document, as `tfclm.corpus.tokenize`
@@ -54,12 +64,16 @@ def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = (
         block_size: number of tokens per block, 2 or more.
         separator: token ids put after each document, such as `[tokenizer.eos_token_id]`. Without a separator, a model
             does not learn where documents end.
+        prefix: token ids at the beginning of each document and block, as `tfclm.corpus.prefix_ids(tokenizer)` gives
+            them. They are only context: their labels are -100. After a separator that ends with the same ids, they are
+            not repeated.
 
     Returns:
         A `Packed`: the blocks with the numbers of tokens.
 
     Raises:
-        InputError: `tokens` has no token ids, `block_size` is below 2, or the text does not fill one block.
+        InputError: `tokens` has no token ids, `block_size` leaves no token to predict, or the text does not fill one
+            block.
 
     Source:
         The `group_texts` step of Hugging Face's causal language modeling guide.
@@ -71,53 +85,104 @@ def pack(tokens: datasets.Dataset, block_size: int, separator: Sequence[int] = (
         [[5, 6, 7], [0, 8, 9]]
         >>> packed.dropped_tokens, packed.predicted_tokens
         (1, 4)
+        >>> packed = tfclm.pack(tokens, block_size=4, separator=[0], prefix=[1])
+        >>> list(packed.blocks["input_ids"]), list(packed.blocks["labels"])
+        ([[1, 5, 6, 7], [1, 0, 1, 8]], [[-100, 5, 6, 7], [-100, 0, -100, 8]])
     """
     import pyarrow as pa
 
     check_ids(tokens, "tokens")
-    if block_size < 2:
-        raise InputError(f"`block_size` {block_size} leaves no token to predict: give 2 or more, for example 128")
-    schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
+    smallest = max(len(prefix), 1) + 1
+    if block_size < smallest:
+        raise InputError(
+            f"`block_size` {block_size} leaves no token to predict: give {smallest} or more, for example 128"
+        )
+    row = pa.list_(pa.int32(), block_size)
+    schema = pa.schema({"input_ids": row} | ({"labels": row} if prefix else {}))
 
     def write(append: Callable[[pa.RecordBatch], None]) -> dict[str, Any]:
-        return _write_blocks(tokens, block_size, list(separator), append, schema)
+        return _write_blocks(tokens, block_size, list(separator), list(prefix), append, schema)
 
-    key = [fingerprint(tokens), block_size, list(separator)]
+    key = [fingerprint(tokens), block_size, list(separator), *([list(prefix)] if prefix else [])]
     blocks, facts = stored("blocks", key, schema, write)
-    return Packed(blocks, block_size, facts["dropped_tokens"], facts["tokens"], facts["largest_id"])
+    numbers = (facts["dropped_tokens"], facts["tokens"], facts["largest_id"])
+    return Packed(blocks, block_size, *numbers, tuple(separator), tuple(prefix))
 
 
 def _write_blocks(
     tokens: datasets.Dataset,
     block_size: int,
     separator: list[int],
+    prefix: list[int],
     append: Callable[[pa.RecordBatch], None],
     schema: pa.Schema,
 ) -> dict[str, Any]:
     import numpy as np
     import pyarrow as pa
 
-    rest = np.empty(0, np.int32)
-    count, largest = 0, -1
-    for ids in _concatenate(tokens, np.asarray(separator, np.int32)):
+    # After a separator that ends with the prefix, a document begins with it already.
+    before = [] if separator[len(separator) - len(prefix) :] == prefix else prefix
+    rest, rest_is_text = np.empty(0, np.int32), np.empty(0, dtype=bool)
+    count, blocks, largest = 0, 0, max(prefix, default=-1)
+    for ids, is_text in _concatenate(tokens, before, separator):
         if not len(ids):
             continue
-        count += len(ids)
+        count += int(np.count_nonzero(is_text))
         largest = max(largest, int(ids.max()))
-        ids = np.concatenate([rest, ids])
-        whole = len(ids) // block_size * block_size
-        if whole:
-            rows = pa.FixedSizeListArray.from_arrays(pa.array(ids[:whole]), block_size)
-            append(pa.record_batch([rows], schema=schema))
-        rest = ids[whole:]
-    if count < block_size:
-        remedy = f"give `block_size` {count} or less, or more text" if count > 1 else "give more text"
+        ids, is_text = np.concatenate([rest, ids]), np.concatenate([rest_is_text, is_text])
+        begins, end = _cut(is_text, block_size - len(prefix))
+        if len(begins):
+            columns = [_rows(ids, begins, block_size, prefix)]
+            if prefix:
+                labels = np.where(is_text, ids, np.int32(IGNORED))
+                columns.append(_rows(labels, begins, block_size, [IGNORED] * len(prefix)))
+            arrays = [pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), block_size) for rows in columns]
+            append(pa.record_batch(arrays, schema=schema))
+        blocks += len(begins)
+        rest, rest_is_text = ids[end:], is_text[end:]
+    if not blocks:
+        most = len(prefix) + len(rest)
+        remedy = f"give `block_size` {most} or less, or more text" if most > max(len(prefix), 1) else "give more text"
         raise InputError(f"the text has {count} tokens, less than one block of {block_size}: {remedy}")
-    return {"dropped_tokens": len(rest), "tokens": count, "largest_id": largest}
+    return {"dropped_tokens": int(np.count_nonzero(rest_is_text)), "tokens": count, "largest_id": largest}
 
 
-def _concatenate(tokens: datasets.Dataset, separator: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """Yields the ids of the split in order, a batch of rows at a time, with the separator after each row."""
+def _cut(is_text: np.ndarray[Any, Any], size: int) -> tuple[np.ndarray[Any, Any], int]:
+    """Where blocks of `size` tokens begin, none with a document's prefix, and where the rest after them begins."""
+    import numpy as np
+
+    text = np.flatnonzero(is_text)
+    if len(text) == len(is_text):
+        whole = len(is_text) // size * size
+        return np.arange(0, whole, size), whole
+    begins = []
+    begin = int(text[0]) if len(text) else len(is_text)
+    while begin + size <= len(is_text):
+        begins.append(begin)
+        following = int(np.searchsorted(text, begin + size))
+        begin = int(text[following]) if following < len(text) else len(is_text)
+    return np.asarray(begins, np.int64), begin
+
+
+def _rows(
+    values: np.ndarray[Any, Any], begins: np.ndarray[Any, Any], size: int, prefix: list[int]
+) -> np.ndarray[Any, Any]:
+    """Rows int32 [N, size]: the prefix, and the values [T] from each beginning [N] on."""
+    import numpy as np
+
+    rows = np.empty((len(begins), size), np.int32)
+    rows[:, : len(prefix)] = prefix
+    rows[:, len(prefix) :] = np.lib.stride_tricks.sliding_window_view(values, size - len(prefix))[begins]
+    return rows
+
+
+def _concatenate(
+    tokens: datasets.Dataset, prefix: list[int], separator: list[int]
+) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """The ids of the split in order, with prefix and separator around each row, and which are not of a prefix.
+
+    Yields int32 [T] and bool [T], a batch of rows at a time.
+    """
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -128,18 +193,22 @@ def _concatenate(tokens: datasets.Dataset, separator: np.ndarray[Any, Any]) -> I
         rows = table["input_ids"]
         # flatten(), unlike .values, leaves out what lies outside of the column's slice.
         values = rows.combine_chunks().flatten().cast(pa.int32()).to_numpy(zero_copy_only=False)
-        if not len(separator):
-            yield values
+        around = len(prefix) + len(separator)
+        if not around:
+            yield values, np.ones(len(values), dtype=bool)
             continue
         lengths = pc.fill_null(pc.list_value_length(rows), 0).to_numpy()
-        ends = np.cumsum(lengths + len(separator))
-        separator_places = ends[:, None] + np.arange(-len(separator), 0)
-        joined = np.empty(len(values) + separator_places.size, np.int32)
+        ends = np.cumsum(lengths + around)
+        joined = np.empty(len(values) + around * len(lengths), np.int32)
         is_document = np.ones(len(joined), dtype=bool)
-        is_document[separator_places.ravel()] = False
+        is_text = np.ones(len(joined), dtype=bool)
+        for added, begins in ((prefix, ends - lengths - around), (separator, ends - len(separator))):
+            places = begins[:, None] + np.arange(len(added))
+            is_document[places] = False
+            joined[places] = added
+            is_text[places] = added is not prefix
         joined[is_document] = values
-        joined[separator_places] = separator
-        yield joined
+        yield joined, is_text
 
 
 def check_ids(rows: Any, name: str) -> None:

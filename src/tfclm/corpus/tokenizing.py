@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import re
 from array import array
 from collections.abc import Iterable, Iterator
@@ -25,13 +26,29 @@ CACHED_WORD_LENGTH = 64  # longer words are hardly ever repeated
 _WORD = re.compile(r"\s*\S+|\s+")
 
 
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids that a tokenizer puts before a text: the BOS of Llama, Gemma and Mistral; none for GPT-2 or Qwen.
+
+    Example:
+        >>> prefix_ids(AutoTokenizer.from_pretrained("mistralai/Mistral-7B-v0.1"))
+        [1]
+    """
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    return [
+        number
+        for number, _ in itertools.takewhile(
+            lambda pair: pair[1], zip(encoding["input_ids"], encoding["special_tokens_mask"], strict=True)
+        )
+    ]
+
+
 def tokenize(
     texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None
 ) -> datasets.Dataset:
     """Tokenizes every text.
 
-    The ids are those of `tokenizer(text, add_special_tokens=False)`: no BOS or EOS, because `pack` puts a separator
-    between documents. Nothing is truncated or padded, whatever the tokenizer is set to; the tokenizer is not changed.
+    The ids are those of `tokenizer(text, add_special_tokens=False)`: no BOS or EOS, because `pack` puts them where they
+    belong. Nothing is truncated or padded, whatever the tokenizer is set to; the tokenizer is not changed.
 
     Args:
         texts: a dataset with a column "text".

@@ -6,7 +6,7 @@ A mean of batch means would be wrong: a short last batch, or one with few labels
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,7 @@ def perplexity(
     *,
     window: int | None = None,
     stride: int | None = None,
+    prefix: Sequence[int] = (),
     batch_size: int = 8,
 ) -> Perplexity:
     """Computes the perplexity of a causal language model on token ids.
@@ -102,11 +103,15 @@ def perplexity(
     Args:
         model: a TensorFlow causal language model of transformers.
         input_ids: int [N, L], or a dataset of blocks as `tfclm.pack` makes it, which is streamed: each block is scored
-            on its own, L - 1 tokens per block. Or int [T], one text, scored in windows.
-        window: tokens per window, 2 or more, for a text [T].
-        stride: tokens by which the window moves, 1 to `window` (the default). Each token is scored once, in the first
-            window that holds it. After the first window it has at least window - stride tokens before it: T - 1 tokens
-            are scored. With stride = window the first token of each window has no context and is not scored.
+            on its own, L - 1 tokens per block, or those whose `labels` are not -100 if the dataset has that column. Or
+            int [T], one text, scored in windows.
+        window: tokens per window, for a text [T]: the prefix and 2 or more, or 1 or more after a prefix.
+        stride: tokens by which the window moves, 1 to `window` without the prefix (the default). Each token is scored
+            once, in the first window that holds it, T - 1 tokens in all. Without a prefix, and with stride = window,
+            the first token of each window has no context and is not scored.
+        prefix: token ids with which each block and window begins, such as the BOS: those that the tokenizer puts before
+            a text, `tfclm.corpus.prefix_ids(tokenizer)`. They are only context and never scored, so that the token
+            after them is. A block, or the text, that begins with them already does not get them again.
         batch_size: rows per forward pass.
 
     Returns:
@@ -121,9 +126,10 @@ def perplexity(
     Example:
         >>> model, tokenizer = tfclm.load("distilgpt2")
         >>> ids = tokenizer("Once upon a time there was a king.")["input_ids"]
-        >>> tfclm.perplexity(model, ids, window=1024, stride=512).perplexity
+        >>> prefix = tfclm.corpus.prefix_ids(tokenizer)
+        >>> tfclm.perplexity(model, ids, window=1024, stride=512, prefix=prefix).perplexity
     """
-    rows = _make_rows(input_ids, window, stride)
+    rows = _make_rows(input_ids, window, stride, np.asarray(prefix, np.int64))
 
     def sum_losses(ids: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         losses, mask = token_losses(model(input_ids=ids, training=False).logits, labels)
@@ -140,13 +146,13 @@ def perplexity(
         np.zeros(3),
     )
     if not tokens:
-        raise InputError("no token to score: a text needs at least 2 tokens, because the first is only context")
+        raise InputError("no token to score: a text needs a token after the first one, or after the prefix")
     mean = total / tokens
     variance = max(squares / tokens - mean * mean, 0.0) * tokens / max(tokens - 1, 1)
     return Perplexity(loss=float(mean), tokens=int(tokens), loss_standard_error=float(math.sqrt(variance / tokens)))
 
 
-def _make_rows(input_ids: Any, window: int | None, stride: int | None) -> Iterator[Row]:
+def _make_rows(input_ids: Any, window: int | None, stride: int | None, prefix: np.ndarray) -> Iterator[Row]:
     """The rows to score: the blocks of a dataset or of int [N, L], or the windows of int [T]."""
     if hasattr(input_ids, "column_names"):
         if "input_ids" not in input_ids.column_names:
@@ -155,34 +161,60 @@ def _make_rows(input_ids: Any, window: int | None, stride: int | None) -> Iterat
                 f"`input_ids` has no token ids (columns {columns}): give a dataset with a column input_ids, as "
                 "tfclm.pack makes it"
             )
-        return ((row, row) for row in _stream_blocks(input_ids))
+        return (_begin_block(*row, prefix) for row in _stream_blocks(input_ids))
     ids = np.asarray(input_ids)
     if not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"`input_ids` is {ids.dtype}: give the ids that the model's tokenizer makes from a text")
     if ids.ndim == 2:
-        return ((row, row) for row in ids)
+        return (_begin_block(row, row, prefix) for row in ids)
     if window is None:
         raise InputError("one text of [T] tokens is scored in windows: give `window`")
-    return _make_windows(ids, window, window if stride is None else stride)
+    return _make_windows(ids, window, stride, prefix)
 
 
-def _stream_blocks(blocks: datasets.Dataset) -> Iterator[np.ndarray]:
+def _stream_blocks(blocks: datasets.Dataset) -> Iterator[Row]:
     """Yields the rows of a dataset, with 1000 at a time in memory."""
+    labels = "labels" if "labels" in blocks.column_names else "input_ids"
     for batch in blocks.with_format("numpy").iter(batch_size=1000):
-        yield from batch["input_ids"]
+        yield from zip(batch["input_ids"], batch[labels], strict=True)
 
 
-def _make_windows(ids: np.ndarray, window: int, stride: int) -> Iterator[Row]:
-    if window < 2:
-        raise InputError(f"`window` {window}: give 2 or more")
-    if not 0 < stride <= window:
-        raise InputError(f"`stride` {stride}: give 1 to {window}, the window")
+def _begin_block(ids: np.ndarray, labels: np.ndarray, prefix: np.ndarray) -> Row:
+    """The block with the prefix, which it may begin with already."""
+    size = len(prefix)
+    if np.array_equal(ids[:size], prefix):
+        ids, labels = ids[size:], labels[size:]
+    return _put_before(prefix, ids, labels)
+
+
+def _put_before(prefix: np.ndarray, ids: np.ndarray, labels: np.ndarray) -> Row:
+    return np.concatenate([prefix, ids]), np.concatenate([np.full(len(prefix), IGNORED), labels])
+
+
+def check_window(window: int, stride: int, prefix_size: int, context: int | None = None) -> None:
+    """Raises `InputError` if a window or stride is out of its range for a prefix of this many tokens."""
+    least = max(prefix_size, 1) + 1
+    if not least <= window <= (context or window):
+        most = "or more" if context is None else f"to {context}, the model's context"
+        raise InputError(f"`window` {window}: give {least} {most}")
+    room = window - prefix_size
+    if not 0 < stride <= room:
+        without = f" without the {prefix_size} before each text" if prefix_size else ""
+        raise InputError(f"`stride` {stride}: give 1 to {room}, the window's tokens{without}")
+
+
+def _make_windows(ids: np.ndarray, window: int, stride: int | None, prefix: np.ndarray) -> Iterator[Row]:
+    size = window - len(prefix)
+    stride = size if stride is None else stride
+    check_window(window, stride, len(prefix))
+    if np.array_equal(ids[: len(prefix)], prefix):
+        ids = ids[len(prefix) :]
     scored = 0
     for start in range(0, len(ids), stride):
-        end = min(start + window, len(ids))
+        end = min(start + size, len(ids))
         labels = ids[start:end].astype(np.int64)
         labels[: scored - start] = IGNORED
-        yield ids[start:end], labels
+        yield _put_before(prefix, ids[start:end], labels)
         scored = end
         if end == len(ids):
             return

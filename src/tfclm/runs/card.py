@@ -69,7 +69,7 @@ def model_card(results: Mapping[str, Any], settings: Mapping[str, Any], base: Ma
 
 Validation perplexity **{_number(results["perplexity"])}** ({_number(results["initial_perplexity"])} before training) \
 over {results["tokens"]} tokens: exp of the mean negative log-likelihood per token, in blocks of \
-{protocol["block_size"]} tokens, each scored on its own; \
+{protocol["block_size"]} tokens, {_prefix(protocol)}each scored on its own; \
 {"EOS" if protocol["separator"] == "eos" else "nothing"} between documents; {protocol["dropped_tokens"]} tokens at the \
 end did not fill a block.
 
@@ -173,7 +173,9 @@ def _eval_result(results: Mapping[str, Any], settings: Mapping[str, Any]) -> Eva
         metric_type="perplexity",
         metric_name="validation perplexity",
         metric_value=round(results["perplexity"], 4),
-        metric_args={name: protocol[name] for name in ("block_size", "separator", "dropped_tokens")},
+        metric_args={
+            name: protocol[name] for name in ("block_size", "separator", "dropped_tokens", "prefix") if name in protocol
+        },
     )
 
 
@@ -225,6 +227,12 @@ def _names(paths: Sequence[str]) -> str:
 def _strip_folders(value: Any) -> Any:
     """The last part of an absolute path; anything else unchanged."""
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def _prefix(protocol: Mapping[str, Any]) -> str:
+    """The tokens with which each block begins, as a part of a phrase; empty if there are none."""
+    prefix = protocol.get("prefix")
+    return f"which begin with `{''.join(prefix)}`, " if prefix else ""
 
 
 def _table(epochs: Sequence[Mapping[str, Any]], before: float | None) -> str:

@@ -24,13 +24,16 @@ class BlockCollator(DataCollatorForLanguageModeling):
 
     def tf_call(self, examples: list[Any]) -> dict[str, Any]:
         """Stacks rows of equal length; anything else goes to transformers' implementation."""
-        rows = [example["input_ids"] for example in examples if example.keys() == {"input_ids"}]
+        rows = [example["input_ids"] for example in examples if example.keys() <= {"input_ids", "labels"}]
         if len(rows) < len(examples) or len({len(row) for row in rows}) != 1 or self.pad_to_multiple_of:
             padded: dict[str, Any] = super().tf_call(examples)
             return padded
         # In NumPy: each TensorFlow operation would wait for the interpreter lock, which the training loop holds.
         input_ids = np.asarray(rows)
-        labels = np.where(input_ids == self.tokenizer.pad_token_id, -100, input_ids)
+        if "labels" in examples[0]:
+            labels = np.asarray([example["labels"] for example in examples])
+        else:
+            labels = np.where(input_ids == self.tokenizer.pad_token_id, -100, input_ids)
         batch = {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids), "labels": labels}
         return {name: tf.constant(array) for name, array in batch.items()}
 
@@ -59,11 +62,12 @@ def feed(
     """Makes batches for `model.fit`.
 
     They equal those of `model.prepare_tf_dataset(blocks, collate_fn=DataCollatorForLanguageModeling(...))`, but are
-    made several times faster.
+    made several times faster. Blocks with a column `labels` keep theirs.
 
     Args:
         model: the model to train.
-        blocks: a dataset with a column `input_ids`, lists of equal length.
+        blocks: a dataset with a column `input_ids`, lists of equal length, and maybe `labels`, as `tfclm.pack` makes
+            it.
         tokenizer: the model's tokenizer.
         batch_size: rows per batch.
         order: indices into `blocks`, of all rows of a run; a resumed run passes `order[done:]`. If None, every block
@@ -89,7 +93,7 @@ def feed(
 
 
 class _Fetch:
-    """Replaces block indices by token ids, read from the memory-mapped Arrow buffers.
+    """Replaces block indices by token ids and labels, read from the memory-mapped Arrow buffers.
 
     `blocks.select(order)` does the same, but runs Python code for every row and would be the slowest part of the feed.
     """
@@ -97,12 +101,19 @@ class _Fetch:
     def __init__(self, blocks: datasets.Dataset) -> None:
         # A shuffle or selection is a list of indices into a table that is not reordered itself.
         self._blocks = blocks.flatten_indices() if is_selection(blocks) else blocks
-        column = self._blocks.data.column("input_ids")
-        self.block_size = len(column[0])
-        self._chunks = [
-            chunk.flatten().to_numpy().reshape(len(chunk), self.block_size) for chunk in column.chunks if len(chunk)
-        ]
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])
+        columns = {
+            name: self._blocks.data.column(name)
+            for name in ("input_ids", "labels")
+            if name in self._blocks.column_names
+        }
+        self.block_size = len(columns["input_ids"][0])
+        # The columns of a table may be chunked differently.
+        self._chunks = {
+            name: [
+                chunk.flatten().to_numpy().reshape(len(chunk), self.block_size) for chunk in column.chunks if len(chunk)
+            ]
+            for name, column in columns.items()
+        }
 
     def __reduce__(self) -> tuple[type[_Fetch], tuple[datasets.Dataset]]:
         # datasets hashes this object by its pickle: that should hold file names, not gigabytes.
@@ -110,12 +121,18 @@ class _Fetch:
 
     def __call__(self, rows: dict[str, list[int]]) -> dict[str, np.ndarray[Any, Any]]:
         indices = np.asarray(rows["block"])
-        chunk_of = np.searchsorted(self._starts, indices, side="right") - 1
-        ids = np.empty((len(indices), self.block_size), self._chunks[0].dtype)
-        for number in np.unique(chunk_of):
-            rows_here = chunk_of == number
-            ids[rows_here] = self._chunks[number][indices[rows_here] - self._starts[number]]
-        return {"input_ids": ids}
+        return {name: _gather(chunks, indices) for name, chunks in self._chunks.items()}
+
+
+def _gather(chunks: list[np.ndarray[Any, Any]], indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Rows [N, L] by their indices [N] into all chunks together."""
+    starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+    chunk_of = np.searchsorted(starts, indices, side="right") - 1
+    rows = np.empty((len(indices), chunks[0].shape[1]), chunks[0].dtype)
+    for number in np.unique(chunk_of):
+        rows_here = chunk_of == number
+        rows[rows_here] = chunks[number][indices[rows_here] - starts[number]]
+    return rows
 
 
 def run_order(blocks: int, batch_size: int, epochs: int, seed: int) -> np.ndarray[Any, Any]:

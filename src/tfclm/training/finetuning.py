@@ -11,13 +11,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 
 from tfclm.corpus import check_ids
 from tfclm.errors import InputError
+from tfclm.metrics.perplexity import IGNORED
 from tfclm.terminal import log
 from tfclm.training.callbacks import Diverged, EventLog, ProgressBar, RunTracker
 from tfclm.training.feed import feed, run_order
@@ -103,7 +105,7 @@ def finetune(
     Args:
         model: a TensorFlow causal language model of transformers, created under `strategy` if one is given.
         tokenizer: the model's tokenizer.
-        train: blocks to train on, `input_ids` int32 [L], as `tfclm.pack` makes them.
+        train: blocks to train on, `input_ids` int32 [L] and maybe `labels`, as `tfclm.pack` makes them.
         validation: blocks of other text to validate on.
         settings: how to train; `TrainingSettings()` if not given.
         output_dir: gets `logs/` (TensorBoard) and `resume/`. When called again with the same arguments, an interrupted
@@ -233,7 +235,8 @@ def _run(
             bar.close()
             event_log.close()
         snapshots.restore_best(progress)
-    return _make_record(plan, progress, diverged)
+    order = run_order(len(train), plan.step_rows, plan.epochs, settings.seed)[: progress.steps * plan.step_rows]
+    return _make_record(progress, _count_predicted(train, order), diverged)
 
 
 def _restore_progress(snapshots: Snapshots, identity: str, output: Path) -> Progress:
@@ -288,7 +291,18 @@ def _fit(
         )
 
 
-def _make_record(plan: Plan, progress: Progress, diverged: str | None) -> TrainingRecord:
+def _count_predicted(blocks: datasets.Dataset, order: np.ndarray[Any, Any]) -> int:
+    """Number of tokens that are predicted in the blocks with these indices."""
+    if "labels" not in blocks.column_names:
+        return len(order) * (len(blocks[0]["input_ids"]) - 1)
+    counts = [
+        np.count_nonzero(batch["labels"][:, 1:] != IGNORED, axis=1)
+        for batch in blocks.with_format("numpy").iter(batch_size=4096)
+    ]
+    return int(np.concatenate(counts)[order].sum())
+
+
+def _make_record(progress: Progress, tokens: int, diverged: str | None) -> TrainingRecord:
     epoch_at_step = {0: 0} | {int(epoch["step"]): int(epoch["epoch"]) for epoch in progress.epochs}
     best_step = int(progress.best_step or 0)
     return TrainingRecord(
@@ -298,7 +312,7 @@ def _make_record(plan: Plan, progress: Progress, diverged: str | None) -> Traini
         best_epoch=epoch_at_step.get(best_step),
         epochs=progress.epochs,
         steps=progress.steps,
-        tokens=progress.steps * plan.step_rows * (plan.block_size - 1),
+        tokens=tokens,
         seconds=progress.seconds,
         diverged=diverged,
     )
@@ -311,5 +325,5 @@ def _hash_run(settings: TrainingSettings, *splits: datasets.Dataset) -> str:
     for blocks in splits:
         digest.update(f"{len(blocks)} ".encode())
         for batch in blocks.with_format("numpy").iter(batch_size=4096):
-            digest.update(batch["input_ids"].tobytes())
+            digest.update(b"".join(batch[name].tobytes() for name in ("input_ids", "labels") if name in batch))
     return digest.hexdigest()

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import LONG
+from conftest import LONG, put_bos, tiny_config
 from tensorflow.core.protobuf import saved_model_pb2
 from test_decoding import is_tie
 from tokenizers import decoders
 from transformers import AutoTokenizer, pipeline
 
+from tfclm.checkpoint import create
+from tfclm.corpus import prefix_ids
 from tfclm.metrics.perplexity import perplexity
 from tfclm.savedmodel import saving, warmup
 from tfclm.savedmodel.graph.signatures import MAX_REQUEST_TOKENS, GenerationModule
@@ -553,6 +555,44 @@ def assert_like_perplexity(exported: Export, tokenizer: Any, texts: list[str]) -
             assert logprobs[0] == 0
             assert not any(logprobs[len(tokens) :])
             assert sum(logprobs) == pytest.approx(-loss * count, rel=1e-5)
+
+
+@pytest.mark.parametrize("bos", ["<s>", "<s> <|endoftext|>"])
+def test_scores_with_a_bos(tokenizer_dir: Path, documents: list[str], bos: str) -> None:
+    """Windows after the first one without the BOS, or a score of the BOS itself; the reference is a plain loop."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = put_bos(AutoTokenizer.from_pretrained(tokenizer_dir))
+    added = [("<s>", 512), ("<|endoftext|>", 0)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=added)
+    model = create(tiny_config("gpt2", vocab_size=513, context=32))
+    model.set_weights([3 * weight for weight in model.get_weights()])
+    score = GenerationModule(model, tokenizer, ServableSettings()).signatures()["score"]
+    prefix = prefix_ids(tokenizer)
+    room = 32 - len(prefix)
+    texts = [documents[9][:10], documents[5][:300], documents[7][:150]]
+    texts += [prefix_of_tokens(tokenizer, documents[9], size) for size in (32, 33, 48, 49)]
+    answer = {name: value.numpy() for name, value in score(text=tf.constant(texts)).items()}
+    for row, text in enumerate(texts):
+        ids, end_before = tokenizer(text, add_special_tokens=False)["input_ids"], 0
+        logprobs = []
+        while end_before < len(ids):
+            begin = max(0, end_before - room + 16) if end_before else 0
+            window = [*prefix, *ids[begin : begin + room]]
+            logits = tf.nn.log_softmax(tf.cast(model(tf.constant([window])).logits[0], tf.float64)).numpy()
+            end = min(begin + room, len(ids))
+            logprobs += [logits[len(prefix) + i - begin - 1, ids[i]] for i in range(end_before, end)]
+            end_before = end
+        assert answer["token_count"][row] == len(logprobs) == len(ids)
+        found = answer["token_logprobs"][row]
+        assert not found[: len(prefix)].any()
+        assert not found[len(prefix) + len(ids) :].any()
+        np.testing.assert_allclose(found[len(prefix) : len(prefix) + len(ids)], logprobs, atol=1e-4)
+        assert answer["loss"][row] == pytest.approx(-np.mean(logprobs), rel=1e-5)
+        library = perplexity(model, tokenizer(text)["input_ids"], window=32, stride=16, prefix=prefix)
+        assert (library.tokens, library.loss) == (len(ids), pytest.approx(-np.mean(logprobs), rel=1e-5))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"fewer than {len(prefix) + 1} tokens"):
+        score(text=tf.constant([""]))
 
 
 # Unmodified servers

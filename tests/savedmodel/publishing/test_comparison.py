@@ -31,8 +31,9 @@ class Constant(tf.Module):
         joined = tf.io.decode_raw(tf.strings.reduce_join(text)[None], tf.uint8)[0]
         bytes_of = tf.RaggedTensor.from_row_lengths(tf.cast(joined, tf.int32), tf.strings.length(text))
         ids = bytes_of.to_tensor(-1) + self.first_id
-        logprobs = tf.fill(tf.shape(ids), self.logprob)
-        return {"token_count": tf.strings.length(text) - 1, "token_ids": ids, "token_logprobs": logprobs}
+        place, length = tf.range(tf.shape(ids)[1]), tf.strings.length(text)
+        logprobs = tf.where((place > 0) & (place < length[:, None]), self.logprob, 0.0)
+        return {"token_count": length - 1, "token_ids": ids, "token_logprobs": logprobs}
 
 
 def version(folder: Path, *arguments: Any) -> str:

@@ -114,6 +114,7 @@ def test_what_cannot_be_compared():
         ("split test (the dataset's own)", {"validation": "split test"}, None),
         ("split test", {"validation": "split dev"}, "validation"),
         ("split test", {"validation": None}, "validation"),
+        ("split test", {"prefix": ["<s>"]}, "prefix"),
         ("0.1 of the documents, drawn with seed 0", {"train_rows": 90}, "train_rows"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -15,26 +16,30 @@ Tensor = Any
 CHUNK = 64  # positions whose logits are in memory at once
 
 
-def token_logprobs(network: Network, ids: Tensor) -> Tensor:
-    """Log-probability of each token given those before it, float32 [B, L]; 0 for the first token.
+def token_logprobs(network: Network, ids: Tensor, prefix: Sequence[int] = ()) -> Tensor:
+    """Log-probability of each token given those before it, float32 [B, L]; 0 for the prefix, or for the first token.
 
-    `ids` int32 [B, L], padded on the right. Texts longer than the context are read in windows of its size that advance
-    by half of it; each token is scored in the first window that contains it, as `tfclm.perplexity` does with
-    stride = context // 2.
+    `ids` int32 [B, L], padded on the right; each row begins with `prefix`. Texts longer than the context are read in
+    windows of its size, which advance by half of it and begin with the prefix too; each token is scored in the first
+    window that contains it, as `tfclm.perplexity` does with stride = context // 2.
     """
     weights = network.weights()
-    window, stride = network.context, max(1, network.context // 2)
+    window, begin = network.context, len(prefix)
+    stride = max(1, min(window // 2, window - begin))
     batch, length = tf.unstack(tf.shape(ids))
     further = tf.maximum(0, (length - window + stride - 1) // stride)  # windows after the first one
     padded = tf.pad(ids, [[0, 0], [0, tf.maximum(0, window + further * stride - length)]])
+    before = tf.tile(tf.constant([prefix], tf.int32, [1, begin]), [batch, 1])
 
     first = _score_window(network, weights, tf.cond(further > 0, lambda: padded[:, :window], lambda: ids))
-    first = tf.pad(first, [[0, 0], [1, 0]])
+    # No log-probabilities of the prefix's own tokens.
+    first = tf.pad(first[:, max(0, begin - 1) :], [[0, 0], [max(1, begin), 0]])
     pieces = tf.TensorArray(tf.float32, size=further, element_shape=[None, None], infer_shape=False)
 
     def score(index: Tensor, pieces: tf.TensorArray) -> tuple[Tensor, tf.TensorArray]:
         start = (index + 1) * stride
-        scored = _score_window(network, weights, padded[:, start : start + window])
+        following = padded[:, start + begin : start + window]
+        scored = _score_window(network, weights, tf.concat([before, following], 1))
         return index + 1, pieces.write(index, tf.transpose(scored[:, -stride:]))
 
     _, pieces = tf.while_loop(lambda index, pieces: index < further, score, (0, pieces), parallel_iterations=1)

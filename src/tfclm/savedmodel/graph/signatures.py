@@ -325,17 +325,20 @@ class GenerationModule(tf.Module):
         tokenizer = self._tokenizer
         assert tokenizer is not None
         logprobs_of = tf.function(
-            lambda ids: (token_logprobs(self.network, ids),), autograph=self.network.autograph
+            lambda ids: (token_logprobs(self.network, ids, tokenizer.prefix),), autograph=self.network.autograph
         ).get_concrete_function(tf.TensorSpec([None, None], tf.int32))
 
         def score(text: Tensor) -> dict[str, Tensor]:
             text = self._checks.texts(text, "text")
             ids, lengths = tokenizer.encode(text, max_tokens=self.max_request_tokens)
-            ids = require(lengths > 1, ids, "text", "has fewer than 2 tokens: the first one is only context")
+            context = max(1, len(tokenizer.prefix))
+            ids = require(
+                lengths > context, ids, "text", f"has fewer than {context + 1} tokens: the first one is only context"
+            )
             # As many rows at a time as are decoded together, because each may fill a whole context.
             (logprobs,) = _in_slices(logprobs_of, (ids,), self.settings.max_batch_size)
             logprobs = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), logprobs, 0.0)
-            count = lengths - 1
+            count = lengths - context
             loss = -tf.reduce_sum(tf.cast(logprobs, tf.float64), 1) / tf.cast(count, tf.float64)
             return {
                 "loss": tf.cast(loss, tf.float32),

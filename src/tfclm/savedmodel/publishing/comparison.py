@@ -16,6 +16,7 @@ import numpy as np
 from tfclm.compat import import_tensorflow
 from tfclm.errors import InputError
 from tfclm.savedmodel.publishing.canary import CanaryFailed
+from tfclm.savedmodel.tokenizer.encoder import special_ids_around
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,15 +62,16 @@ class _Score:
 def split_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The texts to score, shortest first.
 
-    Documents longer than 4096 characters are cut, at white space if there is any. Texts of one token have nothing to
-    score and are left out.
+    Documents longer than 4096 characters are cut, at white space if there is any. Texts of one token, or of none after
+    the tokens that are put before each, have nothing to score and are left out.
     """
     texts = [piece for document in documents for piece in _cut(document)]
+    before, _ = special_ids_around(json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"])
     found = []
     for first in range(0, len(texts), 1000):
         batch = texts[first : first + 1000]
         ids = tokenizer(batch, verbose=False)["input_ids"]
-        found += [text for text, row in zip(batch, ids, strict=True) if len(row) > 1]
+        found += [text for text, row in zip(batch, ids, strict=True) if len(row) > max(1, len(before))]
     return sorted(found, key=len)
 
 
@@ -143,8 +145,8 @@ def _score_texts(version: str, texts: Sequence[str]) -> _Score:
         # Summed in float64: the signature's mean per row is float32.
         logprobs = outputs["token_logprobs"].numpy().astype(np.float64)
         for count, row, own in zip(counts, ids, logprobs, strict=True):
-            loss -= float(own[1 : count + 1].sum())
-            digest.update(row[: count + 1].astype("<i4").tobytes() + b"\xff" * 4)
+            loss -= float(own.sum())  # 0 for context and padding
+            digest.update(row.astype("<i4").tobytes() + int(count).to_bytes(4, "little"))
         tokens += int(counts.sum())
     return _Score(loss, tokens, digest.hexdigest())
 

@@ -68,12 +68,13 @@ class GraphTokenizer(tf.Module):
         numbered = list(enumerate(added, TEXT_END + 1))
         self._added_in_raw = _added_tokens([pair for pair in numbered if not pair[1]["normalized"]])
         self._added_in_normalized = _added_tokens([pair for pair in numbered if pair[1]["normalized"]])
-        before, after = _special_ids_around(config["post_processor"])
+        before, after = special_ids_around(config["post_processor"])
         sample = backend.encode("a", add_special_tokens=False).ids
         if tokenizer("a")["input_ids"] != [*before, *sample, *after]:
             raise InputError(
                 "the tokenizer's post_processor is unsupported: it does more than adding tokens around a text"
             )
+        self.prefix = tuple(before)
         self._prefix = tf.constant(before, tf.int32)
         # By kind, the ids of the end of a text and of the added tokens, and where each ends.
         self._ids_of_kinds = tf.constant([*after, *(token["id"] for token in added)], tf.int32)
@@ -158,7 +159,7 @@ def _added_tokens(tokens: list[tuple[int, dict[str, Any]]]) -> AddedTokens | Non
     return AddedTokens([token for _, token in tokens], [kind for kind, _ in tokens]) if tokens else None
 
 
-def _special_ids_around(config: dict[str, Any] | None) -> tuple[list[int], list[int]]:
+def special_ids_around(config: dict[str, Any] | None) -> tuple[list[int], list[int]]:
     """The ids that the post_processor of a tokenizer.json adds before and after a text."""
     if config is None or config["type"] == "ByteLevel":
         return [], []
@@ -168,7 +169,7 @@ def _special_ids_around(config: dict[str, Any] | None) -> tuple[list[int], list[
         before: list[int] = []
         after: list[int] = []
         for inner in config["processors"]:
-            outer = _special_ids_around(inner)
+            outer = special_ids_around(inner)
             before, after = outer[0] + before, after + outer[1]
         return before, after
     if config["type"] == "TemplateProcessing":
