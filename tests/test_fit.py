@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 import yaml
-from conftest import ARCHITECTURES, tiny_config
+from conftest import ARCHITECTURES, put_bos, tiny_config
 
 from tfclm import evaluate, fit, generate
 from tfclm.checkpoint import create, load, save
@@ -145,6 +145,30 @@ def evaluate_validation(output: Path, text: Path):
     return perplexity(model, np.array(packed.blocks["input_ids"]))
 
 
+def test_fit_with_a_bos_is_measured_as_evaluate_measures(console: Console, tmp_path: Path, tokenizer, documents):
+    """Blocks that begin with the BOS in the run, but not when its checkpoint is evaluated, or the reverse."""
+    save(create(tiny_config("mistral", vocab_size=513)), put_bos(tokenizer), tmp_path / "base")
+    for name, some in (("train", documents[:9]), ("validation", documents[9:12])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text[:900]}) + "\n" for text in some))
+    output, validation = tmp_path / "run", tmp_path / "validation.jsonl"
+    flags = ["--train-file", tmp_path / "train.jsonl", "--validation-file", validation, "--output-dir", output]
+    code, _, err = console(
+        fit, "--model", tmp_path / "base", *flags, "--block-size", 32, "--max-steps", 2, "--num-proc", 1
+    )
+    assert code == 0, err
+    results = json.loads((output / "results.json").read_text())
+    code, out, err = console(evaluate, "--model", output, "--file", validation, "--block-size", 32, "--json")
+    assert code == 0, err
+    evaluated = json.loads(out)
+    assert evaluated["protocol"]["prefix"] == results["protocol"]["prefix"] == ["<s>"]
+    assert evaluated["protocol"]["dropped_tokens"] == results["protocol"]["dropped_tokens"]
+    assert (evaluated["tokens"], evaluated["bytes"]) == (results["tokens"], results["bytes"])
+    assert evaluated["loss"] == pytest.approx(results["loss"], rel=1e-6)
+    assert evaluated["bits_per_byte"] == pytest.approx(results["bits_per_byte"], rel=1e-6)
+    _, out, _ = console(evaluate, "--model", output, "--file", validation, "--block-size", 32)
+    assert out.endswith(f"over {results['tokens']} tokens, {evaluated['bits_per_byte']:.4f} bits per byte\n")
+
+
 def test_fit_yaml_repeats_the_run(console: Console, fitted: Path, tmp_path: Path):
     """A setting that is missing from the record, or a run that its seed does not determine."""
     code, _, err = console(fit, "--config", fitted / "fit.yaml", "--output-dir", tmp_path / "again")
@@ -230,13 +254,13 @@ def test_short_blocks_end_with_a_sample(
 def test_a_failed_sample_is_reported_and_the_run_is_complete(
     console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path
 ):
-    """A run that can never finish because its tokenizer puts more in front of a prompt than the context holds."""
+    """A run that can never finish because its tokenizer puts more behind a prompt than the context holds."""
     from tokenizers.processors import TemplateProcessing
 
     model, tokenizer = load(checkpoints["gpt2"])
     eos = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=" ".join([eos] * 64 + ["$A"]), special_tokens=[(eos, tokenizer.eos_token_id)]
+        single=" ".join(["$A"] + [eos] * 64), special_tokens=[(eos, tokenizer.eos_token_id)]
     )
     save(model, tokenizer, tmp_path / "model")
     output = tmp_path / "my run"

@@ -54,8 +54,9 @@ def run(settings: EvaluateSettings) -> int:
     if settings.json:
         print_result(json.dumps(plain(result)))
     elif finite:
-        error = result["standard_error"]
-        print_result(f"perplexity {result['perplexity']:.4f} ± {error:.4f} over {result['tokens']} tokens")
+        line = f"perplexity {result['perplexity']:.4f} ± {result['standard_error']:.4f} over {result['tokens']} tokens"
+        bits = result["bits_per_byte"]
+        print_result(line if bits is None else f"{line}, {bits:.4f} bits per byte")
     if not finite:
         why = "the weights or the logits hold NaN or infinity"
         if math.isfinite(result["loss"]):

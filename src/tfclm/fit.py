@@ -201,7 +201,7 @@ def fine_tune(
     settings: FitSettings, folder: RunFolder, release: RunRelease | None, hub: HubTarget | None
 ) -> dict[str, Any] | None:
     """Trains, and completes the run's directory; None if the training was interrupted."""
-    from tfclm import checkpoint
+    from tfclm import checkpoint, corpus
     from tfclm.runs.card import progress_card, read_base
     from tfclm.training import finetune
     from tfclm.training.resume import Interrupted
@@ -249,7 +249,8 @@ def fine_tune(
     files = checkpoint.save(model, tokenizer, folder.path)
     if hub is not None:
         hub.mark(folder.path)  # before the run is complete, so that one killed in between is still pushed later
-    results = folder.finish(done, protocol, validation.predicted_tokens, files, corpus_tokens, base, repo_id)
+    size = corpus.block_bytes(texts.validation, tokenizer, validation)
+    results = folder.finish(done, protocol, validation.predicted_tokens, size, files, corpus_tokens, base, repo_id)
     # The run is complete, even if it cannot give a sample.
     sample = closing_sample(folder.path, validation.blocks[0]["input_ids"][len(validation.prefix) :], settings.seed)
     return folder.record({**results, "sample": sample})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tracemalloc
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ import datasets
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, put_bos
 
 from tfclm.cli.evaluation import evaluate
 from tfclm.corpus import pack, read_split, tokenize
 from tfclm.corpus.settings import SourceSettings
+from tfclm.metrics.bits import bits_per_byte
 from tfclm.metrics.perplexity import Perplexity, TokenLoss, perplexity, token_losses
 
 
@@ -65,6 +67,103 @@ def test_strided_equals_the_fixed_length_protocol(make_model, length: int, windo
     if stride < window:
         assert tokens == length - 1
     assert score.loss == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("prefix", [[7], [7, 8]])
+@pytest.mark.parametrize(("length", "stride"), [(100, 16), (30, 4), (90, None)])
+def test_each_window_begins_with_the_prefix(make_model, prefix: list[int], length: int, stride: int | None):
+    """Windows without the BOS, one that takes no room in the context, or a prefix that is scored or there twice."""
+    model, text = make_model("gpt2"), np.random.default_rng(length).integers(9, 512, length).tolist()
+    room = 32 - len(prefix)
+    windows, end_before = [], 0
+    for begin in range(0, length, stride or room):
+        end = min(begin + room, length)
+        windows.append((prefix + text[begin:end], end - end_before))
+        end_before = end
+        if end == length:
+            break
+    loss, tokens, _ = reference(model, windows)
+    assert tokens == length
+    for ids in (text, prefix + text):
+        score = perplexity(model, ids, window=32, stride=stride, prefix=prefix, batch_size=3)
+        assert score.tokens == tokens
+        assert score.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_each_block_begins_with_the_prefix(make_model):
+    """A BOS that is missing, scored or there twice, in blocks that have it and in blocks that do not."""
+    model, blocks = make_model("gpt2"), np.random.default_rng(0).integers(9, 512, (5, 20))
+    rows = [[7, 8, *block] for block in blocks.tolist()]
+    loss, tokens, _ = reference(model, [(row, 20) for row in rows])
+    for given in (blocks, np.array(rows), datasets.Dataset.from_dict({"input_ids": rows})):
+        score = perplexity(model, given, prefix=[7, 8], batch_size=3)
+        assert score.tokens == tokens == 100
+        assert score.loss == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_evaluation_with_a_bos_equals_a_plain_loop(tmp_path, make_model, tokenizer, documents, monkeypatch, window):
+    """Blocks or windows without the BOS, whose perplexity is far too high, and a protocol that does not name it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    model, tokenizer = make_model("mistral", vocab_size=513), put_bos(tokenizer)
+    texts = [document[:200] for document in documents[30:36]]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    losses = []
+
+    def score(row: list[int], targets: list[bool]) -> None:
+        logits = model(input_ids=tf.constant([[512, *row]]), training=False).logits.numpy()[0].astype(np.float64)
+        for logit, token, target in zip(logits, row, targets, strict=False):
+            if target:
+                losses.append(np.log(np.sum(np.exp(logit - logit.max()))) + logit.max() - logit[token])
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    stride = window and 10
+    if window:
+        ids, end_before = encode("\n\n".join(texts)), 0
+        for begin in range(0, len(ids), stride):
+            end = min(begin + window - 1, len(ids))
+            score(ids[begin:end], [place >= end_before for place in range(begin, end)])
+            end_before = end
+            if end == len(ids):
+                break
+        size = len("\n\n".join(texts).encode())
+    else:
+        # Text ids are True; a document's BOS is there unless a block begins with the document.
+        stream = [pair for text in texts for pair in [(512, False), *((id, True) for id in [*encode(text), 0])]]
+        row, dropped = [], 0
+        for pair in stream:
+            if row or pair[1]:
+                row.append(pair)
+            if len(row) == 31:
+                score([id for id, _ in row], [is_text for _, is_text in row])
+                row = []
+        dropped = [id for id, is_text in row if is_text]
+        size = len("".join(texts).encode()) - len(tokenizer.decode(dropped, skip_special_tokens=True))
+    result = evaluate(
+        model,
+        tokenizer,
+        SourceSettings(block_size=None if window else 32),
+        split="",
+        files=[str(tmp_path / "text.jsonl")],
+        stride=stride,
+        window=window,
+    )
+    assert result["tokens"] == len(losses)
+    assert result["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert result["protocol"]["prefix"] == ["<s>"]
+    assert result["bytes"] == size
+    assert result["bits_per_byte"] == pytest.approx(np.sum(losses) / np.log(2) / size, rel=1e-5)
+    assert window or result["protocol"]["dropped_tokens"] == len(dropped)
+
+
+def test_bits_per_byte():
+    """Nats, or bits per token, called bits per byte; a division by no bytes."""
+    assert bits_per_byte(math.log(256), 1000, 1000) == pytest.approx(8)
+    assert bits_per_byte(math.log(4), 30, 15) == pytest.approx(4)
+    assert bits_per_byte(1.0, 10, None) is None
+    assert bits_per_byte(1.0, 10, 0) is None
 
 
 def test_uniform_logits_have_the_vocabulary_as_perplexity():
@@ -156,7 +255,13 @@ def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer, monkeypatch):
     assert peaks[2] - peaks[1] < tokens / 4, (peaks, tokens)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 1}, {"window": 8, "stride": 9}, {"window": 8, "stride": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"window": 1}, {"window": 8, "stride": 9}, {"window": 8, "stride": 0}),
+        *({"window": 1, "prefix": [1]}, {"window": 8, "stride": 8, "prefix": [1]}),
+    ],
+)
 def test_what_cannot_be_scored_is_refused(make_model, options):
     """A window without a token to predict, or a stride that leaves tokens out, must not give a number."""
     with pytest.raises(ValueError, match=r"window|stride"):

@@ -50,7 +50,7 @@ def complete(path: Path, *files: str, overwrite: bool = False, **changes) -> dic
         for name in files:
             (path / name).parent.mkdir(exist_ok=True)
             (path / name).write_text(name)
-        return folder.finish(done(**changes), PROTOCOL, 100, files, 720, {})
+        return folder.finish(done(**changes), PROTOCOL, 100, 400, files, 720, {})
 
 
 def interrupted(path: Path) -> None:
@@ -251,6 +251,14 @@ def test_card_of_local_files_is_fit_to_be_seen():
         assert words in text, words
     for words in ("/home", "None", "['", "--hub", "saved_model.zip"):
         assert words not in text.replace("torch_dtype=None", "").replace("hence the None", ""), words
+
+
+def test_card_names_the_tokens_before_each_block():
+    """A perplexity of blocks with a BOS that reads as one of blocks without."""
+    assert "in blocks of 8 tokens, each scored on its own" in card({}, {})
+    text = card({}, {"prefix": ["<s>"]})
+    assert "in blocks of 8 tokens, which begin with `<s>`, each scored on its own" in text
+    assert "prefix:" in text.split("# o")[0]
 
 
 def test_card_names_some_of_many_files_and_a_dataset_as_it_is():

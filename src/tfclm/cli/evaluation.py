@@ -59,21 +59,26 @@ def evaluate(
         batch_size: rows per forward pass.
 
     Returns:
-        What `evaluate --json` prints: perplexity, its standard error, loss (nats per token), tokens, protocol.
+        What `evaluate --json` prints: perplexity, its standard error, loss (nats per token), tokens, their bytes, bits
+        per byte, protocol. The bytes and what is computed from them are None if they are not known exactly.
 
     Raises:
         InputError: no text, too little of it, or a block size, window or stride that does not fit.
     """
+    from tfclm.metrics.bits import bits_per_byte
+
     text = read_documents(source, split, files)
     if stride is None:
-        score, protocol = _score_blocks(model, tokenizer, source, text, batch_size)
+        score, size, protocol = _score_blocks(model, tokenizer, source, text, batch_size)
     else:
-        score, protocol = _score_windows(model, tokenizer, text, stride, window, batch_size)
+        score, size, protocol = _score_windows(model, tokenizer, text, stride, window, batch_size)
     return {
         "perplexity": score.perplexity,
         "standard_error": score.standard_error,
         "loss": score.loss,
         "tokens": score.tokens,
+        "bytes": size,
+        "bits_per_byte": bits_per_byte(score.loss, score.tokens, size),
         "protocol": protocol | text.description,
     }
 
@@ -84,7 +89,8 @@ def _score_blocks(
     source: SourceSettings,
     text: Split,
     batch_size: int,
-) -> tuple[Perplexity, dict[str, Any]]:
+) -> tuple[Perplexity, int | None, dict[str, Any]]:
+    """The perplexity in blocks, the bytes of the tokens, and the protocol."""
     from tfclm import corpus
     from tfclm.checkpoint import context_size
     from tfclm.metrics.perplexity import perplexity
@@ -97,12 +103,16 @@ def _score_blocks(
     packed = corpus.pack(tokens, block_size, source.separator_ids(tokenizer), prefix)
     corpus.check_vocabulary(packed.largest_id, model.config.vocab_size)
     score = perplexity(model, packed.blocks, batch_size=batch_size)
-    return score, {
-        "block_size": block_size,
-        "separator": source.separator,
-        "dropped_tokens": packed.dropped_tokens,
-        **prefix_entry(tokenizer, prefix),
-    }
+    return (
+        score,
+        corpus.block_bytes(text.texts, tokenizer, packed),
+        {
+            "block_size": block_size,
+            "separator": source.separator,
+            "dropped_tokens": packed.dropped_tokens,
+            **prefix_entry(tokenizer, prefix),
+        },
+    )
 
 
 def _score_windows(
@@ -112,7 +122,8 @@ def _score_windows(
     stride: int,
     window: int | None,
     batch_size: int,
-) -> tuple[Perplexity, dict[str, Any]]:
+) -> tuple[Perplexity, int | None, dict[str, Any]]:
+    """The perplexity in windows, the bytes of the tokens, and the protocol."""
     from tfclm import corpus
     from tfclm.checkpoint import context_size
     from tfclm.metrics.perplexity import check_window, perplexity
@@ -122,11 +133,14 @@ def _score_windows(
     if window is None:
         raise InputError("this model's context has no limit: give `window`")
     check_window(window, stride, len(prefix), context)
-    ids = tokenizer("\n\n".join(text.texts["text"]), verbose=False)["input_ids"]
+    joined = "\n\n".join(text.texts["text"])
+    ids = tokenizer(joined, verbose=False)["input_ids"]
     if len(ids) <= max(len(prefix), 1):
         raise InputError(f"the text has {len(ids)} tokens: give more, because the first one is only context")
     score = perplexity(model, ids, window=window, stride=stride, prefix=prefix, batch_size=batch_size)
-    return score, {"window": window, "stride": stride, "separator": "\n\n", **prefix_entry(tokenizer, prefix)}
+    size = corpus.window_bytes(joined, tokenizer, prefix, window, stride)
+    protocol = {"window": window, "stride": stride, "separator": "\n\n", **prefix_entry(tokenizer, prefix)}
+    return score, size, protocol
 
 
 def prefix_entry(tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int]) -> dict[str, Any]:

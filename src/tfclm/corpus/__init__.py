@@ -7,12 +7,14 @@ memory-mapped `datasets.Dataset`. So memory stays bounded, and a second run on u
 from tfclm.corpus.files import Split
 from tfclm.corpus.packing import Packed, check_block_size, check_ids, check_vocabulary, pack
 from tfclm.corpus.sources import Texts, read, read_split
+from tfclm.corpus.text_bytes import block_bytes, window_bytes
 from tfclm.corpus.tokenizing import prefix_ids, tokenize
 
 __all__ = [
     "Packed",
     "Split",
     "Texts",
+    "block_bytes",
     "check_block_size",
     "check_ids",
     "check_vocabulary",
@@ -21,4 +23,5 @@ __all__ = [
     "read",
     "read_split",
     "tokenize",
+    "window_bytes",
 ]

@@ -14,6 +14,7 @@ import yaml
 
 from tfclm.disk import FolderLock, write
 from tfclm.errors import InputError
+from tfclm.metrics.bits import bits_per_byte
 from tfclm.metrics.finite import exp, plain
 from tfclm.runs.card import model_card, versions
 from tfclm.runs.curve import draw_curve
@@ -110,6 +111,7 @@ class RunFolder:
         record: TrainingRecord,
         protocol: dict[str, Any],
         tokens: int,
+        size: int | None,
         files: Sequence[str],
         corpus_tokens: int,
         base: Mapping[str, Any],
@@ -121,6 +123,7 @@ class RunFolder:
             record: the record of the training.
             protocol: how the perplexity was measured.
             tokens: number of tokens that it was measured on.
+            size: UTF-8 bytes of the text that these stand for; None if they are not known.
             files: names of the checkpoint's files; other files of an overwritten run are removed.
             corpus_tokens: number of tokens in the training blocks.
             base: metadata of the base model, for the card.
@@ -134,6 +137,8 @@ class RunFolder:
             "perplexity": exp(record.best_loss),
             "loss": record.best_loss,
             "tokens": tokens,
+            "bytes": size,
+            "bits_per_byte": bits_per_byte(record.best_loss, tokens, size),
             "initial_perplexity": exp(record.initial_loss),
             "protocol": protocol,
             "train": {
