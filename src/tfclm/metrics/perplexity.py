@@ -199,8 +199,8 @@ def check_window(window: int, stride: int, prefix_size: int, context: int | None
         raise InputError(f"`window` {window}: give {least} {most}")
     room = window - prefix_size
     if not 0 < stride <= room:
-        without = f" without the {prefix_size} before each text" if prefix_size else ""
-        raise InputError(f"`stride` {stride}: give 1 to {room}, the window's tokens{without}")
+        without = " without its prefix" if prefix_size else ""
+        raise InputError(f"`stride` {stride}: give 1 to {room}, the window{without}")
 
 
 def _make_windows(ids: np.ndarray, window: int, stride: int | None, prefix: np.ndarray) -> Iterator[Row]:
