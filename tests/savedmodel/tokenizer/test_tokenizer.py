@@ -32,11 +32,6 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-MISTRAL = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def split(regex: str):
@@ -67,22 +62,12 @@ KINDS: dict[str, dict[str, object]] = {
         ],
     },
     "gpt-j": {"added": [AddedToken(f"<|extratoken_{number}|>", normalized=True) for number in range(1, 144)]},
-    "smollm": {
-        "pre_tokenizer": pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-        ),
-        "added": [AddedToken(f"<|im_{edge}|>", special=True, normalized=False) for edge in ("start", "end")],
-    },
-    "digit-runs": {
-        "pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(False)])
-    },
     "llama3": {
         "pre_tokenizer": split(LLAMA3),
         "post_processor": processors.Sequence([processors.ByteLevel(), prefixed(("<|endoftext|>", END))]),
         "added": [AddedToken(f"<|reserved_{i}|>", special=True, normalized=False) for i in range(100)],
         "ignore_merges": True,
     },
-    "mistral": {"pre_tokenizer": split(MISTRAL), "ignore_merges": True},
     "nfc": {
         "normalizer": normalizers.NFC(),
         "pre_tokenizer": split(LLAMA3),
@@ -340,7 +325,8 @@ def test_long_words(text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"pre_tokenizer": pre_tokenizers.Punctuation()}, "Punctuation"),
+        ({"pre_tokenizer": pre_tokenizers.UnicodeScripts()}, "UnicodeScripts"),
+        ({"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(False)] * 2)}, "ByteLevel twice"),
         ({"pre_tokenizer": split(r"\w+(?=x)")}, r"\(\?=x"),
         ({"pre_tokenizer": split(r"\w++")}, "quantifier"),
         ({"pre_tokenizer": split(r"\bx")}, "bx"),

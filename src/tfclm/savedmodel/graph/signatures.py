@@ -290,7 +290,7 @@ class GenerationModule(tf.Module):
         output, count, stopped, size, lengths = self._generate_rows(ids, lengths, "prompt", stop, params)
         raw = self._detokenizer.decode_bytes(output, count)
         raw = tf.where(size >= 0, tf.strings.substr(raw, tf.zeros_like(size), tf.maximum(size, 0)), raw)
-        completion = self._detokenizer.clean_up(self._detokenizer.to_valid_utf8(raw))
+        completion = self._detokenizer.decode_continuation(output, count, size)
         return {
             "generated_text": tf.strings.join([self._detokenizer.to_valid_utf8(prompt), completion]),
             "completion": completion,

@@ -15,11 +15,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 __all__ = [
     "NUM_CODE_POINTS",
+    "PAGE_SIZE",
     "Array",
     "CodePointTable",
     "Tensor",
     "all_code_points",
     "digit_code_points",
+    "distinct_pages",
     "isolated_and_removed",
     "matching_code_points",
     "normalized_code_points",
@@ -42,6 +44,10 @@ def all_code_points() -> str:
 @functools.cache
 def matching_code_points(pattern: str) -> Array:
     """Which code points a regular expression for one character matches in tokenizers, bool [NUM_CODE_POINTS]."""
+    matching: Array
+    if len(pattern) == 1 and pattern != ".":
+        matching = np.arange(NUM_CODE_POINTS) == ord(pattern)
+        return matching
     others = normalizers.Replace(Regex(pattern), "").normalize_str(all_code_points())
     matching = np.ones(NUM_CODE_POINTS, bool)
     matching[0xD800:0xE000] = False
@@ -71,7 +77,7 @@ def isolated_and_removed(pre_tokenizer: Any) -> tuple[Array, Array]:
 
 @functools.cache
 def normalized_code_points(kind: str, *settings: bool) -> tuple[Array, tuple[str, ...]]:
-    """The effect of a normalizer that handles each code point on its own.
+    """The effect of a normalizer on each code point alone.
 
     Args:
         kind: the normalizer's class.
@@ -107,13 +113,24 @@ def word_code_points() -> Array:
     return members
 
 
+def distinct_pages(values: Array) -> tuple[Array, Array]:
+    """Values of all code points as pages, most of which are equal.
+
+    Returns:
+        The distinct pages [pages, PAGE_SIZE], and the number of each page, int32 [NUM_CODE_POINTS / PAGE_SIZE].
+    """
+    numbers: dict[bytes, int] = {}
+    index = [numbers.setdefault(page.tobytes(), len(numbers)) for page in values.reshape(-1, PAGE_SIZE)]
+    return np.frombuffer(b"".join(numbers), values.dtype).reshape(-1, PAGE_SIZE), np.array(index, np.int32)
+
+
 class CodePointTable:
     """A value for every code point, stored in pages, most of which are equal."""
 
     def __init__(self, values: Array) -> None:
-        pages, index = np.unique(values.astype(np.int32).reshape(-1, PAGE_SIZE), axis=0, return_inverse=True)
+        pages, index = distinct_pages(values.astype(np.int32))
         self._pages = tf.constant(pages.reshape(-1))
-        self._offsets = tf.constant((index.reshape(-1) * PAGE_SIZE).astype(np.int32))
+        self._offsets = tf.constant(index * PAGE_SIZE)
 
     def __call__(self, points: Tensor) -> Tensor:
         """The values of code points, int32, any shape."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
@@ -49,16 +48,38 @@ class GraphDetokenizer(tf.Module):
         super().__init__()
         backend = tokenizer.backend_tokenizer
         config = json.loads(backend.to_str())
-        piece, first_piece = _piece_functions(config["decoder"], backend.decoder)
+        kinds = _supported_kinds(config["decoder"])
         tokens = {number: token for token, number in backend.get_vocab().items()}
         special = {added["content"] for added in config["added_tokens"] if added["special"]}
         visible = {number: token for number, token in tokens.items() if token not in special}
         size = max(tokens) + 2  # the last entry is for ids without a token
-        self._bytes = [piece(visible[number]) if number in visible else b"" for number in range(size)]
+        byte_tokens = {number: byte for number, token in visible.items() if (byte := _byte(token)) is not None}
+        if "ByteFallback" not in kinds:
+            byte_tokens = {}
+        decode = _byte_level_piece if kinds == ["ByteLevel"] else None
+
+        def pieces(prefix: str) -> list[bytes]:
+            """The bytes that each id adds to a text after `prefix`, which is a token or empty."""
+            table = [b""] * size
+            for number, token in visible.items():
+                if number in byte_tokens:
+                    table[number] = byte_tokens[number]
+                elif decode:
+                    table[number] = decode(token)
+                else:
+                    table[number] = backend.decoder.decode([prefix, token] if prefix else [token])[
+                        len(prefix) :
+                    ].encode()
+            return table
+
+        self._bytes = pieces("x")
         self._pieces = tf.constant(self._bytes)
-        first = [first_piece(visible[number]) if number in visible else b"" for number in range(size)]
+        # Of the text as a whole, and not of the first token, since that may be one of several bytes of a character.
+        self._strips = "Strip" in kinds
+        first = self._bytes if self._strips else pieces("")
         self._first_pieces = tf.constant(first) if first != self._bytes else None
         self._visible = tf.constant([number in visible for number in range(size)])
+        self._is_byte = tf.constant([number in byte_tokens for number in range(size)]) if byte_tokens else None
         self._clean_up = bool(tokenizer.clean_up_tokenization_spaces)
 
     def pieces(self, count: int) -> list[bytes]:
@@ -73,15 +94,15 @@ class GraphDetokenizer(tf.Module):
         with tf.device("CPU:0"):
             return tf.strings.reduce_join(tf.gather(self._pieces, self._mask(ids, lengths)), axis=1)
 
-    def _mask(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """`ids`, with the last entry of the tables for padding and for ids without a token."""
-        no_token = tf.size(self._pieces) - 1
-        valid = tf.sequence_mask(lengths, tf.shape(ids)[1]) & (ids >= 0) & (ids < no_token)
-        return tf.where(valid, ids, no_token)
-
-    def to_valid_utf8(self, data: Tensor) -> Tensor:
-        """`data` (string, any shape) with U+FFFD for invalid UTF-8, as Python's `errors="replace"` decodes it."""
-        return tf.strings.unicode_transcode(data, "UTF-8", "UTF-8", errors="replace")
+    def decode_continuation(self, ids: Tensor, lengths: Tensor, size: Tensor) -> Tensor:
+        """The text, string [B], of the first `size` int32 [B] bytes of `decode_bytes`, -1 = all: valid UTF-8."""
+        with tf.device("CPU:0"):
+            ids = self._mask(ids, lengths)
+            pieces = tf.gather(self._pieces, ids)
+            lengths = tf.strings.length(pieces)
+            left = tf.where(size < 0, tf.int32.max, size)[:, None] - tf.cumsum(lengths, axis=1, exclusive=True)
+            pieces = tf.strings.substr(pieces, tf.zeros_like(lengths), tf.clip_by_value(left, 0, lengths))
+            return self._clean(self._join(ids, pieces))
 
     def decode(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """`tokenizer.decode(ids, skip_special_tokens=True)` of each row: string [B], valid UTF-8.
@@ -89,54 +110,77 @@ class GraphDetokenizer(tf.Module):
         Spaces are cleaned up if that is the tokenizer's setting.
         """
         with tf.device("CPU:0"):
-            if self._first_pieces is None:
-                return self.clean_up(self.to_valid_utf8(self.decode_bytes(ids, lengths)))
             ids = self._mask(ids, lengths)
-            visible = tf.gather(self._visible, ids)
-            first = visible & (tf.cumsum(tf.cast(visible, tf.int32), axis=1) == 1)
-            pieces = tf.where(first, tf.gather(self._first_pieces, ids), tf.gather(self._pieces, ids))
-            return self.clean_up(self.to_valid_utf8(tf.strings.reduce_join(pieces, axis=1)))
+            pieces = tf.gather(self._pieces, ids)
+            if self._first_pieces is not None:
+                visible = tf.gather(self._visible, ids)
+                first = visible & (tf.cumsum(tf.cast(visible, tf.int32), axis=1) == 1)
+                pieces = tf.where(first, tf.gather(self._first_pieces, ids), pieces)
+            texts = self._join(ids, pieces)
+            if self._strips:
+                texts = tf.strings.regex_replace(texts, "^ ", "", replace_global=False)
+            return self._clean(texts)
 
-    def clean_up(self, texts: Tensor) -> Tensor:
-        """`texts` (string, any shape, valid UTF-8) with spaces cleaned up, if that is the tokenizer's setting."""
+    def to_valid_utf8(self, data: Tensor) -> Tensor:
+        """`data` (string, any shape) with U+FFFD for invalid UTF-8, as Python's `errors="replace"` decodes it."""
+        return tf.strings.unicode_transcode(data, "UTF-8", "UTF-8", errors="replace")
+
+    def _mask(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """`ids`, with the last entry of the tables for padding and for ids without a token."""
+        no_token = tf.size(self._pieces) - 1
+        valid = tf.sequence_mask(lengths, tf.shape(ids)[1]) & (ids >= 0) & (ids < no_token)
+        return tf.where(valid, ids, no_token)
+
+    def _join(self, ids: Tensor, pieces: Tensor) -> Tensor:
+        """The texts, string [B], valid UTF-8, of `ids` [B, L], which add `pieces` [B, L]."""
+        if self._is_byte is None:
+            return self.to_valid_utf8(tf.strings.reduce_join(pieces, axis=1))
+        # Byte tokens in a row are text if all of them together are valid, and else one U+FFFD each.
+        visible = tf.where(tf.gather(self._visible, ids))
+        row, pieces = visible[:, 0], tf.gather_nd(pieces, visible)
+        is_byte = tf.gather(self._is_byte, tf.gather_nd(ids, visible))
+        continues = is_byte[1:] & is_byte[:-1] & (row[1:] == row[:-1])
+        begins = tf.concat([[True], ~continues], 0)[: tf.size(row)]
+        run = tf.cumsum(tf.cast(begins, tf.int32)) - 1
+        runs = tf.strings.unsorted_segment_join(pieces, run, tf.reduce_sum(tf.cast(begins, tf.int32)))
+        replaced = tf.where(self.to_valid_utf8(runs) == runs, runs, tf.strings.regex_replace(runs, r"\C", "\ufffd"))
+        row = tf.cast(tf.boolean_mask(row, begins), tf.int32)
+        texts: Tensor = tf.strings.unsorted_segment_join(replaced, row, tf.shape(ids)[0])
+        return texts
+
+    def _clean(self, texts: Tensor) -> Tensor:
+        """`texts` (string [B], valid UTF-8) with spaces cleaned up, if that is the tokenizer's setting."""
         for spaced, text in CLEAN_UPS if self._clean_up else ():
             texts = tf.strings.regex_replace(texts, rf"\Q{spaced}\E", text)
         return texts
 
 
-def _piece_functions(
-    config: dict[str, Any] | None, decoder: Any
-) -> tuple[Callable[[str], bytes], Callable[[str], bytes]]:
-    """Two functions of a token: the bytes that it adds to a text, and the bytes that it adds as the first token.
-
-    `decoder` is the fast tokenizer's own, and `config` its entry in the tokenizer.json.
-    """
-    kinds = [stage["type"] for stage in flatten_sequences(config, "decoders")]
-    if kinds == ["ByteLevel"]:
-        return _byte_level_piece, _byte_level_piece
+def _supported_kinds(config: dict[str, Any] | None) -> list[str]:
+    """The types of the stages of the decoder of a tokenizer.json."""
+    stages = flatten_sequences(config, "decoders")
+    kinds = [stage["type"] for stage in stages]
     # With these decoders, the piece depends only on the token and on whether it is the first one.
-    if kinds not in (["WordPiece"], ["Metaspace"], ["Replace", "ByteFallback", "Fuse", "Strip"], ["Replace", "Fuse"]):
+    sentencepiece = ["Replace", "ByteFallback", "Fuse", "Strip"]
+    if kinds not in (
+        ["ByteLevel"],
+        ["WordPiece"],
+        ["Metaspace"],
+        ["Replace", "Fuse"],
+        sentencepiece[:3],
+        sentencepiece,
+    ):
         raise InputError(f"the tokenizer's decoder {' '.join(kinds) or 'none'} is unsupported in the graph")
-    fallback = "ByteFallback" in kinds
-    strip = config["decoders"][-1] if config and fallback else {"content": " ", "start": 1, "stop": 0}
-    if (strip["content"], strip["start"], strip["stop"]) != (" ", 1, 0):
+    if "Strip" in kinds and (strip := stages[-1]) != strip | {"content": " ", "start": 1, "stop": 0}:
         raise InputError(
             f"the tokenizer's decoder {strip} is unsupported in the graph: only stripping one leading space is"
         )
+    return kinds
 
-    def byte(token: str) -> bytes | None:
-        found = BYTE_TOKEN.fullmatch(token) if fallback else None
-        return bytes([int(found[1], 16)]) if found else None
 
-    def piece(token: str) -> bytes:
-        single = byte(token)
-        return decoder.decode(["x", token])[1:].encode() if single is None else single
-
-    def first_piece(token: str) -> bytes:
-        single = byte(token)
-        return decoder.decode([token]).encode() if single is None else single.lstrip(b" ")
-
-    return piece, first_piece
+def _byte(token: str) -> bytes | None:
+    """The byte of a token such as <0x0A>; None for other tokens."""
+    found = BYTE_TOKEN.fullmatch(token)
+    return bytes([int(found[1], 16)]) if found else None
 
 
 def _byte_level_piece(token: str) -> bytes:

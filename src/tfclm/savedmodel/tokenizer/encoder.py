@@ -53,7 +53,7 @@ class GraphTokenizer(tf.Module):
             stage.get("prepend_scheme") == "first"
             for stage in flatten_sequences(config["pre_tokenizer"], "pretokenizers")
         ]
-        if any(first[1:]) or (any(first) and config["normalizer"] is not None):
+        if any(first[1:]) or (any(first) and flatten_sequences(config["normalizer"], "normalizers")):
             raise InputError(
                 "the tokenizer's pre_tokenizer Metaspace with prepend_scheme first is unsupported after other steps"
             )

@@ -53,12 +53,12 @@ class Text(NamedTuple):
         rows = tf.where(rows == UNCHANGED, tf.size(splits) - 1 + indices, rows)
         splits = tf.concat([splits, splits[-1] + 1 + tf.cast(indices, tf.int64)], 0)
         points, splits = ragged_gather(tf.concat([parts, self.points], 0), splits, rows)
-        return self._derive(points, _row_ids(splits[:-1], tf.size(points, tf.int64)))
+        return self.derive(points, _row_ids(splits[:-1], tf.size(points, tf.int64)))
 
     def select(self, mask: Tensor) -> Text:
         """Only the code points where `mask`, bool [N]."""
         source = tf.where(mask)[:, 0]
-        return self._derive(tf.gather(self.points, source), source)
+        return self.derive(tf.gather(self.points, source), source)
 
     def insert_before(self, mask: Tensor, point: int) -> Text:
         """With a code point inserted before those where `mask`, bool [N], which start ordinary pieces."""
@@ -67,7 +67,7 @@ class Text(NamedTuple):
         source = _row_ids(indices + tf.cumsum(inserted, exclusive=True), indices[-1] + 1 + tf.reduce_sum(inserted))
         moved = (indices + tf.cumsum(inserted))[:, None]
         points = tf.tensor_scatter_nd_update(tf.fill(tf.shape(source), point), moved, self.points)
-        return self._derive(points, source)
+        return self.derive(points, source)
 
     def replace_pieces(self, pieces: Tensor) -> Text:
         """Each ordinary piece replaced by one of `pieces`, as many UTF-8 strings as there are pieces of any kind."""
@@ -76,7 +76,7 @@ class Text(NamedTuple):
         piece = _row_ids(splits[:-1], tf.size(points, tf.int64))
         return Text(points, _run_starts(piece), tf.gather(kinds, piece))
 
-    def _derive(self, points: Tensor, source: Tensor) -> Text:
+    def derive(self, points: Tensor, source: Tensor) -> Text:
         """A text of new code points, each with the index of the one that it came from."""
         return Text(points, _run_starts(tf.gather(self.piece_index, source)), tf.gather(self.kinds, source))
 

@@ -73,7 +73,9 @@ def hash_table(keys: Any, values: Array, missing: int) -> Any:
 def byte_tokens(vocabulary: dict[str, int]) -> Array:
     """The ids of the tokens <0x00> to <0xFF>, int32 [256], which encode unknown characters with `byte_fallback`."""
     ids = np.array([vocabulary.get(f"<0x{byte:02X}>", OMIT) for byte in range(256)], np.int32)
-    if (ids[np.r_[0:0xC0, 0xC2:0xF5]] == OMIT).any():
+    # The byte of a character that has a token of its own is not needed, such as Gemma's tab.
+    needed = [byte for byte in (*range(0xC0), *range(0xC2, 0xF5)) if byte > 0x7F or chr(byte) not in vocabulary]
+    if (ids[needed] == OMIT).any():
         raise InputError("the tokenizer's model with byte_fallback lacks tokens of some bytes: unsupported")
     return ids
 

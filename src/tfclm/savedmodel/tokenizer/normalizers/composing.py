@@ -10,7 +10,15 @@ import tensorflow as tf
 from tokenizers import normalizers
 
 from tfclm.errors import InputError
-from tfclm.savedmodel.tokenizer.character_classes import NUM_CODE_POINTS, Array, CodePointTable, Tensor, all_code_points
+from tfclm.savedmodel.tokenizer.character_classes import (
+    NUM_CODE_POINTS,
+    PAGE_SIZE,
+    Array,
+    CodePointTable,
+    Tensor,
+    all_code_points,
+    normalized_code_points,
+)
 from tfclm.savedmodel.tokenizer.text import ORDINARY, UNCHANGED, Text
 
 __all__ = ["Composer", "Decomposer"]
@@ -30,9 +38,8 @@ class Decomposer(tf.Module):
         rows = np.full(NUM_CODE_POINTS, UNCHANGED, np.int32)
         parts: list[str] = []
         for character, decomposed in _normal_forms(form).items():
-            if decomposed != character:
-                rows[ord(character)] = len(parts)
-                parts.append(decomposed)
+            rows[ord(character)] = len(parts)
+            parts.append(decomposed)
         classes = _combining_classes()
         self._may_change = CodePointTable((rows != UNCHANGED) | (classes > 0))
         self._classes = CodePointTable(classes)
@@ -70,11 +77,11 @@ class Composer(tf.Module):
         pairs: dict[int, int] = {}
         composed = _normal_forms("NFC")
         for character, decomposed in _normal_forms("NFD").items():
-            if decomposed != character and composed[character] == character:
+            if character not in composed:
                 first, second = normalizers.NFC().normalize_str(decomposed[:-1]), decomposed[-1]
                 pairs[_key(first, second)] = ord(character)
         changed = np.zeros(NUM_CODE_POINTS, bool)
-        changed[[ord(character) for character, text in _normal_forms(form).items() if text != character]] = True
+        changed[[ord(character) for character in _normal_forms(form)]] = True
         classes = _combining_classes()
         seconds = np.zeros(NUM_CODE_POINTS, bool)
         seconds[[key & 0x1FFFFF for key in pairs]] = True
@@ -133,11 +140,9 @@ class Composer(tf.Module):
 
 
 def _normal_forms(form: str) -> dict[str, str]:
-    """Character -> its normal form, for every character."""
-    # A line feed composes with nothing, so each character is normalized on its own.
-    normalized = getattr(normalizers, form)().normalize_str("\n".join(all_code_points())).split("\n")
-    normalized.remove("")  # the line feed itself makes two empty lines
-    return dict(zip(all_code_points(), normalized, strict=True)) | {"\n": "\n"}
+    """Character -> its normal form, for the characters that are not normal."""
+    rows, texts = normalized_code_points(form)
+    return {chr(point): texts[rows[point]] for point in np.flatnonzero(rows != UNCHANGED)}
 
 
 def _key(first: str, second: str) -> int:
@@ -158,7 +163,11 @@ def _combining_classes() -> Array:
 
     # A character that is reordered with a mark of the lowest or the highest class is a mark.
     low, high = "\u0334", "\u0345"
-    characters = all_code_points().replace("\n", "")
+    characters = ""
+    for page in (all_code_points()[start : start + PAGE_SIZE] for start in range(0, NUM_CODE_POINTS, PAGE_SIZE)):
+        text = f"a{high}" + f"{low}\na{high}".join(page) + low
+        if nfd.normalize_str(text) != text:
+            characters += page.replace("\n", "")
     downs, ups = order(characters, f"a{{}}{low}"), order(characters, f"a{high}{{}}")
     marks = [
         character

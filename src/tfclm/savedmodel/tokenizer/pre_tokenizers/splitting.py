@@ -20,10 +20,13 @@ from tfclm.savedmodel.tokenizer.character_classes import (
     NUM_CODE_POINTS,
     Array,
     CodePointTable,
+    Tensor,
     digit_code_points,
+    distinct_pages,
     isolated_and_removed,
     matching_code_points,
 )
+from tfclm.savedmodel.tokenizer.models.symbols import BYTE_ALPHABET
 from tfclm.savedmodel.tokenizer.normalizers.normalizing import Step, flatten_sequences
 from tfclm.savedmodel.tokenizer.text import TEXT_END, Text, encode
 
@@ -32,8 +35,8 @@ __all__ = ["split_steps"]
 # The expression of the byte-level pre-tokenizer, which tokenizer.json does not contain.
 GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# Symbols: the boundary of a match; text that is not split; the range of the alphabet.
-BOUNDARY, UNSPLIT, FIRST, LAST = 1, 2, 3, 127
+# Symbols: the begin and the end of a match; text that is not split; the range of the alphabet.
+BEGIN, END, UNSPLIT, FIRST, LAST = 1, 2, 3, 4, 127
 
 LOOKAHEAD = r"\s+(?!\S)"
 SYNTAX = re.compile(r"\((?:\?i?:)?|\)|\||[?*+]\??|\{\d+(?:,\d*)?\}\??")
@@ -43,8 +46,9 @@ ATOM = re.compile(
 
 
 def split_steps(config: dict[str, Any] | None) -> tuple[bool, list[Step]]:
-    """Whether the vocabulary is in the byte-level alphabet, and the steps that split text into words, in order.
+    """Whether words are bytes that the vocabulary has in its byte-level alphabet, and the steps that split text.
 
+    If steps follow ByteLevel, they see the characters of that alphabet, and so does the model: words are not bytes.
     `config` is the pre_tokenizer of a tokenizer.json.
 
     Raises:
@@ -52,16 +56,18 @@ def split_steps(config: dict[str, Any] | None) -> tuple[bool, list[Step]]:
     """
     stages = flatten_sequences(config, "pretokenizers")
     kinds = [stage["type"] for stage in stages]
-    byte_level = "ByteLevel" in kinds
-    if byte_level and kinds.index("ByteLevel") != len(stages) - 1:
-        raise InputError(
-            f"the tokenizer's pre_tokenizer ({', '.join(kinds)}) is unsupported: ByteLevel is not the last one"
-        )
-    if len(stages) > 1 and stages[-1].get("add_prefix_space") and byte_level:
+    if any(stage["type"] == "ByteLevel" and stage["add_prefix_space"] for stage in stages[1:]):
         raise InputError(
             "the tokenizer's pre_tokenizer ByteLevel with add_prefix_space after another one is unsupported"
         )
-    return byte_level, [step for stage in stages for step in _steps(stage)]
+    if kinds.count("ByteLevel") > 1:
+        raise InputError("the tokenizer's pre_tokenizer with ByteLevel twice is unsupported")
+    steps: list[Step] = []
+    for stage in stages:
+        steps += _steps(stage)
+        if stage["type"] == "ByteLevel" and stage is not stages[-1]:
+            steps.append(_to_byte_alphabet)
+    return kinds[-1:] == ["ByteLevel"], steps
 
 
 def _steps(config: dict[str, Any]) -> list[Step]:
@@ -69,20 +75,21 @@ def _steps(config: dict[str, Any]) -> list[Step]:
     if kind == "ByteLevel":
         prefix = [_add_prefix_spaces] if config["add_prefix_space"] else []
         return [*prefix, *([RegexSplitter(GPT2_REGEX)] if config.get("use_regex", True) else [])]
-    if kind == "Digits" and not config["individual_digits"]:
-        return [_split_digits(CodePointTable(digit_code_points()))]
-    if kind in ("BertPreTokenizer", "WhitespaceSplit", "Digits"):
-        settings = {"individual_digits": True} if kind == "Digits" else {}
-        return [Separator(getattr(pre_tokenizers, kind)(**settings))]
+    if kind == "Digits":
+        return [CodePointSplitter(digit_code_points(), "Isolated" if config["individual_digits"] else "Contiguous")]
+    if kind == "Punctuation":
+        return [CodePointSplitter(isolated_and_removed(pre_tokenizers.Punctuation())[0], config["behavior"])]
+    if kind == "WhitespaceSplit":
+        return [CodePointSplitter(isolated_and_removed(pre_tokenizers.WhitespaceSplit())[1], "Removed")]
+    if kind == "BertPreTokenizer":
+        isolated, removed = isolated_and_removed(pre_tokenizers.BertPreTokenizer())
+        return [CodePointSplitter(removed, "Removed"), CodePointSplitter(isolated, "Isolated")]
     if kind == "Metaspace":
         return [Metaspace(config["replacement"], config["prepend_scheme"], config["split"])]
     if kind == "Split":
-        if "Regex" not in config["pattern"] or config["behavior"] != "Isolated" or config["invert"]:
-            raise InputError(
-                f"the tokenizer's pre_tokenizer Split with pattern {config['pattern']}, behavior {config['behavior']}"
-                f", invert {config['invert']} is unsupported: only isolated matches of a regex are"
-            )
-        return [RegexSplitter(config["pattern"]["Regex"])]
+        text = config["pattern"].get("String")
+        regex = config["pattern"]["Regex"] if text is None else "".join(f"\\x{{{ord(c):x}}}" for c in text)
+        return [RegexSplitter(regex, config["behavior"], config["invert"])]
     raise InputError(f"the tokenizer's pre_tokenizer {kind} is unsupported in the graph")
 
 
@@ -91,30 +98,46 @@ def _add_prefix_spaces(text: Text) -> Text:
     return text.insert_before(text.starts & text.is_ordinary & (text.points != ord(" ")), ord(" "))
 
 
-def _split_digits(digits: CodePointTable) -> Step:
-    """A step that makes each run of digits a piece."""
-
-    def split(text: Text) -> Text:
-        digit = (digits(text.points) > 0) & text.is_ordinary
-        before = tf.concat([digit[:1], digit[:-1]], 0)
-        return text._replace(starts=text.starts | tf.math.logical_xor(digit, before))
-
-    return split
+def _to_byte_alphabet(text: Text) -> Text:
+    """Replaces each code point by its UTF-8 bytes, as characters of the byte-level alphabet."""
+    raw = tf.cast(tf.io.decode_raw(tf.strings.reduce_join(text.pieces()), tf.uint8), tf.int32)
+    lead = tf.bitwise.bitwise_and(raw, 0xC0) != 0x80
+    characters = sorted(BYTE_ALPHABET, key=lambda character: BYTE_ALPHABET[character])
+    points = tf.gather(tf.constant([ord(character) for character in characters]), raw)
+    return text.derive(points, tf.cumsum(tf.cast(lead, tf.int32)) - 1)
 
 
-class Separator:
-    """A pre-tokenizer that handles each code point on its own: some become pieces, some are removed between pieces."""
+def _divide(text: Text, starts: Tensor, matched: Tensor, behavior: str) -> Text:
+    """Divides pieces into matches and what is between them.
 
-    def __init__(self, pre_tokenizer: Any) -> None:
-        isolated, removed = isolated_and_removed(pre_tokenizer)
-        self._table = CodePointTable(np.where(removed, 2, isolated))
-        self._removes = bool(removed.any())
+    Args:
+        text: its `starts` are those of the pieces.
+        starts: where matches, and the text between them, start, bool [N].
+        matched: what is in a match, bool [N].
+        behavior: of tokenizers: matches are "Isolated", "Removed", joined if they are "Contiguous", or joined to their
+            neighbours, "MergedWithPrevious" and "MergedWithNext".
+    """
+    before = tf.concat([matched[:1], matched[:-1]], 0)
+    if behavior == "Contiguous":
+        starts = tf.math.logical_xor(matched, before)
+    elif behavior == "MergedWithPrevious":
+        starts &= before | ~matched
+    elif behavior == "MergedWithNext":
+        starts &= matched | ~before
+    text = text._replace(starts=text.starts | starts)
+    return text.select(~matched) if behavior == "Removed" else text
+
+
+class CodePointSplitter:
+    """Makes each code point of a set, bool [NUM_CODE_POINTS], a match."""
+
+    def __init__(self, members: Array, behavior: str) -> None:
+        self._members, self._behavior = CodePointTable(members), behavior
 
     def __call__(self, text: Text) -> Text:
-        value = tf.where(text.is_ordinary, self._table(text.points), 0)
-        separate = value > 0
-        text = text._replace(starts=text.starts | separate | tf.concat([separate[:1], separate[:-1]], 0))
-        return text.select(value != 2) if self._removes else text
+        matched = (self._members(text.points) > 0) & text.is_ordinary
+        after = tf.concat([[False], matched[:-1]], 0)
+        return _divide(text, matched | after, matched, self._behavior)
 
 
 class Metaspace:
@@ -142,11 +165,11 @@ class Metaspace:
 
 
 class RegexSplitter:
-    """Makes each match of a regular expression a piece, and the text between two matches too."""
+    """Divides pieces into the matches of a regular expression, or with `invert` what is between, and the rest."""
 
-    def __init__(self, regex: str) -> None:
+    def __init__(self, regex: str, behavior: str = "Isolated", invert: bool = False) -> None:
         alphabet = _Alphabet(regex)
-        self._pattern = alphabet.pattern
+        self._pattern, self._behavior, self._invert = alphabet.pattern, behavior, invert
         self._num_spaces, self._first_space = alphabet.num_spaces, alphabet.first_space
         self._symbols = CodePointTable(alphabet.symbols)
 
@@ -159,13 +182,17 @@ class RegexSplitter:
             symbols += self._num_spaces * tf.cast(space & followed, tf.int32)
         joined = tf.strings.reduce_join(
             tf.raw_ops.StaticRegexReplace(
-                input=encode(symbols, starts), pattern=self._pattern, rewrite="\x01\\0\x01", replace_global=True
-            ),
-            separator="\x01",
+                input=encode(symbols, starts), pattern=self._pattern, rewrite="\x01\\0\x02", replace_global=True
+            )
         )
         marked = tf.io.decode_raw(joined, tf.uint8)
-        symbol = marked != BOUNDARY
-        return text._replace(starts=tf.boolean_mask(tf.concat([[True], ~symbol[:-1]], 0), symbol))
+        symbol = marked > END
+        starts = tf.boolean_mask(tf.concat([[True], ~symbol[:-1]], 0), symbol)
+        if self._behavior == "Isolated":
+            return text._replace(starts=text.starts | starts)
+        delimiters = tf.cast(marked == BEGIN, tf.int32) - tf.cast(marked == END, tf.int32)
+        matched = tf.boolean_mask(tf.cumsum(delimiters) > 0, symbol)
+        return _divide(text, starts, (matched != self._invert) & text.is_ordinary, self._behavior)
 
 
 class _Alphabet:
@@ -185,13 +212,14 @@ class _Alphabet:
         bits = np.zeros(NUM_CODE_POINTS, np.int64)
         for bit, members in enumerate([*sets, space]):
             bits |= members.astype(np.int64) << bit
-        kinds, index = np.unique(bits, return_inverse=True)
+        pages, number = distinct_pages(bits)
+        kinds, index = np.unique(pages, return_inverse=True)
         signatures = [(kinds >> bit & 1).astype(bool) for bit in range(len(sets) + 1)]
         self.num_spaces = int(signatures[-1].sum())
         self.first_space = FIRST + len(kinds) - self.num_spaces
         if len(sets) > 62 or FIRST + len(kinds) + self.num_spaces > LAST:
             raise InputError(f"the tokenizer's split rule {regex!r} has too many character classes for the graph")
-        self.symbols: Array = (FIRST + index).astype(np.int32)
+        self.symbols: Array = (FIRST + index.astype(np.int32)).reshape(pages.shape)[number].reshape(-1)
 
         def translate(members: Array, followed: bool = True) -> str:
             symbols = [FIRST + int(i) for i in np.flatnonzero(members)]
