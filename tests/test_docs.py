@@ -104,7 +104,9 @@ def test_make_has_what_the_documentation_names():
     named = {
         target
         for page in PAGES
-        for target in re.findall(r"^make ([a-z]+)|`make ([a-z]+)`", page.read_text(encoding="utf-8"), re.MULTILINE)
+        for target in re.findall(
+            r"^make ([a-z0-9]+)|`make ([a-z0-9]+)`", page.read_text(encoding="utf-8"), re.MULTILINE
+        )
     }
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in {"".join(each) for each in named}:
