@@ -23,10 +23,11 @@ ROOMS: dict[str, set[str]] = {
     "metrics": set(),
     "client": set(),
     "server": set(),
-    "checkpoint": set(),
+    "models": set(),
+    "checkpoint": {"models"},
     "training": {"corpus", "metrics"},
     "runs": {"metrics", "training"},
-    "savedmodel": {"checkpoint"},
+    "savedmodel": {"checkpoint", "models"},
     "hub": {"checkpoint", "runs", "savedmodel"},
     "cli": {"corpus", "metrics", "checkpoint", "training", "runs", "savedmodel", "hub"},
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tfclm.compat import call_after_import
+
 if TYPE_CHECKING:
     from tfclm.checkpoint import load, save
     from tfclm.client import Client, Completion, Score, ServerError
@@ -61,3 +63,17 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, *(name for name in globals() if name.startswith("__") and name != "__getattr__")])
+
+
+def _import_tensorflow_models() -> None:
+    importlib.import_module("transformers.modeling_tf_utils")
+
+
+def _register() -> None:
+    importlib.import_module("tfclm.models.registration").register()
+
+
+# TFAutoModelForCausalLM then knows our decoders, whoever imports it; `import tfclm` itself imports neither. The second
+# module imports the first, or is imported by it, and ours need both.
+call_after_import("transformers.modeling_tf_utils", _register)
+call_after_import("transformers.models.auto.modeling_tf_auto", _import_tensorflow_models)

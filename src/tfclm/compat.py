@@ -10,12 +10,17 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import logging
 import operator
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,14 +49,17 @@ _KERAS = {  # tf-keras>=2.20.1,<2.22
     "load_initial_counters": "tf_keras:Model._maybe_load_initial_counters_from_ckpt",
 }
 _TRANSFORMERS = {  # transformers>=4.54.1,<4.55
+    "CAUSAL_LM_NAMES": "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "TFBaseModelOutputWithPast": "transformers.modeling_tf_outputs:TFBaseModelOutputWithPast",
+    "TFCausalLMOutputWithPast": "transformers.modeling_tf_outputs:TFCausalLMOutputWithPast",
+    "TFCausalLanguageModelingLoss": "transformers.modeling_tf_utils:TFCausalLanguageModelingLoss",
     "TFConv1D": "transformers.modeling_tf_utils:TFConv1D",
     "apply_transpose": "transformers.modeling_tf_pytorch_utils:apply_transpose",
+    "get_initializer": "transformers.modeling_tf_utils:get_initializer",
     "get_tf_activation": "transformers.activations_tf:get_tf_activation",
     "global_generation_defaults": "transformers:PretrainedConfig._get_global_generation_defaults",
-    "prepare_mistral_mask": (
-        "transformers.models.mistral.modeling_tf_mistral:TFMistralMainLayer._prepare_decoder_attention_mask"
-    ),
     "pytorch_weight_name": "transformers.modeling_tf_pytorch_utils:convert_tf_weight_name_to_pt_weight_name",
+    "unpack_inputs": "transformers.modeling_tf_utils:unpack_inputs",
 }
 _HUGGINGFACE_HUB = {  # huggingface_hub>=0.34,<1.0
     "UploadInfo": "huggingface_hub.lfs:UploadInfo",
@@ -71,6 +79,36 @@ def __getattr__(name: str) -> Any:
         value = operator.attrgetter(attribute)(value)
     globals()[name] = value
     return value
+
+
+def call_after_import(name: str, function: Callable[[], None]) -> None:
+    """Calls a function once a module has been imported: at once if it is there already, else right after its import."""
+    if name in sys.modules:
+        function()
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, function))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds one module as the other finders do, and calls a function when it has been executed."""
+
+    def __init__(self, name: str, function: Callable[[], None]) -> None:
+        self._name, self._function = name, function
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute, function = spec.loader.exec_module, self._function
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                function()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def disable_xla(folder: Path | None = None) -> str | None:

@@ -181,14 +181,13 @@ ENCODER = {"model_type": "bert", "is_decoder": True}
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (MISTRAL | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "rope_parameters={"),
+        (MISTRAL | {"rope_parameters": {"rope_type": "spiral", "factor": 4.0, "rope_theta": 1e6}}, "'spiral'"),
         (MISTRAL | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        (MISTRAL | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one rope for all layers"),
+        (MISTRAL | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one for all layers"),
         (MISTRAL | {"rope_parameters": [1e6]}, "rope_parameters [1000000.0]"),
         (MISTRAL | {"rope_theta": 10000.0}, "rope_theta 10000.0 and, in rope_parameters, rope_theta 1000000.0"),
-        (MISTRAL | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling={"),
+        (MISTRAL | {"rope_scaling": {"type": "dynamic"}}, "dynamic lacks factor"),
         (MISTRAL | {"sliding_window": 0}, "sliding_window 0"),
-        (MISTRAL | {"head_dim": 16}, "head_dim=16"),
         (MISTRAL | {"attention_bias": True}, "attention_bias=True"),
         (MISTRAL | {"num_key_value_heads": 3}, "3 key-value heads"),
         (MISTRAL | {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types ["),

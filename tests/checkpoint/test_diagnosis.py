@@ -77,7 +77,7 @@ def refused(given: Path | str) -> str:
         (["config.json:gpt2", "model.gguf"], "GGUF weights (llama.cpp)"),
         (["config.json:gpt2", "model.fp16.safetensors"], "holds model.fp16.safetensors, weights under a name"),
         (["model.safetensors", "onnx/model.onnx", "tokenizer.json"], "has no config.json"),
-        (["config.json:llama", "model.safetensors", "onnx/model.onnx"], "model type llama is not a causal LM"),
+        (["config.json:rwkv", "model.safetensors", "onnx/model.onnx"], "model type rwkv is not a causal LM"),
         (["config.json:gpt2", "training_args.bin", "optimizer.pt"], "has no weights: expected one of"),
         (["config.json:gpt2", "tokenizer.json"], "has no weights: expected one of model.safetensors"),
         (["config.json:gpt2", "adapter_config.json", "model.safetensors"], "a LoRA adapter"),
@@ -89,7 +89,7 @@ def test_a_folder_that_is_no_checkpoint_says_what_it_is(files: list[str], words:
     configs = {
         "none": {},
         "gpt2": {"model_type": "gpt2"},
-        "llama": {"model_type": "llama"},
+        "rwkv": {"model_type": "rwkv"},
         "bert": {"model_type": "bert"},
         "t5": {"model_type": "t5", "is_encoder_decoder": True},
         "vit": {"model_type": "vit", "image_size": 224},

@@ -20,13 +20,13 @@ from tfclm.checkpoint.configs import config_json, read_config
 from tfclm.checkpoint.locating import choose_weights, locate, read_object
 from tfclm.checkpoint.model import build, context_size, first_position, is_tied, tie
 from tfclm.checkpoint.tokenizers import read_tokenizer
-from tfclm.checkpoint.weights import restore, state_dict
+from tfclm.checkpoint.weights import layout, restore, state_dict
 from tfclm.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TFPreTrainedModel
 
-__all__ = ["context_size", "create", "first_position", "load", "save", "tie"]
+__all__ = ["context_size", "create", "first_position", "layout", "load", "save", "tie"]
 
 STAGING = ".saving"
 

@@ -1,28 +1,33 @@
 """Reads, checks and writes config.json files of any version of transformers.
 
-transformers 4.54 ignores keys that it does not know, and TensorFlow's classes ignore some keys that PyTorch's apply.
+transformers 4.54 ignores keys that it does not know, and its TensorFlow classes ignore some keys that PyTorch's apply.
 Either way the model would silently compute something else. So every key is checked: it is translated, it has no
-effect, it has the one value that TensorFlow's class supports, or it is an error.
+effect, the decoder reads it, it has the one value that TensorFlow's class supports, or it is an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfclm.checkpoint.diagnosis import explain
 from tfclm.checkpoint.locating import read_object
 from tfclm.errors import InputError, first_line
+from tfclm.models.families import OWN_CLASSES, read_fields, spec_of
+from tfclm.models.rope import translate_rope
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-DECODERS = ("ctrl", "gpt-sw3", "gpt2", "gptj", "mistral", "openai-gpt", "opt", "xglm")
+# With classes of transformers.
+TRANSFORMERS_DECODERS = ("ctrl", "gpt-sw3", "gpt2", "gptj", "openai-gpt", "opt", "xglm")
+DECODERS = (*OWN_CLASSES, *TRANSFORMERS_DECODERS)
 # Bidirectional unless their config has is_decoder. Left out, though transformers lists them: roformer and xlnet (later
 # tokens change earlier logits), xlm and transfo-xl (broken or removed in TensorFlow).
 ENCODERS = ("bert", "camembert", "rembert", "roberta", "roberta-prelayernorm", "xlm-roberta")
@@ -34,7 +39,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "ctrl": {"layer_norm_epsilon": 1e-6},
     "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     "gptj": {"rotary": True, "scale_attn_weights": True},
-    "mistral": {"rope_scaling": None, "attention_bias": False, "mlp_bias": False},
+    "mistral": {"attention_bias": False, "mlp_bias": False},
     "opt": {"enable_bias": True, "layer_norm_elementwise_affine": True},
     **{encoder: {"position_embedding_type": "absolute"} for encoder in ("bert", "rembert")},
     # Their positions start after pad_token_id, which TensorFlow's classes assume to be 1.
@@ -55,6 +60,9 @@ SIZES = (
     "type_vocab_size",
     "sliding_window",
 )
+
+# Keys of newer versions of transformers, with the value that means what the installed one computes.
+ADDED_LATER = {"use_bidirectional_attention": False}
 
 # The form of a model's output, on which tfclm relies; the values do not depend on it.
 OUTPUT_FORM = {
@@ -145,13 +153,19 @@ def from_fields(where: str, given: Mapping[str, Any]) -> PretrainedConfig:
     model_type = fields["model_type"]
     kind = CONFIG_MAPPING[model_type]
     defaults = kind().to_dict()
-    known = {*defaults, *kind.attribute_map, *SUPPORTED.get(model_type, {}), *SUPPORTED_BY_ALL}
     _check_quantization(where, fields)
-    if "rope_theta" in known:
-        _translate_rope(where, model_type, fields)
+    if model_type in OWN_CLASSES:
+        with _named(where):
+            translate_rope(fields, by_layer_type="rope_local_base_freq" in defaults)
     if "dtype" in fields:
         dtype = fields.pop("dtype")
         fields.setdefault("torch_dtype", dtype)
+    known = {*defaults, *kind.attribute_map, *SUPPORTED.get(model_type, {}), *SUPPORTED_BY_ALL}
+    if model_type in OWN_CLASSES:
+        known |= read_fields(model_type)
+    for key, value in ADDED_LATER.items():
+        if fields.get(key) == value:
+            del fields[key]
     for key, value in fields.items():
         if key not in known and value not in (None, "", [], {}) and not NO_EFFECT.fullmatch(key):
             raise InputError(
@@ -173,18 +187,26 @@ def from_fields(where: str, given: Mapping[str, Any]) -> PretrainedConfig:
         raise InputError(f"{where}: config.json is not a {model_type} config: {first_line(error)}") from error
     _check_supported(where, config)
     _check_sizes(where, config)
+    if model_type in OWN_CLASSES:
+        with _named(where):
+            spec_of(config)
     return config
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Puts the checkpoint's name before the messages of errors."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _check_supported(where: str, config: PretrainedConfig) -> None:
     """Raises `InputError` for a setting that TensorFlow's class would ignore."""
     supported = SUPPORTED_BY_ALL | SUPPORTED.get(config.model_type, {})
-    if getattr(config, "head_dim", None) is not None:
-        supported["head_dim"] = config.hidden_size // config.num_attention_heads
     for setting, value in supported.items():
         given = getattr(config, setting, value)
-        if setting == "rope_scaling" and _is_default_rope(given):
-            given = config.rope_scaling = None
         if given != value and not (value is False and given is None):
             raise InputError(
                 f"{where}: TensorFlow's {config.model_type} ignores {setting}={_short(given)} "
@@ -199,7 +221,8 @@ def _check_sizes(where: str, config: PretrainedConfig) -> None:
             raise InputError(f"{where}: {size} {getattr(config, size)}: give 1 or more")
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    if config.hidden_size % heads or heads % groups:
+    divides = config.hidden_size % heads == 0 or getattr(config, "head_dim", None)
+    if not divides or heads % groups:
         raise InputError(
             f"{where}: no {config.model_type} model can have this config: {heads} heads must divide the hidden size "
             f"{config.hidden_size} and be a multiple of the {groups} key-value heads"
@@ -246,34 +269,6 @@ def _check_quantization(where: str, fields: dict[str, Any]) -> None:
     fields.pop("auto_map", None)  # code for the config or the tokenizer only
 
 
-def _translate_rope(where: str, model_type: str, fields: dict[str, Any]) -> None:
-    """Translates `rope_parameters` of transformers 5 to `rope_theta` and `rope_scaling` of 4, in place."""
-    rope = fields.pop("rope_parameters", None)
-    if rope is None:
-        return
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise InputError(
-            f"{where}: config.json has rope_parameters {_short(rope)}: {model_type} has one rope for all layers"
-        )
-    theta = rope.get("rope_theta")
-    if theta is not None:
-        if fields.get("rope_theta", theta) != theta:
-            raise InputError(
-                f"{where}: config.json has rope_theta {fields['rope_theta']} and, in rope_parameters, rope_theta "
-                f"{theta}: remove the one that the model was not trained with"
-            )
-        fields["rope_theta"] = theta
-    if not _is_default_rope(rope) or rope.get("partial_rotary_factor") not in (None, 1):
-        raise InputError(
-            f"{where}: TensorFlow's {model_type} ignores rope_parameters={_short(rope)} and would compute something "
-            'else; only rope_type "default" is supported'
-        )
-
-
-def _is_default_rope(rope: Any) -> bool:
-    return isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
-
-
 def _check_value(where: str, key: str, value: Any, default: Any) -> None:
     """Raises `InputError` if a value's type differs from the default's: "false" would count as true."""
     if value is None or default is None or key.endswith("_token_id"):
@@ -281,7 +276,7 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
     wanted = None
     if isinstance(default, bool):
         wanted = None if isinstance(value, bool) or value in (0, 1) else "true or false"
-    elif isinstance(default, int):
+    elif isinstance(default, int) and key not in ("rope_theta", "rotary_emb_base"):
         wanted = None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
     elif isinstance(default, float):
         wanted = None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"

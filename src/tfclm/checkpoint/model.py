@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tfclm.checkpoint.configs import check_type, from_fields
 from tfclm.checkpoint.weights import HEADS, layout
 from tfclm.errors import InputError, first_line
+from tfclm.models.families import OWN_CLASSES, spec_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, TFPreTrainedModel
@@ -25,15 +26,14 @@ def build(where: str, config: PretrainedConfig) -> TFPreTrainedModel:
     """
     from transformers import TFAutoModelForCausalLM
 
+    from tfclm.models.registration import register
+
+    register()
     check_type(where, config.model_type, bool(getattr(config, "is_decoder", False)))
     config = from_fields(where, config.to_dict())
-    if getattr(config, "sliding_window", None):
-        # TensorFlow's Mistral has no sliding window: up to one window of tokens, it computes the same.
-        config.max_position_embeddings = min(config.max_position_embeddings, config.sliding_window)
     try:
         model = TFAutoModelForCausalLM.from_config(config)
         tie(model)
-        _fix_mistral_mask_dtype(model)
         _fix_openai_gpt_activation(model)
         model.build_in_name_scope()
     except Exception as error:  # layers raise errors of many types for sizes that do not fit
@@ -45,12 +45,12 @@ def build(where: str, config: PretrainedConfig) -> TFPreTrainedModel:
 def tie(model: TFPreTrainedModel) -> None:
     """Ties the output matrix to the input embeddings, in place, if the config says `tie_word_embeddings`.
 
-    For classes that ignore the setting and have a separate `lm_head` (Mistral, XGLM, GPT-J): afterwards there is one
+    For classes that ignore the setting and have a separate `lm_head` (XGLM, GPT-J): afterwards there is one
     variable, [vocab_size, hidden], which gets the gradients of both uses. The values of `lm_head` are dropped, its bias
     is kept. Other models stay as they are. Call this before you build an optimizer.
 
     Example:
-        >>> model = TFMistralForCausalLM(MistralConfig(tie_word_embeddings=True))
+        >>> model = TFXGLMForCausalLM(XGLMConfig(tie_word_embeddings=True))
         >>> tie(model)
     """
     import tensorflow as tf
@@ -79,26 +79,6 @@ def _fix_openai_gpt_activation(model: TFPreTrainedModel) -> None:
             block.mlp.act = get_tf_activation(names[model.config.afn])
 
 
-def _fix_mistral_mask_dtype(model: TFPreTrainedModel) -> None:
-    """Casts the attention mask: TensorFlow's Mistral mixes it with float32, which fails in half precision."""
-    import tensorflow as tf
-
-    from tfclm.compat import prepare_mistral_mask
-
-    if model.config.model_type != "mistral" or model.compute_dtype == "float32":
-        return
-    stem = model.model
-
-    def mask(attention_mask: Any, input_shape: Any, inputs_embeds: Any, past_key_values_length: int) -> Any:
-        exact = prepare_mistral_mask(
-            stem, attention_mask, input_shape, tf.cast(inputs_embeds, tf.float32), past_key_values_length
-        )
-        # The sum of two masks is below the minimum of either type.
-        return tf.cast(tf.maximum(exact, inputs_embeds.dtype.min), inputs_embeds.dtype)
-
-    stem._prepare_decoder_attention_mask = mask
-
-
 def first_position(model: TFPreTrainedModel) -> int:
     """The position id of the first token: 0, or 2 for RoBERTa and models like it, which start after the padding's."""
     embeddings = getattr(getattr(model, model.base_model_prefix, None), "embeddings", None)
@@ -112,6 +92,8 @@ def context_size(model: TFPreTrainedModel) -> int | None:
         >>> context_size(tfclm.load("distilgpt2")[0])
         1024
     """
+    if model.config.model_type in OWN_CLASSES:
+        return spec_of(model.config).context
     positions = getattr(model.config, "max_position_embeddings", None)
     return positions - first_position(model) if positions else None
 

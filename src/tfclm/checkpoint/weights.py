@@ -17,10 +17,18 @@ if TYPE_CHECKING:
     from transformers import TFPreTrainedModel
 
 # PyTorch's names of an output matrix that may be tied to the input embeddings, and second names of an output bias.
-HEADS = ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
+HEADS = (
+    "lm_head.weight",
+    "lm_head.decoder.weight",
+    "cls.predictions.decoder.weight",
+    "embed_out.weight",
+    "output_projection.weight",
+)
 BIASES = ("lm_head.decoder.bias", "cls.predictions.decoder.bias")
 # Constants that PyTorch models store with their weights: masks, rotary and sinusoidal tables.
-BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$|embed_positions(\.weights)?$")
+BUFFERS = re.compile(
+    r"(attn|attention)\.(masked_)?bias$|causal_mask$|inv_freq$|position_ids$|embed_positions(\.weights)?$"
+)
 
 
 def layout(model: TFPreTrainedModel) -> Iterator[tuple[Any, str, Any]]:
@@ -111,7 +119,7 @@ def _embeddings(model: TFPreTrainedModel) -> np.ndarray[Any, Any]:
     """The input embeddings, [vocab_size, hidden]."""
     import numpy as np
 
-    table = re.compile(r"(wte|\.w|tokens_embed|embed_tokens|word_embeddings)\.weight$")
+    table = re.compile(r"(wte|\.w|tokens_embed|embed_tokens|word_embeddings|embed_in)\.weight$")
     return next(np.asarray(variable.numpy()) for variable, name, _ in layout(model) if table.search(name))
 
 
@@ -136,7 +144,7 @@ class _Tensors:
                     self._add_safetensors(file)
         # Some files, such as GPT-2's own, were saved from the model without its head, whose names have no prefix.
         if not any(name.startswith(f"{base}.") for name in self._read):
-            heads = ("lm_head.", "cls.")
+            heads = ("lm_head.", "cls.", "embed_out.", "output_projection.")
             self._read = {n if n.startswith(heads) else f"{base}.{n}": read for n, read in self._read.items()}
         self.names = set(self._read)
 

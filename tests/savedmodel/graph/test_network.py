@@ -7,15 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from transformers import (
     BertConfig,
     CamembertConfig,
     CTRLConfig,
     GPTJConfig,
+    MistralConfig,
     OpenAIGPTConfig,
     OPTConfig,
+    Phi3Config,
     RemBertConfig,
     RobertaPreLayerNormConfig,
+    RoFormerConfig,
+    TFAutoModelForCausalLM,
     XGLMConfig,
 )
 
@@ -33,6 +38,8 @@ BERT: dict[str, Any] = {
 } | VOCABULARY
 CONFIGS: dict[str, Any] = {
     "gptj": lambda: GPTJConfig(rotary_dim=4, **GPT),
+    # transformers' class has no cache.
+    "openai-gpt": lambda: OpenAIGPTConfig(**GPT),
     "ctrl": lambda: CTRLConfig(dff=64, **GPT),
     "xglm": lambda: XGLMConfig(
         d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, max_position_embeddings=64, **VOCABULARY
@@ -82,7 +89,7 @@ def test_padding_ids_within_a_text_are_not_counted() -> None:
     ids = np.array([[5, 1, 1, 7, 8, 1], [9, 8, 7, 6, 5, 4]], np.int32)
     weights = network.weights()
     out = network.hidden(tf.constant(ids), weights)
-    logits = network.logits(out.last_hidden_state, weights, small_batch=False)
+    logits = network.logits(out, weights, small_batch=False)
     np.testing.assert_allclose(logits, model(ids).logits, atol=1e-4)
     # With a cache, the next token's position is the text's length.
     cached = model(ids[:, :5], use_cache=True).past_key_values
@@ -96,6 +103,7 @@ def test_padding_ids_within_a_text_are_not_counted() -> None:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_rows_of_any_length_reach_the_end_of_the_context(architecture: str) -> None:
     """A table that is shorter than the cache, so that a row at the end of the context fails, and its batch with it."""
+    tf_keras.utils.set_random_seed(0)
     model = create(CONFIGS[architecture]())
     network = Network(model, transposed=True)  # as for XLA; the tests above use the other layout
     context = network.context
@@ -108,7 +116,7 @@ def test_rows_of_any_length_reach_the_end_of_the_context(architecture: str) -> N
         return decode(network, ids, lengths, params, tf.zeros([2, 20], tf.float64), eos_ids=[], pad_id=0, limit=20)
 
     specs = [tf.TensorSpec([2, None], tf.int32), tf.TensorSpec([2], tf.int32)]
-    decoded = tf.function(traced, autograph=network.autograph, input_signature=specs)(ids, lengths)
+    decoded = tf.function(traced, autograph=False, input_signature=specs)(ids, lengths)
     assert decoded.count.numpy().tolist() == [3, 20]
     for row, (length, count) in enumerate([(context - 3, 3), (5, 20)]):
         whole = tf.concat([ids[row, :length], decoded.output_ids[row, :count]], 0)
@@ -118,7 +126,38 @@ def test_rows_of_any_length_reach_the_end_of_the_context(architecture: str) -> N
         np.testing.assert_allclose(given, logits.max(-1), atol=1e-4)
 
 
-def test_a_model_without_a_cache_is_refused() -> None:
-    """An export that reads the whole text again at every step."""
-    with pytest.raises(InputError, match="has no cache and cannot be exported"):
-        Network(create(OpenAIGPTConfig(**GPT)))
+def test_a_type_that_is_not_a_decoder_is_refused() -> None:
+    """An export of a model whose computation is not known."""
+    model = TFAutoModelForCausalLM.from_config(RoFormerConfig(**BERT | {"num_hidden_layers": 1}))
+    with pytest.raises(InputError, match="a model of type roformer cannot be exported"):
+        Network(model)
+
+
+def test_logits_that_differ_are_refused(make_model) -> None:
+    """A model whose class computes something else than its config says."""
+    model = make_model("gpt2", layers=2)
+    model.transformer.h[1].mlp.act = tf.nn.relu
+    with pytest.raises(InputError, match="after 8 tokens, the logits of the exported decoder differ"):
+        Network(model)
+
+
+@pytest.mark.parametrize("kind", ["window", "rope"])
+def test_long_texts_are_checked(kind: str) -> None:
+    """A window or rope that differs only in texts that are longer than those which are usually compared."""
+    sizes: dict[str, Any] = {"num_key_value_heads": 2, "sliding_window": None} | BERT | {"is_decoder": False}
+    factors = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    longrope = {"rope_scaling": factors, "original_max_position_embeddings": 30}
+    config = {
+        "window": lambda: MistralConfig(**sizes),
+        "rope": lambda: Phi3Config(**sizes | longrope),
+    }[kind]()
+    model = create(config)
+    model.set_weights([5 * weight for weight in model.get_weights()])
+    Network(model)
+    if kind == "window":
+        model.config.sliding_window = 20  # but the model computes without it
+    else:
+        model.config.rope_scaling = factors | {"long_factor": [1.0] * 4}
+    length = {"window": 22, "rope": 32}[kind]
+    with pytest.raises(InputError, match=f"after {length} tokens"):
+        Network(model)

@@ -33,7 +33,9 @@ class _State(NamedTuple):
 
     step: Tensor  # int32 [], tokens chosen so far
     token: Tensor  # int32 [B], the last one
-    tokens: Tensor  # int32 [B, capacity], prompt and generated tokens, without gaps
+    tokens: (
+        Tensor  # int32 [B, capacity + 1], prompt and generated tokens, without gaps; finished rows write to the last
+    )
     count: Tensor  # int32 [B], generated tokens
     running: Tensor  # bool [B]
     stopped: Tensor  # bool [B]
@@ -101,11 +103,12 @@ class _Loop:
         batch, width = tf.unstack(tf.shape(ids))
         self._batch = batch if ids.shape[0] is None else ids.shape[0]
         self._width = width if ids.shape[1] is None else ids.shape[1]
-        # Tokens that each row may generate: none beyond the context.
-        self._remaining = tf.minimum(params.max_new_tokens, network.context - lengths)
+        # Tokens that each row may generate: none beyond the context, or that the cache is of no use for.
+        threshold = network.spec.threshold
+        end = tf.where(lengths <= threshold, min(threshold, network.context), network.context)
+        self._remaining = tf.minimum(params.max_new_tokens, end - lengths)
         longest = limit if xla else tf.reduce_max(self._remaining)
-        # One slot more, because the cache keeps the current position in the last one.
-        self._capacity = tf.minimum(self._width + longest, network.context) + 1
+        self._capacity = tf.minimum(self._width + longest, network.context)
         self._eos = tf.constant(list(eos_ids), tf.int32)
         self._rows = tf.range(self._batch)
 
@@ -116,7 +119,7 @@ class _Loop:
         state = _State(
             step=tf.constant(0),
             token=tf.zeros_like(self._lengths),
-            tokens=tf.pad(ids, [[0, 0], [0, self._capacity - self._width]]),
+            tokens=tf.pad(ids, [[0, 0], [0, self._capacity + 1 - self._width]]),
             count=tf.zeros_like(self._lengths),
             running=self._remaining > 0,
             stopped=no,
@@ -163,13 +166,13 @@ class _Loop:
 
     def _choose(self, state: _State, logits: Tensor) -> _State:
         """Chooses one token per row and ends the rows that are finished."""
-        slots = tf.range(self._capacity)[None]
+        slots = tf.range(self._capacity + 1)[None]
         known = slots < (self._lengths + state.step)[:, None]
         uniform = tf.gather(self._uniform, state.step, axis=1)
         token = sample_next_token(logits, state.tokens, known, self._params, uniform, xla=self._xla)
         token = tf.where(state.running, token, FILLER_ID)
         # A finished row may be at the end of the capacity while others run.
-        indices = tf.stack([self._rows, tf.minimum(self._lengths + state.step, self._capacity - 1)], 1)
+        indices = tf.stack([self._rows, tf.minimum(self._lengths + state.step, self._capacity)], 1)
         stop = self._finder.find(state.stop, token, state.running) if self._finder is not None else state.stop
         ended = state.running & (tf.reduce_any(token[:, None] == self._eos[None], 1) | stop.found)
         count = state.count + tf.cast(state.running, tf.int32)

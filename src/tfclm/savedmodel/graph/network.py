@@ -2,129 +2,82 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
-import tf_keras
-from transformers import TFAutoModelForCausalLM
 
 from tfclm import checkpoint
-from tfclm.compat import TFConv1D, get_tf_activation, xla_optimization_barrier
+from tfclm.compat import xla_optimization_barrier
 from tfclm.errors import InputError
+from tfclm.models.decoder import Cache, Decoded, decode_tokens, head_logits, layer_norm, rms_norm
+from tfclm.models.families import FAMILIES, spec_of
+from tfclm.models.registration import decoder_class
+from tfclm.models.spec import Module, Spec
 from tfclm.savedmodel.graph import key_value_cache
-from tfclm.savedmodel.graph.products import Kernel, product
+from tfclm.savedmodel.graph.products import product
+
+if TYPE_CHECKING:
+    from transformers import TFPreTrainedModel
 
 __all__ = ["Network", "Weights"]
 
 Tensor = Any
+Weights = Mapping[str, Tensor]  # by their names in PyTorch, those of the stem without its name
 
-
-class Weights(NamedTuple):
-    """Weights that are read once per call, in the type that they are stored in; None where the model reads them."""
-
-    embedding: Tensor | None  # [V, D], or [D, V] if the head shares it
-    head: Tensor | None  # [D, V], or [V, D] if matrices are transposed
-    layers: list[Tensor]  # of the stem's layers; dense kernels as [in, out], or [out, in] if transposed
+DEFAULT_CONTEXT = 2048  # tokens, of a model without a limit
+MAX_CHECKED_TOKENS = 1100  # longer texts would take minutes and gigabytes in a large model
 
 
 class Network:
-    """A causal LM of transformers, called with prompts padded on the right and a cache that is written in place.
+    """The decoder of a causal LM, called with prompts padded on the right and a cache that is written in place.
 
     Each row has its own length; the causal mask hides the padding after it. With a `dtype` smaller than float32, the
     embeddings, dense layers and head are stored in it and cast where they are used; `model` is then a copy with
     rounded weights. With `transposed`, matrices are stored as [out, in], which is faster when compiled by XLA.
-    `autograph` tells whether functions that call the network must be traced with AutoGraph.
 
     Raises:
-        InputError: the model has no cache, or its logits with the cache differ from those without.
+        InputError: the decoder does not support the model, or its logits differ from the model's.
     """
 
-    def __init__(self, model: Any, dtype: str = "float32", *, transposed: bool = False) -> None:
+    def __init__(self, model: TFPreTrainedModel, dtype: str = "float32", *, transposed: bool = False) -> None:
+        model_type = model.config.model_type
+        if model_type not in FAMILIES:
+            raise InputError(f"a model of type {model_type} cannot be exported; supported: {', '.join(FAMILIES)}")
         self.dtype = tf.as_dtype(dtype)
         self._transposed = transposed
-        self.model = model if dtype == "float32" else _copy(model)
-        self.vocab_size: int = model.config.vocab_size
-        self.context: int = checkpoint.context_size(model) or 2048
-        self._stem = getattr(self.model, model.base_model_prefix)
-        accepted = inspect.signature(self._stem.call).parameters
-        if "past_key_values" not in accepted or not getattr(model.config, "use_cache", True):
-            raise InputError(f"a model of type {model.config.model_type} has no cache and cannot be exported")
-        self._takes_positions = "position_ids" in accepted
-        self._first_position = checkpoint.first_position(model)
-        # TensorFlow's Mistral has no get_input_embeddings.
-        embedding = _matrix(getattr(self._stem, "embed_tokens", None) or self.model.get_input_embeddings())
-        self._stored: dict[int, Any] = {}  # by the id of the float32 variable that each replaces
-        head = _head(self.model, embedding)
-        # Tied embeddings and head share one matrix, in the head's layout.
-        self._embedding_transposed = head.matrix is embedding and not transposed
-        if head.matrix is not None:
-            head = head._replace(matrix=self._store(head.matrix, transpose=head.transposed != transposed))
-        self._head = head
-        self._embedding = head.matrix if self._embedding_transposed else self._store(embedding)
-        self._attributes = list(_variable_attributes(self._stem, embedding))
-        self._layers = [
-            self._store(layer[name], transpose=transposed) if dense else layer[name]
-            for layer, name, dense in self._attributes
-        ]
-        self._functions = list(_replacement_functions(self._stem))
-        self.autograph = False
-        # The model looks its embeddings up itself if it does more than that, such as scaling them.
-        self._looks_up_embeddings = True
-        if not self._matches_uncached():
-            self._looks_up_embeddings = False
-            if not self._matches_uncached():
-                raise InputError(
-                    f"a model of type {model.config.model_type} cannot be exported: its logits with a cache differ "
-                    "from those without"
-                )
+        self.spec = spec_of(model.config)
+        self.model = model if dtype == "float32" else _rounded(model, self.dtype)
+        self.vocab_size = self.spec.vocab_size
+        self.context = checkpoint.context_size(model) or DEFAULT_CONTEXT
+        self._prefix = f"{self.spec.names.stem}."
+        self._modules = {module.name.removeprefix(self._prefix): module for module in self.spec.modules()}
+        # A tied matrix is stored once, in the head's layout.
+        self._embedding_transposed = self.spec.tied and not transposed
+        self._variables = dict(self._stored_variables())
+        _check_logits(self, model_type)
 
     @property
     def variables(self) -> list[Any]:
         """All variables that the graph reads."""
-        # A model that looks its embeddings up itself reads its own variable.
-        unread = {
-            key for key, stored in self._stored.items() if self._looks_up_embeddings or stored is not self._embedding
-        }
-        return [weight for weight in self.model.weights if id(weight) not in unread] + list(self._stored.values())
+        return list(self._variables.values())
 
     def weights(self) -> Weights:
         """The weights, read once: inside a loop, each read of a variable that is gathered from copies it."""
-        return Weights(
-            embedding=self._embedding.read_value() if self._looks_up_embeddings else None,
-            head=None if self._head.matrix is None else self._head.matrix.read_value(),
-            layers=[variable.read_value() for variable in self._layers],
-        )
+        return {name: variable.read_value() for name, variable in self._variables.items()}
 
     def logits(self, hidden: Tensor, weights: Weights, *, small_batch: bool, xla: bool = False) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., D].
 
         `small_batch`: the hidden states are a few rows. `xla`: XLA compiles the call.
         """
-        if weights.head is None:
-            return tf.cast(_apply_head(self._head.layer, hidden), tf.float32)
-        rows = tf.reshape(hidden, [-1, hidden.shape[-1]])
-        logits = product(rows, weights.head, transposed=self._transposed, small_batch=small_batch, compiled=xla)
-        if self._head.bias is not None:
-            logits += self._head.bias
-        if xla:
-            # Without the barrier, XLA may choose a layout of the logits that swaps the product's operands back.
-            (logits,) = xla_optimization_barrier(input=[tf.reshape(logits, [-1])])
-        result = tf.reshape(logits, tf.concat([tf.shape(hidden)[:-1], [self.vocab_size]], 0))
-        result.set_shape([*hidden.shape[:-1], self.vocab_size])
-        return tf.cast(result, tf.float32)
+        return head_logits(self.spec, self._products(weights, small_batch, xla), hidden)
 
-    def hidden(self, ids: Tensor, weights: Weights) -> Any:
-        """The stem's output for ids int32 [B, L]: last_hidden_state [B, L, D], and past_key_values for the cache."""
-        positions = tf.range(tf.shape(ids)[1])[None]
-        if self._first_position:
-            # RoBERTa and models like it do not count padding ids, wherever they are.
-            positions = tf.cumsum(tf.cast(ids != self._first_position - 1, tf.int32), 1) - 1
-        return self._call(ids, weights, use_cache=True, **self._position_ids(ids, positions))
+    def hidden(self, ids: Tensor, weights: Weights, lengths: Tensor | None = None) -> Tensor:
+        """The hidden states [B, L, D] of texts `ids` int32 [B, L] of `lengths` [B], by default L."""
+        return self._decode(ids, lengths, weights, xla=False).hidden
 
     def prefill(
         self, ids: Tensor, lengths: Tensor, capacity: Tensor, weights: Weights, *, xla: bool = False
@@ -133,13 +86,10 @@ class Network:
 
         `xla`: XLA compiles the call.
         """
-        out = self.hidden(ids, weights)
-        last = tf.gather(out.last_hidden_state, lengths - 1, batch_dims=1)
-        pairs = (
-            layer[:2] if isinstance(layer, tuple | list) else tf.unstack(layer, 2) for layer in out.past_key_values
-        )
+        out = self._decode(ids, lengths, weights, xla=xla)
+        last = tf.gather(out.hidden, lengths - 1, batch_dims=1)
         logits = self.logits(last, weights, small_batch=True, xla=xla)
-        return logits, [key_value_cache.allocate(present, capacity) for pair in pairs for present in pair]
+        return logits, [key_value_cache.allocate(part, capacity) for pair in out.pairs for part in pair]
 
     def step(
         self, tokens: Tensor, positions: Tensor, buffers: Sequence[Tensor], weights: Weights, *, xla: bool = False
@@ -148,183 +98,189 @@ class Network:
 
         The given buffers must not be used afterwards. `xla`: XLA compiles the step.
         """
-        slots = tf.range(tf.shape(buffers[0])[2])[None]
-        # The current position is written to the last slot, where this step reads it, and to its own for later steps.
-        visible = (slots < positions[:, None]) | (slots == slots[:, -1:])
-        with key_value_cache.as_past(buffers, positions, xla=xla) as (past, updated):
-            out = self._call(
-                tokens[:, None],
-                weights,
-                small_batch=True,
-                xla=xla,
-                past_key_values=past,
-                attention_mask=tf.cast(visible, tf.int32),
-                use_cache=False,
-                **self._position_ids(tokens[:, None], positions[:, None]),
-            )
-        return self.logits(out.last_hidden_state[:, 0], weights, small_batch=True, xla=xla), updated
+        cache = Cache(
+            pairs=list(zip(buffers[::2], buffers[1::2], strict=True)),
+            slots=positions[:, None],
+            keys=tf.shape(buffers[0])[2],
+            append=partial(key_value_cache.write, slots=positions, xla=xla),
+        )
+        out = decode_tokens(
+            self.spec,
+            self._products(weights, True, xla),
+            tokens[:, None],
+            positions=positions[:, None],
+            cache=cache,
+        )
+        logits = self.logits(out.hidden[:, 0], weights, small_batch=True, xla=xla)
+        return logits, [part for pair in out.pairs for part in pair]
 
-    def _position_ids(self, ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """The argument `position_ids` for positions counted from 0, if the model has it."""
-        if not self._takes_positions:
-            return {}
-        position_ids = positions + self._first_position
-        if self._first_position:
-            position_ids = tf.where(ids == self._first_position - 1, ids, position_ids)
-        return {"position_ids": position_ids}
+    def _decode(self, ids: Tensor, lengths: Tensor | None, weights: Weights, *, xla: bool) -> Decoded:
+        return decode_tokens(self.spec, self._products(weights, False, xla), ids, lengths=lengths)
 
-    def _call(
-        self, ids: Tensor, weights: Weights, *, small_batch: bool = False, xla: bool = False, **options: Any
-    ) -> Any:
-        """The stem's output, computed with the given weights."""
-        matrices = [
-            (layer, name, Kernel(small_batch, xla, tensor) if dense and self._transposed else tensor)
-            for (layer, name, dense), tensor in zip(self._attributes, weights.layers, strict=True)
-        ]
-        with _replaced([*matrices, *self._functions]):
-            if weights.embedding is None:
-                return self._stem(ids, training=False, **options)
-            if self._embedding_transposed:
-                embeds = tf.transpose(tf.gather(weights.embedding, ids, axis=1), [1, 2, 0])
-            else:
-                embeds = tf.gather(weights.embedding, ids)
-            embeds = tf.cast(embeds, tf.float32)
-            return self._stem(None, inputs_embeds=embeds, training=False, **options)
+    def _products(self, weights: Weights, small_batch: bool, xla: bool) -> _Products:
+        return _Products(
+            self.spec,
+            self._modules,
+            weights,
+            transposed=self._transposed,
+            embedding_transposed=self._embedding_transposed,
+            small_batch=small_batch,
+            xla=xla,
+        )
 
-    def _store(self, variable: Any, *, transpose: bool = False) -> Any:
-        """The variable in the type and layout that the graph stores; rounding changes the model's own variable too."""
+    def _stored_variables(self) -> list[tuple[str, Any]]:
+        """The variables that the graph reads, by name: the model's own where type and layout are the same."""
+        own, by_rows = {}, set()
+        for variable, name, transpose in checkpoint.layout(self.model):
+            own[name.removeprefix(self._prefix)] = variable
+            if not transpose.value.startswith("simple"):
+                by_rows.add(name.removeprefix(self._prefix))
+        stored = []
+        for name, module in self._modules.items():
+            if module.kind != "bias":
+                # Dense layers are [in, out], but for those of transformers' classes that are stored as in PyTorch.
+                swapped = module.kind == "linear" and f"{name}.weight" in by_rows
+                stored.append((f"{name}.weight", self._store(own[f"{name}.weight"], name, module, swapped)))
+            if module.bias or module.kind == "bias":
+                stored.append((f"{name}.bias", own[f"{name}.bias"]))
+        return stored
+
+    def _store(self, variable: Any, name: str, module: Module, swapped: bool) -> Any:
+        if module.kind == "norm":
+            return variable
+        dense = module.kind in ("linear", "conv1d")
+        transpose = self._transposed if dense else self._embedding_transposed and name == self.spec.names.embedding
+        transpose ^= swapped
         if self.dtype == tf.float32 and not transpose:
             return variable
-        if id(variable) not in self._stored:
-            rounded = tf.cast(variable, self.dtype)
-            variable.assign(tf.cast(rounded, variable.dtype))
-            self._stored[id(variable)] = tf.Variable(tf.transpose(rounded) if transpose else rounded, trainable=False)
-        return self._stored[id(variable)]
-
-    def _matches_uncached(self) -> bool:
-        """Whether the logits with the cache equal the model's own without it, for rows of different lengths."""
-        size = max(2, min(9, self.context - 2))
-        ids = np.random.default_rng(0).integers(0, self.vocab_size, [2, size]).astype(np.int32)
-        # After a padding id, RoBERTa's own positions depend on whether it is called with a cache.
-        ids[ids == self._first_position - 1] = self.vocab_size - 1
-        lengths = np.array([size - 1, size // 2], np.int32)
-
-        def cached(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-            weights = self.weights()
-            first, buffers = self.prefill(ids, lengths, tf.shape(ids)[1] + 2, weights)
-            second, _ = self.step(tf.gather(ids, lengths, batch_dims=1), lengths, buffers, weights)
-            return first, second
-
-        # Unknown shapes, as in the exported graph.
-        specs = [tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
-
-        def traced() -> tuple[Tensor, Tensor]:
-            function = tf.function(cached, autograph=self.autograph, input_signature=specs)
-            logits: tuple[Tensor, Tensor] = function(tf.constant(ids), tf.constant(lengths))
-            return logits
-
-        try:
-            first, second = traced()
-        except tf.errors.OperatorNotAllowedInGraphError:
-            if self.autograph:
-                raise
-            # The model's code branches on tensors. Only such models use AutoGraph, which makes the export slower.
-            self.autograph = True
-            first, second = traced()
-        for row, length in enumerate(lengths):
-            own = self.model(tf.constant(ids[row : row + 1, : length + 1]), training=False).logits[0]
-            for ours, theirs in ((first[row], own[length - 1]), (second[row], own[length])):
-                if not np.allclose(ours, tf.cast(theirs, tf.float32), rtol=1e-3, atol=1e-3):
-                    return False
-        return True
+        value = tf.cast(variable, self.dtype)
+        return tf.Variable(tf.transpose(value) if transpose else value, trainable=False)
 
 
-def _causal_mask(keys: Tensor, queries: Tensor) -> Tensor:
-    """Which keys each query, at one of the last positions, may attend to; bool [1, 1, queries, keys]."""
-    return (tf.range(keys)[None] <= (keys - queries + tf.range(queries))[:, None])[None, None]
+class _Products:
+    """The weights of a decoder as tensors, and the products with them; see `tfclm.models.decoder.Weights`."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        modules: Mapping[str, Module],
+        weights: Weights,
+        *,
+        transposed: bool,
+        embedding_transposed: bool,
+        small_batch: bool,
+        xla: bool,
+    ) -> None:
+        self._spec, self._modules, self._weights = spec, modules, weights
+        self._transposed, self._embedding_transposed = transposed, embedding_transposed
+        self._small_batch, self._xla = small_batch, xla
+
+    def embed(self, name: str, ids: Tensor) -> Tensor:
+        table = self._weights[f"{name}.weight"]
+        if self._embedding_transposed and name == self._spec.names.embedding:
+            return tf.cast(tf.transpose(tf.gather(table, ids, axis=1), [1, 2, 0]), tf.float32)
+        return tf.cast(tf.gather(table, ids), tf.float32)
+
+    def dense(self, names: Sequence[str], inputs: Tensor) -> list[Tensor]:
+        rows = tf.reshape(inputs, [-1, inputs.shape[-1]])
+        return [self._dense(name, rows, inputs) for name in names]
+
+    def _dense(self, name: str, rows: Tensor, inputs: Tensor) -> Tensor:
+        outputs = self._multiply(rows, self._weights[f"{name}.weight"], transposed=self._transposed)
+        if self._modules[name].bias:
+            outputs = tf.nn.bias_add(outputs, tf.reshape(self._weights[f"{name}.bias"], [-1]))
+        return _unflatten(outputs, inputs, self._modules[name].outputs)
+
+    def _multiply(self, rows: Tensor, matrix: Tensor, *, transposed: bool) -> Tensor:
+        return product(rows, matrix, transposed=transposed, small_batch=self._small_batch, compiled=self._xla)
+
+    def norm(self, name: str, inputs: Tensor) -> Tensor:
+        weight, module = self._weights[f"{name}.weight"], self._modules[name]
+        if self._spec.norm == "layer":
+            bias = self._weights[f"{name}.bias"] if module.bias else None
+            return layer_norm(inputs, weight, bias, self._spec.eps)
+        return rms_norm(inputs, weight, self._spec.eps, plus_one=self._spec.norm == "rms_plus_one")
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        spec = self._spec
+        rows = tf.reshape(inputs, [-1, inputs.shape[-1]])
+        name = spec.names.embedding if spec.tied else spec.names.head
+        logits = self._multiply(rows, self._weights[f"{name}.weight"], transposed=self._transposed)
+        if spec.head_bias:
+            bias = self._weights[f"{spec.names.head_bias or spec.names.head}.bias"]
+            logits = tf.nn.bias_add(logits, tf.reshape(bias, [-1]))
+        if self._xla:
+            # Without the barrier, XLA may choose a layout of the logits that swaps the product's operands back.
+            (logits,) = xla_optimization_barrier(input=[tf.reshape(logits, [-1])])
+        return _unflatten(logits, inputs, spec.vocab_size)
+
+    def dropout(self, kind: str, inputs: Tensor) -> Tensor:
+        return inputs
 
 
-def _gelu_new(inputs: Tensor) -> Tensor:
-    """transformers' activation of that name, with products in place of the slow power."""
-    return 0.5 * inputs * (1 + tf.tanh(math.sqrt(2 / math.pi) * (inputs + 0.044715 * inputs * inputs * inputs)))
+def _unflatten(rows: Tensor, inputs: Tensor, size: int) -> Tensor:
+    """Rows [N, size] in the shape of the inputs [..., in] that they were computed from."""
+    result = tf.reshape(rows, tf.concat([tf.shape(inputs)[:-1], [size]], 0))
+    result.set_shape([*inputs.shape[:-1], size])
+    return result
 
 
-def _matrix(layer: Any) -> Any:
-    """The variable [V, D] of an embedding layer."""
-    return layer.embeddings if hasattr(layer, "embeddings") else layer.weight
-
-
-class _Head(NamedTuple):
-    matrix: Any  # the variable; None if the layer is called instead
-    transposed: bool  # [V, D], not [D, V]
-    bias: Any
-    layer: Any
-
-
-def _head(model: Any, embedding: Any) -> _Head:
-    """The part of the model that computes the logits."""
-    layer = next((getattr(model, name) for name in ("lm_head", "cls", "mlm") if hasattr(model, name)), None)
-    bias = layer.bias if layer is not None and getattr(layer, "use_bias", False) else None
-    if layer is None:
-        return _Head(embedding, True, None, None)
-    if isinstance(layer, tf_keras.layers.Dense):
-        return _Head(layer.kernel, False, bias, layer)
-    if model.config.tie_word_embeddings and hasattr(layer, "use_bias"):
-        return _Head(embedding, True, bias, layer)
-    return _Head(None, False, None, layer)
-
-
-def _variable_attributes(stem: Any, embedding: Any) -> Iterator[tuple[dict[str, Any], str, bool]]:
-    """The layers' attributes that are variables, without the input embeddings.
-
-    Each as the layer's attributes, the name among them, and whether it is a dense layer's kernel.
-    """
-    for layer in (stem, *stem.submodules):
-        for name, value in vars(layer).items():
-            if isinstance(value, tf.Variable) and value is not embedding:
-                dense = (type(layer), name) in ((tf_keras.layers.Dense, "kernel"), (TFConv1D, "weight"))
-                yield vars(layer), name, dense
-
-
-def _replacement_functions(stem: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """The layers' functions that are replaced: the layer's attributes, the name among them, and the replacement."""
-    slow = get_tf_activation("gelu_new")
-    for layer in stem.submodules:
-        yield from ((vars(layer), name, _gelu_new) for name, value in vars(layer).items() if value is slow)
-        if hasattr(layer, "lower_triangle_mask"):
-            # GPT-J slices its mask from a table as long as the context, and a cache has one slot more.
-            yield vars(layer), "get_causal_mask", _causal_mask
-
-
-@contextmanager
-def _replaced(attributes: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
-    """Replaces attributes of layers within the context, without their __setattr__, which would track the values."""
-    originals = [layer.get(name) for layer, name, _ in attributes]
-    try:
-        for layer, name, replacement in attributes:
-            layer[name] = replacement
-        yield
-    finally:
-        for (layer, name, _), value in zip(attributes, originals, strict=True):
-            if value is None:  # an attribute of the class
-                layer.pop(name, None)
-            else:
-                layer[name] = value
-
-
-def _copy(model: Any) -> Any:
-    """A copy of the model with its own variables."""
-    copy = TFAutoModelForCausalLM.from_config(model.config)
-    checkpoint.tie(copy)
+def _rounded(model: TFPreTrainedModel, dtype: tf.DType) -> TFPreTrainedModel:
+    """A copy of the model whose embeddings and matrices are rounded to a smaller type."""
+    copy = decoder_class(model.config.model_type)(model.config)
     copy.build_in_name_scope()
-    for old, new in zip(model.weights, copy.weights, strict=True):
-        if old.shape != new.shape:
-            raise ValueError(f"{old.name} {old.shape} and {new.name} {new.shape} are not the same weight")
-        new.assign(old)
+    values = {name: variable for variable, name, _ in checkpoint.layout(model)}
+    kinds = {module.name: module.kind for module in copy.spec.modules()}
+    for variable, name, _ in checkpoint.layout(copy):
+        value = tf.reshape(tf.cast(values[name], tf.float32), variable.shape)
+        module, _, part = name.rpartition(".")
+        if part == "weight" and kinds[module] != "norm":
+            value = tf.cast(tf.cast(value, dtype), tf.float32)
+        variable.assign(value)
     copy.generation_config = model.generation_config
     return copy
 
 
-def _apply_head(layer: Any, hidden: Tensor) -> Tensor:
-    """Calls a head that takes [B, L, D] with hidden states [B, D] or [B, L, D]."""
-    return layer(hidden[:, None])[:, 0] if len(hidden.shape) == 2 else layer(hidden)
+def _check_logits(network: Network, model_type: str) -> None:
+    """Raises `InputError` if the logits with the cache differ from the model's own."""
+
+    # Unknown shapes, as in the exported graph.
+    @tf.function(
+        autograph=False, input_signature=[tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
+    )
+    def cached(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        weights = network.weights()
+        first, buffers = network.prefill(ids[:, :-1], lengths, tf.shape(ids)[1], weights)
+        second, _ = network.step(tf.gather(ids, lengths, batch_dims=1), lengths, buffers, weights)
+        return first, second
+
+    for lengths in _checked_lengths(network):
+        ids = (
+            np.random.default_rng(0).integers(0, network.vocab_size, [len(lengths), max(lengths) + 1]).astype(np.int32)
+        )
+        if network.spec.padding_id is not None:
+            # After a padding id, RoBERTa's own positions depend on whether it is called with a cache.
+            ids[ids == network.spec.padding_id] = network.vocab_size - 1
+        first, second = cached(tf.constant(ids), tf.constant(lengths))
+        for row, length in enumerate(lengths):
+            # Without the next token, because a rotation may depend on the length.
+            for ours, count in ((first[row], length), (second[row], length + 1)):
+                theirs = network.model(tf.constant(ids[row : row + 1, :count]), training=False).logits[0, -1]
+                if not np.allclose(ours, tf.cast(theirs, tf.float32), rtol=1e-3, atol=1e-3):
+                    raise InputError(
+                        f"a model of type {model_type} cannot be exported: after {count} tokens, the logits of the "
+                        "exported decoder differ from the model's"
+                    )
+
+
+def _checked_lengths(network: Network) -> Iterator[list[int]]:
+    """The lengths of the texts, in batches, after which logits are compared."""
+    spec, last = network.spec, network.context - 1
+    short = max(1, min(8, last - 1))
+    yield [short, max(1, short // 2)]
+    # Beyond each window and the original context of each rope, and at the end of the context.
+    limits = [window for window in spec.windows if window]
+    limits += [rope.threshold or (rope.dynamic or (0, 0, 0))[2] for rope in spec.ropes]
+    for length in sorted({limit + 2 for limit in limits} | {last}):
+        if short < length <= min(last, MAX_CHECKED_TOKENS):
+            yield [length]

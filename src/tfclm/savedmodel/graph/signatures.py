@@ -157,7 +157,7 @@ class GenerationModule(tf.Module):
         decode_rows: Any = self._decode_rows
         if self._xla:
             # Compiled without the strings and the random ops, which XLA does not support.
-            decode_rows = tf.function(decode_rows, autograph=self.network.autograph, jit_compile=True)
+            decode_rows = tf.function(decode_rows, autograph=False, jit_compile=True)
         return cast("Decoded", decode_rows(ids[:, :width], lengths, given, uniform, search))
 
     def _decode_rows(
@@ -186,7 +186,7 @@ class GenerationModule(tf.Module):
         """
         width = self.network.context - 1
         others = [tf.TensorSpec([None], kind) for kind in (tf.int32, tf.string, *PARAM_TYPES)]
-        batch = tf.function(self._decode_batch, autograph=self.network.autograph).get_concrete_function(
+        batch = tf.function(self._decode_batch, autograph=False).get_concrete_function(
             tf.TensorSpec([None, width], tf.int32), *others
         )
         # A unique name: ops with the same name in one process share the queue and its function.
@@ -325,8 +325,8 @@ class GenerationModule(tf.Module):
         tokenizer = self._tokenizer
         assert tokenizer is not None
         logprobs_of = tf.function(
-            lambda ids: (token_logprobs(self.network, ids, tokenizer.prefix),), autograph=self.network.autograph
-        ).get_concrete_function(tf.TensorSpec([None, None], tf.int32))
+            lambda ids, lengths: (token_logprobs(self.network, ids, lengths, tokenizer.prefix),), autograph=False
+        ).get_concrete_function(tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32))
 
         def score(text: Tensor) -> dict[str, Tensor]:
             text = self._checks.texts(text, "text")
@@ -336,7 +336,7 @@ class GenerationModule(tf.Module):
                 lengths > context, ids, "text", f"has fewer than {context + 1} tokens: the first one is only context"
             )
             # As many rows at a time as are decoded together, because each may fill a whole context.
-            (logprobs,) = _in_slices(logprobs_of, (ids,), self.settings.max_batch_size)
+            (logprobs,) = _in_slices(logprobs_of, (ids, lengths), self.settings.max_batch_size)
             logprobs = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), logprobs, 0.0)
             count = lengths - context
             loss = -tf.reduce_sum(tf.cast(logprobs, tf.float64), 1) / tf.cast(count, tf.float64)

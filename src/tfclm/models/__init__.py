@@ -1,0 +1,1 @@
+"""The decoder of many model types in TensorFlow: what it computes (`spec`, `families`), and how (`decoder`)."""
