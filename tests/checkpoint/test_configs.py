@@ -189,6 +189,7 @@ ENCODER = {"model_type": "bert", "is_decoder": True}
         (MISTRAL | {"rope_scaling": {"type": "dynamic"}}, "dynamic lacks factor"),
         (MISTRAL | {"sliding_window": 0}, "sliding_window 0"),
         (MISTRAL | {"attention_bias": True}, "attention_bias=True"),
+        (MISTRAL | {"rope_interleaved": True}, "rope_interleaved=True"),
         (MISTRAL | {"num_key_value_heads": 3}, "3 key-value heads"),
         (MISTRAL | {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types ["),
         (MISTRAL | {"rope_theta": "1e6", "rope_parameters": None}, "rope_theta '1e6': give a number"),
@@ -234,6 +235,13 @@ def test_settings_that_tensorflow_would_compute_differently_are_refused_by_name(
         (MISTRAL | {"rope_scaling": {"rope_type": "default"}}, {"rope_scaling": None}),
         (MISTRAL | {"rope_parameters": None, "rope_theta": 5e5}, {"rope_theta": 5e5}),
         (MISTRAL | {"attention_bias": False, "pretraining_tp": 1, "unsloth_version": "2025.1"}, {"head_dim": 8}),
+        # What HuggingFaceTB/SmolLM2-135M-Instruct, as published, has beyond a Llama's settings.
+        (
+            MISTRAL
+            | {"is_llama_config": True, "rope_interleaved": False}
+            | {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+            {"head_dim": 8},
+        ),
         # EleutherAI/gpt-j-6b, as published.
         (
             {

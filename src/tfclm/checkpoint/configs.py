@@ -49,7 +49,8 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     },
 }
 SUPPORTED["gpt-sw3"] = SUPPORTED["gpt2"]
-SUPPORTED_BY_ALL: dict[str, Any] = {"is_encoder_decoder": False, "pruned_heads": {}}
+# No config class has rope_interleaved; SmolLM's files have it, from the library that the models were trained with.
+SUPPORTED_BY_ALL: dict[str, Any] = {"is_encoder_decoder": False, "pruned_heads": {}, "rope_interleaved": False}
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -82,7 +83,8 @@ NO_EFFECT = re.compile(
     | _?name_or_path | _?model_name.* | base_model | _commit_hash | _auto_class | .*_version | unsloth_.* | pipeline_tag
     | custom_pipelines | language | license | tags | keys_to_ignore_at_inference | trust_remote_code | use_fast
     | chat_template | (bos|eos|pad|unk|sep|cls|mask)_token(_id)? | _?num_labels | classifier_.* | summary_.* | pooler_.*
-    | directionality | n_ctx | output_past | from_tf | predict_special_tokens | finetuning_task
+    | directionality | n_ctx | output_past | from_tf | predict_special_tokens | finetuning_task | is_llama_config
+    | transformers\.js_config
     """,
     re.VERBOSE,
 )
