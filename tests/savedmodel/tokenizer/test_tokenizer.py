@@ -254,7 +254,10 @@ def test_marks_put_in_order_and_composed() -> None:
     ]
     letters = [*"aeiouACEsx \n", "<m>", *"\u0301\u0323\u0307\u0302\u031b" * 3]
     sources = [marks, pieces, syllables, letters, letters]
-    texts = ["".join(rng.choice(rng.choice(sources)) for _ in range(rng.randrange(1, 12))) for _ in range(20_000 if LONG else 6_000)]
+    texts = [
+        "".join(rng.choice(rng.choice(sources)) for _ in range(rng.randrange(1, 12)))
+        for _ in range(20_000 if LONG else 6_000)
+    ]
     texts += ["a" + "\u0301" * 5_000, "".join(rng.choices(marks, k=5_000)), "\u1100\u1161\u11a8" * 2_000]
     tokenizer = make("nfc")
     assert differences(tokenizer, in_graph(tokenizer), [text.encode() for text in texts])[:3] == []
