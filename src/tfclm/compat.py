@@ -53,7 +53,6 @@ _TRANSFORMERS = {  # transformers>=4.54.1,<4.55
     "TFBaseModelOutputWithPast": "transformers.modeling_tf_outputs:TFBaseModelOutputWithPast",
     "TFCausalLMOutputWithPast": "transformers.modeling_tf_outputs:TFCausalLMOutputWithPast",
     "TFCausalLanguageModelingLoss": "transformers.modeling_tf_utils:TFCausalLanguageModelingLoss",
-    "TFConv1D": "transformers.modeling_tf_utils:TFConv1D",
     "apply_transpose": "transformers.modeling_tf_pytorch_utils:apply_transpose",
     "get_initializer": "transformers.modeling_tf_utils:get_initializer",
     "get_tf_activation": "transformers.activations_tf:get_tf_activation",

@@ -99,7 +99,6 @@ class Spec:
     o_bias: bool = False
     qkv_limit: float | None = None  # queries, keys and values are clipped to ± this
     qk_norm: Literal["", "head", "whole"] = ""
-    qk_norm_eps: float = 1e-6
     attention_scale: float = 1.0
     attention_scale_by_layer: bool = False  # divided by the layer's number, from 1
     attention_cap: float | None = None

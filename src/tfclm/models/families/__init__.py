@@ -65,7 +65,7 @@ def _check_unread(fields: Fields) -> None:
     defaults = type(config)().to_dict()
     for name, value in config.to_dict().items():
         name = config.attribute_map.get(name, name)
-        if name in fields.read or name in WITHOUT_EFFECT or value == defaults.get(name, value):
+        if name in fields.read or name in _fields_without_effect() or value == defaults.get(name, value):
             continue
         raise InputError(
             f"config.json has {name} {value!r}, which the {config.model_type} decoder does not compute; "
@@ -73,37 +73,14 @@ def _check_unread(fields: Fields) -> None:
         )
 
 
-# Fields of transformers' base class that may change a result, beside those that the class of the type adds.
-_BASE_WITH_EFFECT = {"tie_word_embeddings", "is_encoder_decoder", "add_cross_attention", "pruned_heads"}
+@functools.cache
+def _fields_without_effect() -> frozenset[str]:
+    """The fields that change no logits: most of those that all configs have, and settings of other tasks."""
+    from transformers import PretrainedConfig
 
-
-class _WithoutEffect:
-    """The fields that change no logits: those of the base class of all configs, and settings of other tasks."""
-
-    NAMES = frozenset(
-        {
-            "initializer_range",
-            "use_cache",
-            "pretraining_tp",
-            "classifier_dropout",
-            "hidden_act",
-            "slow_but_exact",
-            "layerdrop",
-        }
-    )
-
-    def __init__(self) -> None:
-        self._base: set[str] | None = None
-
-    def __contains__(self, name: object) -> bool:
-        if self._base is None:
-            from transformers import PretrainedConfig
-
-            self._base = set(PretrainedConfig().to_dict()) - _BASE_WITH_EFFECT
-        return name in self._base or name in self.NAMES
-
-
-WITHOUT_EFFECT = _WithoutEffect()
+    with_effect = {"tie_word_embeddings", "is_encoder_decoder", "add_cross_attention", "pruned_heads"}
+    others = {"initializer_range", "use_cache", "pretraining_tp", "classifier_dropout", "slow_but_exact", "layerdrop"}
+    return frozenset({*PretrainedConfig().to_dict()} - with_effect | others)
 
 
 # With classes of our own, registered with TFAutoModelForCausalLM.

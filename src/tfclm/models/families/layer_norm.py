@@ -180,7 +180,7 @@ def persimmon(fields: Fields) -> Spec:
         final_norm="final_layernorm",
     )
     given = layer_norm_settings(fields, names=names, fused_qkv="groups")
-    norm = {"qk_norm": "head", "qk_norm_eps": fields.layer_norm_eps} if fields.qk_layernorm else {}
+    norm = {"qk_norm": "head"} if fields.qk_layernorm else {}
     return Spec(**rotated_sizes(fields, fields.partial_rotary_factor, **given, **norm))
 
 
@@ -203,7 +203,7 @@ def phi(fields: Fields) -> Spec:
         embedding_dropout=fields.get("embd_pdrop", 0.0),
         residual_dropout=fields.get("resid_pdrop", 0.0),
     )
-    norm = {"qk_norm": "head", "qk_norm_eps": fields.layer_norm_eps} if fields.qk_layernorm else {}
+    norm = {"qk_norm": "head"} if fields.qk_layernorm else {}
     return Spec(**rotated_sizes(fields, fields.partial_rotary_factor, **given, **norm))
 
 

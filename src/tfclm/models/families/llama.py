@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from tfclm.errors import InputError
 from tfclm.models.families.fields import (
     Fields,
     biases,
@@ -49,7 +50,7 @@ def qwen2(fields: Fields) -> Spec:
 def qwen3(fields: Fields) -> Spec:
     """The `Spec` of a config of the type qwen3."""
     eps = fields.rms_norm_eps
-    given = rotated_sizes(fields, eps=eps, qk_norm="head", qk_norm_eps=eps, windows=_qwen_windows(fields))
+    given = rotated_sizes(fields, eps=eps, qk_norm="head", windows=_qwen_windows(fields))
     return Spec(**{**given, **biases(fields)})
 
 
@@ -62,10 +63,17 @@ def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
 
 def gemma(fields: Fields) -> Spec:
     """The `Spec` of a config of the type gemma."""
-    # `hidden_act` is what the checkpoints say; where the newer field is set, transformers prefers it.
-    function = fields.get("hidden_activation") or fields.get("hidden_act") or "gelu_pytorch_tanh"
-    if function == "gelu":
-        function = "gelu_pytorch_tanh"  # what Gemma was trained with; transformers corrects it, too
+    function = fields.hidden_act
+    if fields.get("hidden_activation", function) != function and function != "gelu":
+        raise InputError(
+            f"config.json has hidden_act {function!r} and hidden_activation {fields.hidden_activation!r}: remove the "
+            "one that the model was not trained with"
+        )
+    # The first releases say "gelu", and were trained with the approximation by tanh.
+    return _gemma(fields, {"gelu": "gelu_pytorch_tanh"}.get(function, function))
+
+
+def _gemma(fields: Fields, function: str) -> Spec:
     return Spec(
         **{
             **rotated_sizes(fields, eps=fields.rms_norm_eps, norm="rms_plus_one", **biases(fields)),
@@ -86,7 +94,7 @@ SANDWICH = (
 def gemma2(fields: Fields) -> Spec:
     """The `Spec` of a config of the type gemma2."""
     return replace(
-        gemma(fields),
+        _gemma(fields, fields.hidden_activation),
         names=Names(norms=SANDWICH),
         windows=layer_windows(fields),
         attention_scale=fields.query_pre_attn_scalar**-0.5,
@@ -105,7 +113,6 @@ def gemma3_text(fields: Fields) -> Spec:
     return replace(
         spec,
         qk_norm="head",
-        qk_norm_eps=spec.eps,
         ropes=(*spec.ropes, local),
         layer_ropes=tuple(0 if window is None else 1 for window in windows),
     )
@@ -141,7 +148,7 @@ def olmo2(fields: Fields) -> Spec:
     """The `Spec` of a config of the type olmo2."""
     names = Names(norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"))
     eps = fields.rms_norm_eps
-    return Spec(**rotated_sizes(fields, eps=eps, names=names, qk_norm="whole", qk_norm_eps=eps, **biases(fields)))
+    return Spec(**rotated_sizes(fields, eps=eps, names=names, qk_norm="whole", **biases(fields)))
 
 
 def granite(fields: Fields) -> Spec:
