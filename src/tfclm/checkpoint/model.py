@@ -92,7 +92,7 @@ def context_size(model: TFPreTrainedModel) -> int | None:
         >>> context_size(tfclm.load("distilgpt2")[0])
         1024
     """
-    if model.config.model_type in OWN_CLASSES:
+    if getattr(model.config, "model_type", None) in OWN_CLASSES:
         return spec_of(model.config).context
     positions = getattr(model.config, "max_position_embeddings", None)
     return positions - first_position(model) if positions else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from tfclm.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Rope", "rope", "translate_rope"]
 
@@ -87,6 +88,8 @@ def rope(
         >>> rope(10000.0, 4, {"rope_type": "linear", "factor": 2.0}, context=4096).frequencies
         (0.5, 0.004999999888241291)
     """
+    import numpy as np
+
     parameters = dict(scaling or {})
     # Older configs call it `type`; where both are given, transformers reads this one.
     kind = parameters.pop("rope_type", None) or parameters.get("type") or "default"
@@ -129,11 +132,15 @@ def _check(kind: str, parameters: Mapping[str, Any]) -> None:
 
 
 def _frequencies(values: np.ndarray[Any, Any]) -> Frequencies:
+    import numpy as np
+
     return tuple(float(value) for value in values.astype(np.float32))
 
 
 def _llama3(plain: np.ndarray[Any, Any], parameters: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     """Low frequencies are divided by the factor, high ones are kept, and those between are interpolated."""
+    import numpy as np
+
     factor, low, high = (np.float32(parameters[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     original = np.float32(parameters["original_max_position_embeddings"])
     length = np.float32(2 * math.pi) / plain
@@ -145,6 +152,8 @@ def _llama3(plain: np.ndarray[Any, Any], parameters: Mapping[str, Any]) -> np.nd
 
 
 def _yarn(base: float, size: int, powers: np.ndarray[Any, Any], parameters: Mapping[str, Any], context: int) -> Rope:
+    import numpy as np
+
     factor = parameters["factor"]
     original = parameters.get("original_max_position_embeddings")
     if original:
@@ -178,6 +187,8 @@ def _longrope(
     context: int,
     original_context: int | None,
 ) -> Rope:
+    import numpy as np
+
     original = original_context or context
     factor = context / original if original_context else parameters.get("factor", 1.0)
     attention = parameters.get("attention_factor")
