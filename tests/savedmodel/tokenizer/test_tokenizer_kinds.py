@@ -365,11 +365,13 @@ def test_exported_signatures(kind: str, tmp_path: Path, documents: list[str]) ->
     """A missing signature; text or scores that differ from those of the model and tokenizer in Python."""
     tokenizer, _ = both(kind)
     sizes: dict[str, Any] = {
-        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "max_position_embeddings": 96, "eos_token_id": tokenizer.eos_token_id},
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"max_position_embeddings": 96, "eos_token_id": tokenizer.eos_token_id},
     }
     tf_keras.utils.set_random_seed(1)
-    model = create(BertConfig(is_decoder=True, **sizes) if kind == "bert-uncased" else GPT2Config(**sizes))
+    model = create(
+        BertConfig(is_decoder=True, intermediate_size=64, **sizes) if kind == "bert-uncased" else GPT2Config(**sizes)
+    )
     # Initial weights are so small that all logits are nearly equal.
     model.set_weights([3 * weight for weight in model.get_weights()])
     module = GenerationModule(model, tokenizer, ServableSettings())

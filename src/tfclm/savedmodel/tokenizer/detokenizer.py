@@ -53,31 +53,29 @@ class GraphDetokenizer(tf.Module):
         special = {added["content"] for added in config["added_tokens"] if added["special"]}
         visible = {number: token for number, token in tokens.items() if token not in special}
         size = max(tokens) + 2  # the last entry is for ids without a token
-        byte_tokens = {number: byte for number, token in visible.items() if (byte := _byte(token)) is not None}
-        if "ByteFallback" not in kinds:
-            byte_tokens = {}
-        decode = _byte_level_piece if kinds == ["ByteLevel"] else None
+        byte_tokens: dict[int, bytes] = {}
+        if "ByteFallback" in kinds:
+            byte_tokens = {number: byte for number, token in visible.items() if (byte := _byte(token)) is not None}
 
-        def pieces(prefix: str) -> list[bytes]:
-            """The bytes that each id adds to a text after `prefix`, which is a token or empty."""
-            table = [b""] * size
+        def table(*, first: bool) -> list[bytes]:
+            """The bytes that each id adds to a text, or with which it begins one."""
+            pieces = [b""] * size
             for number, token in visible.items():
-                if number in byte_tokens:
-                    table[number] = byte_tokens[number]
-                elif decode:
-                    table[number] = decode(token)
+                if kinds == ["ByteLevel"]:
+                    pieces[number] = _byte_level_piece(token)
+                elif number in byte_tokens:
+                    pieces[number] = byte_tokens[number]
                 else:
-                    table[number] = backend.decoder.decode([prefix, token] if prefix else [token])[
-                        len(prefix) :
-                    ].encode()
-            return table
+                    text = backend.decoder.decode([token] if first else ["x", token])
+                    pieces[number] = (text if first else text[1:]).encode()
+            return pieces
 
-        self._bytes = pieces("x")
+        self._bytes = table(first=False)
         self._pieces = tf.constant(self._bytes)
-        # Of the text as a whole, and not of the first token, since that may be one of several bytes of a character.
+        # Strip is for the whole text, because the first token may be one of several bytes of a character.
         self._strips = "Strip" in kinds
-        first = self._bytes if self._strips else pieces("")
-        self._first_pieces = tf.constant(first) if first != self._bytes else None
+        depends_on_position = kinds != ["ByteLevel"] and "ByteFallback" not in kinds
+        self._first_pieces = tf.constant(table(first=True)) if depends_on_position else None
         self._visible = tf.constant([number in visible for number in range(size)])
         self._is_byte = tf.constant([number in byte_tokens for number in range(size)]) if byte_tokens else None
         self._clean_up = bool(tokenizer.clean_up_tokenization_spaces)

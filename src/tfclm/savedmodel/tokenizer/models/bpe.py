@@ -3,7 +3,8 @@
 The fast tokenizer merges, in each word, the pair with the best rank, the leftmost first, until none is left. Here each
 round merges the best pair of every word, wherever it occurs. Long words are divided into blocks, wide enough that a
 merge in one affects its neighbours at most; a block merges its best pair in rounds in which neither neighbour has a
-better one. The merges are the same in another order, in time that grows linearly with the length of a word.
+better one. The merges are the same in another order, in time that grows linearly with the length of a word, unless
+merges have to wait for each other from one end of it to the other (`order_sensitive`).
 """
 
 from __future__ import annotations
