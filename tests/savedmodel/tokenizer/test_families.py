@@ -266,7 +266,8 @@ def family(name: str) -> PreTrainedTokenizerFast:
     byte_level = "ByteLevel" in json.dumps(entry.get("pre_tokenizer"))
     model = vocabulary("bytes" if byte_level else "characters") | entry.get("model", {})
     if without := entry.get("without"):
-        model["vocab"] = {token: number for token, number in model["vocab"].items() if token != without}
+        tokens = [token for token in sorted(model["vocab"], key=model["vocab"].get) if token != without]
+        model["vocab"] = {token: number for number, token in enumerate(tokens)}
     decoder = entry.get("decoder", BYTE_LEVEL)
     if not byte_level:
         model |= {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
