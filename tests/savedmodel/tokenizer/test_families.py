@@ -210,6 +210,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# These differ from others in their expression or their added tokens alone.
+RARE = ("mistral-nemo", "codegen")
+
 LETTERS = [*"aBsSſtTKéßİǆǅǄʰªαΩяЖ漢字かカกกำ한א", "k", "LL", "re", "the", "Ġ", "ģ", "ＡＢ", "𝒜"]
 MARKS = [*"\u0301\u0323\u0307\u0903\u093e\u20dd\u200d\ufe0f\u3099", "e\u0301", "q\u0323\u0307", "\u1100\u1161\u11a8"]
 NUMBERS = [*"0179", *"٣५²¼½Ⅷ㉓〇𝟗", "12", "345", "6789", "1234567"]
@@ -338,7 +341,7 @@ def decoding_differences(
     ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if LONG or name not in RARE])
 def test_every_id_and_text_is_that_of_the_fast_tokenizer(name: str) -> None:
     """A boundary that is missing or misplaced, an added token not found, the BOS left out; ids with another text."""
     tokenizer = family(name)
