@@ -82,7 +82,7 @@ CONVERSATION_IDS = [
     *[1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198],
 ]
 TEXT = topics["import"]
-BLOCK, BLOCKS = 128, 4
+BLOCK, BLOCKS = 128, 2
 
 
 def run_script(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -153,20 +153,6 @@ def test_token_ids_are_the_published_ones(smollm2_dir: Path):
     assert tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True) == CONVERSATION_IDS
     # The vocabulary lacks 21 bytes, of which this is one.
     assert tokenizer("in\x04g")["input_ids"] == tokenizer("in")["input_ids"] + tokenizer("g")["input_ids"]
-
-
-def test_tokenizer_in_the_graph_gives_the_published_ids(smollm2_dir: Path):
-    """Digits that are split after the words or not at all, or a missing byte that becomes a token."""
-    import tensorflow as tf
-    from transformers import AutoTokenizer
-
-    from tfclm.savedmodel.tokenizer import GraphTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    texts = [*PUBLISHED_IDS, "in\x04g"]
-    rows, lengths = GraphTokenizer(tokenizer).encode(tf.constant(texts))
-    ids = [row[:length].tolist() for row, length in zip(rows.numpy(), lengths.numpy(), strict=True)]
-    assert ids == [*PUBLISHED_IDS.values(), tokenizer("in\x04g")["input_ids"]]
 
 
 # The model
@@ -286,6 +272,16 @@ def test_answer_over_rest_is_the_text_of_generate(served: tuple[Any, Any, tfclm.
         assert [answer.finish_reason for answer in answers] == ["length", "stop"]
 
 
+def test_tokenizer_in_the_graph_gives_the_published_ids(served: tuple[Any, Any, tfclm.Client]):
+    """Digits that are split after the words or not at all, or a byte without a token that becomes one."""
+    _, tokenizer, client = served
+    texts = [*PUBLISHED_IDS, "in\x04g"]
+    expected = [*PUBLISHED_IDS.values(), tokenizer("in\x04g")["input_ids"]]
+    # Some texts have a single token, of which there is nothing to score: these stand behind another.
+    scores = client.score(["<|im_start|>" + text for text in texts])
+    assert [list(score.token_ids) for score in scores] == [[1, *ids] for ids in expected]
+
+
 def test_score_over_rest_is_the_models(served: tuple[Any, Any, tfclm.Client]):
     """Ids or log-probabilities in the graph that are not the model's."""
     model, tokenizer, client = served
@@ -303,7 +299,7 @@ def test_perplexity_is_the_same_everywhere(
     model, tokenizer, _ = served
     blocks = text_blocks(tokenizer)
     expected = perplexity_by_numpy(model, blocks)
-    score = tfclm.perplexity(model, blocks, batch_size=3)
+    score = tfclm.perplexity(model, blocks, batch_size=1)
     assert score.perplexity == pytest.approx(expected, rel=1e-4)
     assert score.tokens == BLOCKS * (BLOCK - 1)
 
@@ -328,10 +324,10 @@ def test_fine_tuning_lowers_the_perplexity(checkpoint: Path):
         tfclm.pack(datasets.Dataset.from_dict({"input_ids": [each]}), 32, [tokenizer.eos_token_id]).blocks
         for each in ids
     )
-    validation = validation.select(range(8))
-    settings = tfclm.TrainingSettings(max_steps=4, batch_size=4, learning_rate=2e-4)
+    validation = validation.select(range(4))
+    settings = tfclm.TrainingSettings(max_steps=3, batch_size=4, learning_rate=3e-4)
     record = tfclm.finetune(model, tokenizer, train, validation, settings)
-    assert record.steps == 4
+    assert record.steps == 3
     assert record.best_loss < record.initial_loss - 0.1
     assert tfclm.perplexity(model, validation).loss == pytest.approx(record.best_loss, rel=1e-4)
 
