@@ -210,6 +210,8 @@ class DecoderForCausalLM(TFPreTrainedModel, TFCausalLanguageModelingLoss):
             return self.get_input_embeddings()
         return self.weights_by_name.layers[self.spec.names.head]
 
+    # AutoGraph would take seconds to convert it, and nothing branches on the value of a tensor.
+    @tf.autograph.experimental.do_not_convert
     @unpack_inputs
     def call(
         self,
