@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +119,8 @@ def test_cache(reference: Reference):
     pairs = [tuple(key_value_cache.allocate(part, 24) for part in pair) for pair in out.pairs]
     for step in range(steps):
         positions = tf.constant(lengths + step)
-        cache = Cache(pairs, positions[:, None], tf.constant(24), partial(key_value_cache.write, slots=positions))
+        append = key_value_cache.Writer(pairs[0][0], positions).write
+        cache = Cache(pairs, positions[:, None], tf.constant(24), append)
         tokens = tf.gather(ids, positions, batch_dims=1)[:, None]
         out = decode_tokens(spec, weights, tokens, positions=positions[:, None], cache=cache)
         pairs = out.pairs

@@ -99,7 +99,7 @@ def decode_tokens(
         cache: keys and values of earlier tokens.
     """
     x = weights.embed(spec.names.embedding, ids) if embeddings is None else embeddings
-    length = tf.shape(x)[1]
+    length = _sizes(x)[1]
     slots = tf.range(length)[None] if cache is None else cache.slots
     keys = length if cache is None else cache.keys
     if positions is None:
@@ -115,6 +115,9 @@ def decode_tokens(
     if spec.alibi:
         alibi = _alibi(spec, keys, mask, x.dtype)
         biases = {window: bias + alibi for window, bias in biases.items()}
+    if x.shape[1] == 1:
+        # The heads of a group take the place of the queries.
+        biases = {window: tf.squeeze(bias, 3) for window, bias in biases.items()}
     hidden_states, attentions, pairs = [], [], []
     for index in range(spec.layers):
         hidden_states.append(x)
@@ -181,8 +184,9 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _gelu_tanh(inputs: Tensor) -> Tensor:
-    """The approximation of GELU by tanh, with products in place of a slow power."""
-    return 0.5 * inputs * (1 + tf.tanh(math.sqrt(2 / math.pi) * (inputs + 0.044715 * inputs * inputs * inputs)))
+    """The approximation of GELU by tanh, as a sigmoid, because sigmoid(2x) = (1 + tanh(x)) / 2 takes fewer passes."""
+    scale = 2 * math.sqrt(2 / math.pi)
+    return inputs * tf.sigmoid(inputs * (scale + 0.044715 * scale * tf.square(inputs)))
 
 
 def _counted(mask: Tensor) -> Tensor:
@@ -262,6 +266,25 @@ def _alibi(spec: Spec, keys: Tensor, mask: Tensor | None, dtype: tf.DType) -> Te
     return tf.cast(tf.reshape(biases, shape), dtype)
 
 
+def _sizes(x: Tensor) -> list[Any]:
+    """The sizes of a tensor, to reshape others with: int where they are static, and -1 for a batch that alone is not.
+
+    In a decoding step, the ops that compute dynamic sizes would take more time than the reshaping.
+    """
+    first, *rest = x.shape
+    if None not in rest:
+        return [-1 if first is None else first, *rest]
+    dynamic = tf.unstack(tf.shape(x), len(x.shape))
+    return [size if static is None else static for size, static in zip(dynamic, x.shape, strict=True)]
+
+
+def _swap_heads(x: Tensor) -> Tensor:
+    """[B, L, heads, size] to [B, heads, L, size], or back."""
+    if 1 in x.shape[1:3]:
+        return tf.reshape(x, [_sizes(x)[number] for number in (0, 2, 1, 3)])
+    return tf.transpose(x, [0, 2, 1, 3])
+
+
 class _Rotation:
     """The rotary position embeddings of one call, for all layers."""
 
@@ -269,7 +292,9 @@ class _Rotation:
         self._interleaved = spec.interleaved
         if lengths is None:
             lengths = tf.reduce_max(positions, 1) + 1
-        self._angles = [_angles(rope, _frequencies(rope, lengths), positions, dtype) for rope in spec.ropes]
+        self._angles = [
+            _angles(rope, _frequencies(rope, lengths), positions, dtype, spec.interleaved) for rope in spec.ropes
+        ]
 
     def rotate(self, x: Tensor, rope: int | None) -> Tensor:
         """Queries or keys [B, heads, L, head size] of the new tokens, rotated."""
@@ -290,28 +315,31 @@ def _frequencies(rope: Rope, lengths: Tensor) -> Tensor:
     return frequencies
 
 
-def _angles(rope: Rope, frequencies: Tensor, positions: Tensor, dtype: tf.DType) -> Pair:
-    """Cosines and sines [B or 1, 1, L, pairs]."""
+def _angles(rope: Rope, frequencies: Tensor, positions: Tensor, dtype: tf.DType, interleaved: bool) -> Pair:
+    """What numbers are multiplied by, and what the other ones of their pairs are; [B or 1, 1, L, 2 x pairs] each."""
     angles = tf.cast(positions, tf.float32)[:, None, :, None] * frequencies[:, None, None]
     cos, sin = tf.cos(angles), tf.sin(angles)
     if rope.factor != 1:
         cos, sin = cos * rope.factor, sin * rope.factor
+    if interleaved:
+        cos, sin = tf.repeat(cos, 2, -1), tf.reshape(tf.stack([-sin, sin], -1), [*_sizes(sin)[:3], 2 * sin.shape[-1]])
+    else:
+        cos, sin = tf.concat([cos, cos], -1), tf.concat([-sin, sin], -1)
     return tf.cast(cos, dtype), tf.cast(sin, dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _rotate(x: Tensor, own: Tensor, other: Tensor, interleaved: bool) -> Tensor:
     """x [B, heads, L, size] with its first dimensions rotated."""
-    pairs = cos.shape[-1]
-    rest = None
-    if 2 * pairs < x.shape[-1]:
-        x, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    size, rest = own.shape[-1], None
+    if size < x.shape[-1]:
+        x, rest = tf.split(x, [size, x.shape[-1] - size], -1)
     if interleaved:
-        first, second = x[..., 0::2], x[..., 1::2]
-        rotated = tf.stack([first * cos - second * sin, second * cos + first * sin], -1)
-        rotated = tf.reshape(rotated, tf.shape(x))
+        pairs = tf.reshape(x, [*_sizes(x)[:3], size // 2, 2])
+        swapped = tf.reshape(tf.reverse(pairs, [-1]), _sizes(x))
     else:
         first, second = tf.split(x, 2, -1)
-        rotated = tf.concat([first * cos - second * sin, second * cos + first * sin], -1)
+        swapped = tf.concat([second, first], -1)
+    rotated = x * own + swapped * other
     return rotated if rest is None else tf.concat([rotated, rest], -1)
 
 
@@ -373,7 +401,7 @@ class _Layer:
         self, x: Tensor, past: Pair | None, append: Callable[[Tensor, Tensor], Tensor] | None
     ) -> tuple[Tensor, Tensor, Pair]:
         spec, rotation, rope = self._spec, self._rotation, self._spec.layer_ropes[self._index]
-        batch, length = tf.unstack(tf.shape(x)[:2])
+        batch, length, _ = _sizes(x)
         q, k, v = self._split_heads(x, batch, length)
         q, k = rotation.rotate(q, rope), rotation.rotate(k, rope)
         if past is not None and append is not None:
@@ -381,16 +409,20 @@ class _Layer:
         pair = (k, v)
         scale = spec.attention_scale / (self._index + 1 if spec.attention_scale_by_layer else 1)
         # The heads that share keys and values are rows of one product, so that these are not repeated.
-        group, keys = spec.heads // spec.kv_heads, tf.shape(k)[2]
+        group, keys = spec.heads // spec.kv_heads, _sizes(k)[2]
         q = tf.reshape(q * tf.cast(scale, q.dtype), [batch, spec.kv_heads, group * length, spec.head_dim])
         scores = tf.matmul(q, k, transpose_b=True)
         if spec.attention_cap is not None:
             scores = spec.attention_cap * tf.tanh(scores / spec.attention_cap)
-        scores = tf.reshape(scores, [batch, spec.kv_heads, group, length, keys]) + self._bias
+        if x.shape[1] != 1:
+            scores = tf.reshape(scores, [batch, spec.kv_heads, group, length, keys])
+        scores += self._bias
         attention = tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), v.dtype)
         attention = self._weights.dropout("attention", attention)
-        mixed = tf.matmul(tf.reshape(attention, [batch, spec.kv_heads, group * length, keys]), v)
-        mixed = tf.transpose(tf.reshape(mixed, [batch, spec.heads, length, spec.head_dim]), [0, 2, 1, 3])
+        if x.shape[1] != 1:
+            attention = tf.reshape(attention, [batch, spec.kv_heads, group * length, keys])
+        mixed = tf.matmul(attention, v)
+        mixed = _swap_heads(tf.reshape(mixed, [batch, spec.heads, length, spec.head_dim]))
         (output,) = self._dense([spec.names.o], tf.reshape(mixed, [batch, length, spec.heads * spec.head_dim]))
         return output, tf.reshape(attention, [batch, spec.heads, length, keys]), pair
 
@@ -418,7 +450,7 @@ class _Layer:
         if spec.qk_norm == "whole":
             q, k = self._weights.norm(q_norm, q), self._weights.norm(k_norm, k)
         q, k, v = (
-            tf.transpose(tf.reshape(part, [batch, length, count, size]), [0, 2, 1, 3])
+            _swap_heads(tf.reshape(part, [batch, length, count, size]))
             for part, count in ((q, heads), (k, groups), (v, groups))
         )
         if spec.qk_norm == "head":

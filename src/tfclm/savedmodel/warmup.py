@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfclm.savedmodel.graph.signatures import GenerationModule
+if TYPE_CHECKING:
+    # The canary, which reads what is written here, starts without transformers.
+    from tfclm.savedmodel.graph.signatures import GenerationModule
 
 __all__ = ["PATH", "requests", "write"]
 

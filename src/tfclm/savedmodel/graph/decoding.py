@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import tensorflow as tf
@@ -109,6 +110,8 @@ class _Loop:
         self._remaining = tf.minimum(params.max_new_tokens, end - lengths)
         longest = limit if xla else tf.reduce_max(self._remaining)
         self._capacity = tf.minimum(self._width + longest, network.context)
+        # Traced once for the first token and the further ones.
+        self._sample = tf.function(partial(sample_next_token, xla=xla), autograph=False)
         self._eos = tf.constant(list(eos_ids), tf.int32)
         self._rows = tf.range(self._batch)
 
@@ -169,7 +172,7 @@ class _Loop:
         slots = tf.range(self._capacity + 1)[None]
         known = slots < (self._lengths + state.step)[:, None]
         uniform = tf.gather(self._uniform, state.step, axis=1)
-        token = sample_next_token(logits, state.tokens, known, self._params, uniform, xla=self._xla)
+        token = self._sample(logits, state.tokens, known, self._params, uniform)
         token = tf.where(state.running, token, FILLER_ID)
         # A finished row may be at the end of the capacity while others run.
         indices = tf.stack([self._rows, tf.minimum(self._lengths + state.step, self._capacity)], 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["allocate", "write"]
+__all__ = ["Writer", "allocate"]
 
 Tensor = Any
 
@@ -17,26 +17,35 @@ def allocate(prompt: Tensor, capacity: Tensor) -> Tensor:
     return tf.pad(prompt, [[0, 0], [0, 0], [0, free], [0, 0]])
 
 
-def write(buffer: Tensor, new: Tensor, slots: Tensor, *, xla: bool = False) -> Tensor:
-    """Writes keys or values of one token per row into a buffer, in place.
+class Writer:
+    """Writes keys and values of one token per row into buffers of one shape.
 
     Args:
-        buffer: [B, heads, capacity, size]; it must not be used afterwards.
-        new: [B, heads, 1, size].
+        buffer: one of the buffers, [B, heads, capacity, size].
         slots: int32 [B], where each row's go.
         xla: whether XLA compiles the call.
     """
-    batch, heads, capacity, size = (
-        static if static is not None else dynamic
-        for static, dynamic in zip(buffer.shape, tf.unstack(tf.shape(buffer), 4), strict=True)
-    )
-    indices = tf.reshape((tf.range(batch)[:, None] * heads + tf.range(heads)) * capacity + slots[:, None], [-1])
-    flat = tf.reshape(buffer, [batch * heads * capacity, size])
-    values = tf.reshape(new, [batch * heads, size])
-    if xla:
-        # XLA has no InplaceUpdate; it compiles the scatter to an update in place.
-        flat = tf.tensor_scatter_nd_update(flat, indices[:, None], values)
-    else:
-        # A scatter would copy the buffer. Only the shape of the old buffer is read after this.
-        flat = tf.raw_ops.InplaceUpdate(x=flat, i=indices, v=values)
-    return tf.reshape(flat, [batch, heads, capacity, size])
+
+    def __init__(self, buffer: Tensor, slots: Tensor, *, xla: bool = False) -> None:
+        self._xla, self._size = xla, buffer.shape[-1]
+        dynamic = tf.shape(buffer)
+        batch, heads, capacity, _ = (
+            size if size is not None else dynamic[index] for index, size in enumerate(buffer.shape)
+        )
+        self._shape = buffer.shape if buffer.shape.is_fully_defined() else dynamic
+        rows = (tf.range(batch)[:, None] * heads + tf.range(heads)) * capacity + slots[:, None]
+        self._rows = tf.reshape(rows, [-1])
+
+    def write(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """The buffer with `new` [B, heads, 1, size] in it, written in place; `buffer` must not be used afterwards."""
+        flat = tf.reshape(buffer, [-1, self._size])
+        values = tf.reshape(new, [-1, self._size])
+        if self._xla:
+            # XLA has no InplaceUpdate; it compiles the scatter to an update in place.
+            flat = tf.tensor_scatter_nd_update(flat, self._rows[:, None], values)
+        else:
+            # A scatter would copy the buffer. Only the shape of the old buffer is read after this.
+            flat = tf.raw_ops.InplaceUpdate(x=flat, i=self._rows, v=values)
+        written = tf.reshape(flat, self._shape)
+        written.set_shape(buffer.shape)
+        return written

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,7 +101,7 @@ class Network:
             pairs=list(zip(buffers[::2], buffers[1::2], strict=True)),
             slots=positions[:, None],
             keys=tf.shape(buffers[0])[2],
-            append=partial(key_value_cache.write, slots=positions, xla=xla),
+            append=key_value_cache.Writer(buffers[0], positions, xla=xla).write,
         )
         out = decode_tokens(
             self.spec,
@@ -220,8 +219,12 @@ class _Products:
 
 def _unflatten(rows: Tensor, inputs: Tensor, size: int) -> Tensor:
     """Rows [N, size] in the shape of the inputs [..., in] that they were computed from."""
+    *sizes, _ = inputs.shape
+    if sizes.count(None) == 1:
+        # In a decoding step, every op takes time.
+        return tf.reshape(rows, [*(-1 if each is None else each for each in sizes), size])
     result = tf.reshape(rows, tf.concat([tf.shape(inputs)[:-1], [size]], 0))
-    result.set_shape([*inputs.shape[:-1], size])
+    result.set_shape([*sizes, size])
     return result
 
 
