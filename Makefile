@@ -7,7 +7,7 @@ INSTALLED = $(VENV)/.installed
 # "logical", because "auto" would count cores and not their threads.
 PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help fit smollm2 test check long lowest docs benchmarks clean
+.PHONY: help fit smollm2 test check long families lowest docs benchmarks clean
 
 fit: $(INSTALLED)  ## fine-tune a small model on Python's own documentation
 	$(BIN)/python -m tfclm.fit
@@ -26,6 +26,11 @@ check: $(INSTALLED)-dev  ## lint, type-check, run all tests except the long ones
 
 long: $(INSTALLED)-dev  ## run all tests at full size, which takes hours
 	TFCLM_LONG_TESTS=1 $(BIN)/python $(PYTEST)
+
+families: $(INSTALLED)-dev  ## test each model type from checkpoint to export and PyTorch, for the table in the docs
+	@test -n "$$TFCLM_TRANSFORMERS_4_PYTHON" -a -n "$$TFCLM_TRANSFORMERS_5_PYTHON" || { echo "set TFCLM_TRANSFORMERS_4_PYTHON and TFCLM_TRANSFORMERS_5_PYTHON: see tests/references/open_checkpoints.py" >&2; exit 2; }
+	TFCLM_LONG_TESTS=1 $(BIN)/python -m pytest tests/models/test_families_table.py -k test_family; tested=$$?; \
+	$(BIN)/python tests/references/families_table.py && exit $$tested
 
 # The last two take one core each.
 lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## test the path from text to model on the lowest versions that pyproject.toml allows
