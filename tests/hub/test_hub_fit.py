@@ -40,7 +40,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     from tfclm.checkpoint import create, save
 
     folder = tmp_path_factory.mktemp("base")
-    save(create(tiny_config("gpt2")), AutoTokenizer.from_pretrained(tokenizer_dir), folder)
+    # The sample at the end of a run fills the context.
+    save(create(tiny_config("gpt2", context=40)), AutoTokenizer.from_pretrained(tokenizer_dir), folder)
     (folder / "README.md").write_text("---\nlicense: cc-by-4.0\nlanguage: en\n---\n\n# tiny\n")
     return folder
 
