@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 
@@ -47,14 +48,20 @@ def warped(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> 
     return tf.nn.softmax(tf.cast(scores[0], tf.float64)).numpy()
 
 
-def sample_tokens(logits: np.ndarray, settings: SamplingParams, uniform: np.ndarray, *, xla: bool) -> np.ndarray:
-    """`sample_next_token`, traced as in an exported model, after the token 0 in each row."""
+@functools.cache
+def traced_sampling(xla: bool) -> tf.types.experimental.GenericFunction:
+    """`sample_next_token`, traced and compiled once for all tests with the same shapes."""
 
     def sample(logits: tf.Tensor, settings: SamplingParams, uniform: tf.Tensor) -> tf.Tensor:
         tokens = tf.zeros([tf.shape(logits)[0], 1], tf.int32)
         return sampling.sample_next_token(logits, tokens, tokens == 0, settings, uniform, xla=xla)
 
-    traced = tf.function(sample, jit_compile=xla)
+    return tf.function(sample, jit_compile=xla)
+
+
+def sample_tokens(logits: np.ndarray, settings: SamplingParams, uniform: np.ndarray, *, xla: bool) -> np.ndarray:
+    """`sample_next_token`, traced as in an exported model, after the token 0 in each row."""
+    traced = traced_sampling(xla)
     return traced(tf.constant(logits, tf.float32), settings, tf.constant(uniform, tf.float64)).numpy()
 
 
