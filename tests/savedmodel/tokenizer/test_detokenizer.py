@@ -108,7 +108,14 @@ def test_other_decoders_are_refused(tokenizer: GPT2TokenizerFast) -> None:
             tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
 
 
-@pytest.mark.parametrize("kind", ["bert-uncased", "llama", "mistral", "unigram", "xglm", "camembert"])
+# XGLM and CamemBERT are unigram models with other special tokens.
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("bert-uncased", "llama", "mistral", "unigram"),
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("xglm", "camembert")),
+    ],
+)
 def test_other_kinds(kind: str, documents: list[str]) -> None:
     """A leading space kept, one between words lost, or the wrong piece for the first token."""
     made, _ = both(kind)

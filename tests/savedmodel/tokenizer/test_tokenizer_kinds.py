@@ -152,7 +152,10 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "rembert": lambda: converted("RemBert"),
 }
 # Some take seconds to make and are left out of the short tests; the slower short tests use one kind per model.
-RARE = ("bert-accents", "metaspace", "unknown", "unigram-nfkc", "precompiled", "xlm-roberta", "xlnet", "rembert")
+RARE = (
+    *("bert-accents", "bert-cased", "mistral", "metaspace", "unknown", "unigram-bytes", "unigram-nfkc"),
+    *("precompiled", "xlm-roberta", "xlnet", "rembert"),
+)
 USED = [kind for kind in KINDS if LONG or kind not in RARE]
 MODELS = ["bert-uncased", "llama", "unigram", "case-folded"]
 
@@ -164,7 +167,9 @@ def both(kind: str) -> tuple[PreTrainedTokenizerFast, Encode]:
     return tokenizer, in_graph(tokenizer)
 
 
-@pytest.fixture(params=USED)
+@pytest.fixture(
+    params=[kind if kind in MODELS else pytest.param(kind, marks=pytest.mark.slow) for kind in USED],
+)
 def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedTokenizerFast, Encode]:
     """Each kind of tokenizer, and the same in the graph."""
     return both(request.param)
