@@ -109,6 +109,40 @@ def smollm2_dir() -> Path:
     return folder
 
 
+# Settings of the model that most tests of clients and servers share; none of them is the default.
+SERVED = {"max_new_tokens": 9, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
+SERVED_CONTEXT = 128
+
+
+@pytest.fixture(scope="session")
+def servable_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """A version of a tiny GPT-2, exported with the settings `SERVED`; to be copied or served, not changed.
+
+    Tracing takes seconds, so all workers share the first one's.
+    """
+    import tf_keras
+    from transformers import AutoTokenizer
+
+    from tfclm.checkpoint import create
+    from tfclm.savedmodel import saving, warmup
+    from tfclm.savedmodel.graph.signatures import GenerationModule
+    from tfclm.savedmodel.settings import ServableSettings
+
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "servable"
+    with FolderLock(base, LOCK_TIMEOUT):
+        if not folder.exists():
+            tf_keras.utils.set_random_seed(0)
+            model = create(tiny_config("gpt2", context=SERVED_CONTEXT))
+            module = GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings(**SERVED))
+            saving.write(module, base / "unfinished")
+            warmup.write(module, base / "unfinished")
+            (base / "unfinished").rename(folder)
+    return folder
+
+
 ARCHITECTURES = ["gpt2", "opt", "mistral"]
 
 

@@ -59,25 +59,14 @@ def settings_of(flags: list[str]) -> ServeSettings:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory, servable_dir: Path) -> Path:
     """A folder like serving_models: quickstart is a tiny model, exported, as two versions; liar only looks like one."""
     import tensorflow as tf
-    import tf_keras
-    from conftest import tiny_config
-    from transformers import AutoTokenizer
-
-    from tfclm.checkpoint import create
-    from tfclm.savedmodel import saving
-    from tfclm.savedmodel.graph.signatures import GenerationModule
-    from tfclm.savedmodel.settings import ServableSettings
 
     folder = tmp_path_factory.mktemp("serving_models")
-    tf_keras.utils.set_random_seed(0)
-    model = create(tiny_config("gpt2", context=128))
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    saving.write(GenerationModule(model, tokenizer, ServableSettings(max_new_tokens=8)), folder / "quickstart" / "1")
-    # A second version: the same files under another number.
-    shutil.copytree(folder / "quickstart" / "1", folder / "quickstart" / "2")
+    # The second version is the same files under another number.
+    for version in ("1", "2"):
+        shutil.copytree(servable_dir, folder / "quickstart" / version)
     liar = make_liar()
     signatures = {name: getattr(liar, name) for name in ("serving_default", "generate", "score")}
     tf.saved_model.save(liar, str(folder / "liar" / "1"), signatures=signatures)

@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import SERVED, SERVED_CONTEXT
 
 from tfclm.client import Client, Completion, ServerError, messages
 from tfclm.errors import InputError
@@ -37,8 +37,6 @@ PARAMETERS: dict[str, Any] = {
     "stop": "zzz",
 }
 
-EXPORTED: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
-
 
 @dataclasses.dataclass(frozen=True)
 class Served:
@@ -49,24 +47,14 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory, servable_dir: Path) -> Iterator[Served]:
     """A server with two versions of a tiny model under the name `tiny`."""
-    from transformers import AutoTokenizer
-
-    from tfclm.checkpoint import create
-    from tfclm.savedmodel import saving, warmup
-    from tfclm.savedmodel.graph.signatures import GenerationModule
-    from tfclm.savedmodel.settings import ServableSettings
     from tfclm.server.server import Server
     from tfclm.server.settings import ServeSettings
 
     folder = tmp_path_factory.mktemp("served")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    settings = ServableSettings(**EXPORTED)
-    servable = GenerationModule(create(tiny_config("gpt2", context=64)), tokenizer, settings)
-    saving.write(servable, folder / "tiny" / "1")
-    warmup.write(servable, folder / "tiny" / "1")
-    shutil.copytree(folder / "tiny" / "1", folder / "tiny" / "2")
+    for version in ("1", "2"):
+        shutil.copytree(servable_dir, folder / "tiny" / version)
     # The newest one is what the first request meets.
     shutil.rmtree(folder / "tiny" / "1" / "assets.extra")
     config = folder / "models.config"
@@ -119,7 +107,7 @@ def called(signature: Any, **inputs: Any) -> list[dict[str, Any]]:
     import tensorflow as tf
 
     types = {name: spec.dtype for name, spec in signature.structured_input_signature[1].items()}
-    defaults = {"repetition_penalty": 1, "seed": -1, "stop": "", **EXPORTED} if "seed" in types else {}
+    defaults = {"repetition_penalty": 1, "seed": -1, "stop": "", **SERVED} if "seed" in types else {}
     given = {name: value for name, value in {**defaults, **inputs}.items() if name in types}
     outputs = signature(
         **{
@@ -162,7 +150,7 @@ def test_defaults_are_those_of_the_export(client, signatures):
     """Defaults of the client's own, or none: REST fills in nothing, so what was exported has to be sent."""
     assert client.generate("The", seed=5) == as_completion(called(signatures["generate"], prompt=["The"], seed=[5])[0])
     defaults = client.signatures()["generate"].defaults
-    expected = {**EXPORTED, "repetition_penalty": 1.0, "seed": -1, "stop": b""}
+    expected = {**SERVED, "repetition_penalty": 1.0, "seed": -1, "stop": b""}
     assert {name: pytest.approx(value) for name, value in defaults.items() if name != "stop"} | {
         "stop": b""
     } == expected
@@ -203,7 +191,10 @@ def test_any_signature(client, signatures):
         (lambda client: client.generate("a", top_k=2.5), "`top_k` is 2.5: give a whole number"),
         (lambda client: client.generate("a", top_k=2**31), "`top_k` is 2147483648: give a number that fits 32 bits"),
         (lambda client: client.generate("a", top_p=0), r"top_p\[0\] is 0"),
-        (lambda client: client.generate("a", max_new_tokens=1000), r"max_new_tokens\[0\] is 1000: give 1 to 63"),
+        (
+            lambda client: client.generate("a", max_new_tokens=1000),
+            r"max_new_tokens\[0\] is 1000: give 1 to 127",
+        ),
         (lambda client: client.generate(["a", "b", "c"], seed=[1, 2]), "`seed` has 2 values for 3 rows"),
         (
             lambda client: client.generate("a", beams=3),
@@ -214,7 +205,10 @@ def test_any_signature(client, signatures):
         (lambda client: client.score("a b"[:1]), r"text\[0\] has fewer than 2 tokens"),
         (lambda client: client.predict("nope", {}), "no signature nope; it has generate, generate_tokens, score, "),
         (lambda client: client.predict("score", {}), "signature score needs the input text"),
-        (lambda client: client.generate("word " * 100), r"prompt\[0\] has \d+ tokens, and the context holds 64"),
+        (
+            lambda client: client.generate("word " * 200),
+            rf"prompt\[0\] has \d+ tokens, and the context holds {SERVED_CONTEXT}",
+        ),
     ],
 )
 def test_what_is_refused(client, call: Callable[[Client], Any], message: str):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_config
+from conftest import SERVED, SERVED_CONTEXT, tiny_config
 
 from tfclm.client import Client
 
@@ -21,7 +21,9 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Iterator[Callable[..., Any]]:
+def start(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, servable_dir: Path
+) -> Iterator[Callable[..., Any]]:
     """Starts a server with a tiny model under the name `a<b` and settings; `.url` is its address."""
     from contextlib import ExitStack
 
@@ -35,13 +37,13 @@ def start(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Iter
     from tfclm.server.settings import ServeSettings
 
     folder = tmp_path_factory.mktemp("tiny")
-    model = create(tiny_config("gpt2", context=128))
+    model = create(tiny_config("gpt2", context=SERVED_CONTEXT))
 
     def export(version: Path, **others: Any) -> None:
-        settings = ServableSettings(temperature=0.7, top_p=0.95, **{"max_new_tokens": 9, "top_k": 50, **others})
+        settings = ServableSettings(**{**SERVED, **others})
         saving.write(GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), settings), version)
 
-    export(folder / "1")
+    shutil.copytree(servable_dir, folder / "1")
     with ExitStack() as stack:
 
         def start(**flags: Any) -> Any:
