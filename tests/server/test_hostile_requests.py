@@ -20,6 +20,8 @@ import pytest
 
 from server.conftest import Client
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 READ_SECONDS = 3
 # The floods are shorter than an attack would be: what is not bounded is seen after a few megabytes.
@@ -110,7 +112,6 @@ def test_nested_brackets_around_a_value(server, depth):
         assert server.predict(f'{{"instances": {objects}}}').status == 400
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("item", ["[],", "[", '{"a":1},'])
 def test_small_body_that_is_large_once_inflated(server, item):
     """100 KB that take a minute and gigabytes, in spite of the time-out, while others wait for the interpreter."""
@@ -155,7 +156,6 @@ def test_limit_on_a_body_is_one_on_what_it_inflates_to(models, start_server, cli
     assert answer.error == "The request is larger than 1000000 bytes"
 
 
-@pytest.mark.slow
 def test_connections_that_never_read(server):
     """Connections that clients who never read a reply keep for ever, so that others get 503."""
     most = 1005
@@ -223,7 +223,6 @@ ENDLESS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_what_never_ends(server, kind):
     """What a client sends without end being kept: the lowest aiohttp that is allowed has to bound it."""

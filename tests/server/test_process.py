@@ -30,6 +30,8 @@ from tensorflow_serving.apis import (
 from server.processes import launcher
 from server.serving_models import HalfPlusTwo, Slow, export
 
+pytestmark = pytest.mark.slow
+
 BUSY = 60  # seconds that an answer may take on a machine that does much else
 
 
@@ -322,7 +324,6 @@ def _drop_capabilities():
     assert libc.capset(header, sets) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["permission", "loop"])
 def test_unreadable_version_folder(launch, folder, tmp_path, kind):
     """A folder that cannot be read keeping all models from being served, with ten tracebacks a second."""
@@ -354,7 +355,6 @@ def test_unreadable_version_folder(launch, folder, tmp_path, kind):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
 def test_sigterm_ends_it_whatever_runs(launch, folder):
     """A process that keeps running after SIGTERM until an abandoned kernel ends."""
     process = launch(
@@ -369,7 +369,6 @@ def test_sigterm_ends_it_whatever_runs(launch, folder):
     assert "traceback" not in process.log
 
 
-@pytest.mark.slow
 def test_versions_change_during_a_run(launch, folder, tmp_path):
     """An abandoned run that blocks the loading of all versions, because its own version is to be unloaded."""
     shutil.copytree(folder / "heavy", tmp_path / "heavy")
@@ -384,7 +383,6 @@ def test_versions_change_during_a_run(launch, folder, tmp_path):
     assert process.rest.predict(body, "model").json == {"outputs": [7.0]}
 
 
-@pytest.mark.slow
 def test_second_signal_ends_it_at_once(launch, folder):
     """An operator who must wait for the grace period, or kill the process."""
     process = launch(f"--model_base_path={folder / 'slow'}", "--shutdown_grace_seconds=600").listens()
@@ -400,7 +398,6 @@ def test_second_signal_ends_it_at_once(launch, folder):
         assert answer.exception() is not None
 
 
-@pytest.mark.slow
 def test_sigterm_while_a_model_is_loaded(launch, folder, tmp_path):
     """A process that runs beyond its grace period until a load ends, or that claims to listen on port 0."""
     version = export(Heavy(), tmp_path / "model", 1)
@@ -424,7 +421,6 @@ def test_sigterm_while_a_model_is_loaded(launch, folder, tmp_path):
     assert "traceback" not in process.log
 
 
-@pytest.mark.slow
 def test_empty_folder_is_waited_for(launch, tmp_path):
     """A server that does not listen, and does not say why, because its model has no version yet."""
     process = launch(f"--model_base_path={tmp_path}").listens()
