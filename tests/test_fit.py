@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -20,6 +22,7 @@ from tfclm.checkpoint import create, load, save
 from tfclm.cli.arguments import parse
 from tfclm.metrics.perplexity import perplexity
 
+CONTEXT = 40  # little more than a block: the sample at the end of a run fills it
 TOKENIZER_FILES = {"merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
 OUTPUT = {
     "README.md",
@@ -56,9 +59,9 @@ def console(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 @pytest.fixture(scope="module")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
-    """Sixty documents of about 800 characters, in the guide's shape: answers, each a list of texts."""
+    """Thirty documents of about 800 characters, in the guide's shape: answers, each a list of texts."""
     path = tmp_path_factory.mktemp("text") / "eli5.jsonl"
-    rows = [{"q_id": str(i), "answers": {"text": [d[:400], d[400:800]]}} for i, d in enumerate(documents[:60])]
+    rows = [{"q_id": str(i), "answers": {"text": [d[:400], d[400:800]]}} for i, d in enumerate(documents[:30])]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -72,7 +75,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     for architecture in ARCHITECTURES:
         tf.random.set_seed(0)
-        save(create(tiny_config(architecture)), tokenizer, folder / architecture)
+        save(create(tiny_config(architecture, context=CONTEXT)), tokenizer, folder / architecture)
     return {architecture: folder / architecture for architecture in ARCHITECTURES}
 
 
@@ -85,21 +88,24 @@ def arguments(checkpoint: Path, text: Path, output: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus_file: Path) -> Path:
-    """The folder of a finished run on GPT-2's shape."""
+def first_run(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus_file: Path
+) -> tuple[Path, int, str, str]:
+    """The folder of a finished run on GPT-2's shape, its exit code, stdout and stderr."""
     folder = tmp_path_factory.mktemp("runs") / "gpt2"
-    settings = fit.FitSettings(
-        model=str(checkpoints["gpt2"]),
-        train_file=(str(corpus_file),),
-        text_column="answers.text",
-        output_dir=str(folder),
-        block_size=32,
-        batch_size=8,
-        epochs=2,
-        learning_rate=1e-2,
-        num_proc=1,
-    )
-    assert fit.run(settings) == 0
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["tfclm", *map(str, arguments(checkpoints["gpt2"], corpus_file, folder))])
+        with pytest.raises(SystemExit) as end:
+            fit.main()
+    return folder, end.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def fitted(first_run: tuple[Path, int, str, str]) -> Path:
+    """The folder of a finished run."""
+    folder, code, _, err = first_run
+    assert code == 0, err
     return folder
 
 
@@ -107,11 +113,19 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path
     "architecture", ["gpt2", *(pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES if name != "gpt2")]
 )
 def test_fit_leaves_exactly_these_files(
-    console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path, architecture: str
+    request: pytest.FixtureRequest,
+    console: Console,
+    checkpoints: dict[str, Path],
+    corpus_file: Path,
+    tmp_path: Path,
+    architecture: str,
 ):
     """A file too few, one too many (state that is left over), or numbers that do not belong to the weights saved."""
-    output = tmp_path / "run"
-    code, out, err = console(fit, *arguments(checkpoints[architecture], corpus_file, output))
+    if architecture == "gpt2":
+        output, code, out, err = request.getfixturevalue("first_run")
+    else:
+        output = tmp_path / "run"
+        code, out, err = console(fit, *arguments(checkpoints[architecture], corpus_file, output))
     assert code == 0, err
     assert out == ""
     assert {path.name for path in output.iterdir()} == OUTPUT
@@ -145,6 +159,7 @@ def evaluate_validation(output: Path, text: Path):
     return perplexity(model, np.array(packed.blocks["input_ids"]))
 
 
+@pytest.mark.slow
 def test_fit_with_a_bos_is_measured_as_evaluate_measures(console: Console, tmp_path: Path, tokenizer, documents):
     """Blocks that begin with the BOS in the run, but not when its checkpoint is evaluated, or the reverse."""
     save(create(tiny_config("mistral", vocab_size=513)), put_bos(tokenizer), tmp_path / "base")
@@ -176,6 +191,7 @@ def test_fit_yaml_repeats_the_run(console: Console, fitted: Path, tmp_path: Path
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (fitted / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_finished_run_is_kept_unless_overwritten(console: Console, fitted: Path, tmp_path: Path):
     """Results lost to a command typed twice, or to one with other settings."""
     folder = shutil.copytree(fitted, tmp_path / "run")
@@ -193,7 +209,7 @@ def test_finished_run_is_kept_unless_overwritten(console: Console, fitted: Path,
     code, _, err = console(fit, *same, "--train-file", tmp_path / "nowhere.jsonl", "--overwrite")
     assert code == 2
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
-    code, _, err = console(fit, *same, "--learning-rate", "1e-3", "--overwrite")
+    code, _, err = console(fit, *same, "--learning-rate", "1e-3", "--max-steps", 1, "--overwrite")
     assert code == 0, err
     assert (folder / "model.safetensors").stat().st_mtime_ns != before
     assert yaml.safe_load((folder / "fit.yaml").read_text())["learning_rate"] == 1e-3
@@ -232,7 +248,8 @@ def test_fit_in_half_precision_ends_with_a_sample(
 ):
     """Sampling that fails in half precision when the training is over, or a policy that stays for what comes next."""
     run = arguments(checkpoints[architecture], corpus_file, tmp_path / "run")
-    code, _, err = console(fit, *run, "--max-steps", 2, "--mixed-precision", precision)
+    # The shortest blocks, whose sample begins with a prompt as long as a block.
+    code, _, err = console(fit, *run, "--block-size", 2, "--max-steps", 2, "--mixed-precision", precision)
     assert code == 0, err
     assert isinstance(json.loads((tmp_path / "run" / "results.json").read_text())["sample"], str)
     assert "sample: " in err
@@ -240,7 +257,8 @@ def test_fit_in_half_precision_ends_with_a_sample(
     assert tf_keras.mixed_precision.global_policy().name == "float32"
 
 
-@pytest.mark.parametrize("block_size", [2, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.long  # the test above has the shortest blocks
+@pytest.mark.parametrize("block_size", [2, 8])
 def test_short_blocks_end_with_a_sample(
     console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path, block_size: int
 ):
@@ -251,6 +269,7 @@ def test_short_blocks_end_with_a_sample(
     assert isinstance(json.loads((tmp_path / "run" / "results.json").read_text())["sample"], str)
 
 
+@pytest.mark.slow
 def test_a_failed_sample_is_reported_and_the_run_is_complete(
     console: Console, checkpoints: dict[str, Path], corpus_file: Path, tmp_path: Path
 ):
@@ -324,10 +343,10 @@ def test_generate_prints_the_text_alone(console: Console, fitted: Path):
     expected = model.generate(**ids, do_sample=False, max_new_tokens=9, pad_token_id=0)
     assert code == 0
     assert out == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
-    flags = ("--model", fitted, "--prompt", "The", "--temperature", 1)
+    flags = ("--model", fitted, "--prompt", "The", "--temperature", 1, "--max-new-tokens", 9)
     drawn = [console(generate, *flags, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    code, out, _ = console(generate, "--model", fitted, "--prompt", "The", "--json")
+    code, out, _ = console(generate, *flags, "--json")
     assert json.loads(out)["generated_text"].startswith("The")
 
 
@@ -385,7 +404,7 @@ def test_a_perplexity_that_overflows_is_reported(
 def test_evaluate_equals_a_plain_loop(console: Console, fitted: Path, documents: list[str], tmp_path: Path):
     """Blocks or windows that are not what the protocol says; the references below are written out."""
     model, tokenizer = load(fitted)
-    texts = [document[:700] for document in documents[20:30]]
+    texts = [document[:700] for document in documents[20:24]]
     file = tmp_path / "test.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
@@ -407,7 +426,7 @@ def test_evaluate_equals_a_plain_loop(console: Console, fitted: Path, documents:
     ids = tokenizer("\n\n".join(texts))["input_ids"]
     expected, end_before = [], 0
     for begin in range(0, len(ids), 24):
-        end = min(begin + 64, len(ids))
+        end = min(begin + CONTEXT, len(ids))
         expected += loss_of(ids[begin:end], end - end_before)
         end_before = end
         if end == len(ids):
@@ -434,6 +453,7 @@ def test_quickstart_is_what_is_meant_without_model_and_text():
     assert (real.learning_rate, real.jit_compile, real.epochs) == (2e-5, False, 3)
 
 
+@pytest.mark.slow
 def test_scratch_tokenizer_sees_the_train_split_alone(console: Console, tmp_path: Path):
     """A vocabulary that has seen the validation text makes its perplexity look better than it is."""
     (tmp_path / "a.txt").write_text("\n\n".join("the quick brown fox jumps over it again" for _ in range(300)))
@@ -459,8 +479,8 @@ BAD = {
     "nothing to train on": (["--model", "MODEL", "--output-dir", "o"], ["--dataset", "--train-file"]),
     "no such model": (["--model", "nowhere/at-all", "--train-file", "good.jsonl", "--output-dir", "o"], ["nowhere"]),
     "beyond the context": (
-        ["--model", "MODEL", "--train-file", "good.jsonl", "--block-size", "65", "--output-dir", "o"],
-        ["--block-size 65", "64"],
+        ["--model", "MODEL", "--train-file", "good.jsonl", "--block-size", "41", "--output-dir", "o"],
+        ["--block-size 41", "40"],
     ),
     "folder of something else": (["--train-file", "good.jsonl", "--output-dir", "taken"], ["taken", "another"]),
     "output is a file": (["--train-file", "good.jsonl", "--output-dir", "good.jsonl"], ["good.jsonl"]),
@@ -521,12 +541,12 @@ def test_bad_input_is_one_line_and_loses_nothing(
         (generate, ["--model", "nowhere", "--prompt", "x"], ["nowhere"]),
         (generate, ["--model", "MODEL", "--prompt", "x", "--top-p", "0"], ["--top-p"]),
         (generate, ["--model", "MODEL", "--prompt", "x", "--temperature", "-1"], ["--temperature"]),
-        (generate, ["--model", "MODEL", "--prompt", "word " * 200], ["context of 64", "shorter prompt"]),
-        (generate, ["--model", "MODEL", "--prompt", "x", "--max-new-tokens", "64"], ["room for 63"]),
+        (generate, ["--model", "MODEL", "--prompt", "word " * 200], ["context of 40", "shorter prompt"]),
+        (generate, ["--model", "MODEL", "--prompt", "x", "--max-new-tokens", "40"], ["room for 39"]),
         (evaluate, ["--file", "x.txt"], ["--model"]),
         (evaluate, ["--model", "MODEL"], ["--dataset", "--file"]),
         (evaluate, ["--model", "MODEL", "--file", "TEXT", "--stride", "0"], ["--stride 0"]),
-        (evaluate, ["--model", "MODEL", "--file", "TEXT", "--stride", "8", "--window", "65"], ["--window 65", "64"]),
+        (evaluate, ["--model", "MODEL", "--file", "TEXT", "--stride", "8", "--window", "41"], ["--window 41", "40"]),
         (evaluate, ["--model", "MODEL", "--file", "TEXT", "--window", "8"], ["--stride"]),
     ],
 )
