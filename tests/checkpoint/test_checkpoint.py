@@ -483,7 +483,7 @@ def test_a_tied_mistral_computes_with_its_embeddings(saved) -> None:
     np.testing.assert_allclose(logits(model), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_both_uses_of_a_tied_matrix_reach_its_gradient(jit_compile: bool, saved) -> None:
     """A head that reads a copy: training moves one of two matrices, and saving keeps the other."""
     import tensorflow as tf

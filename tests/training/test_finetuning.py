@@ -48,7 +48,9 @@ def one_step(model, rows: int, pass_rows: int | None, **options):
     return logs, weights(model)
 
 
-@pytest.mark.parametrize(("rows", "pass_rows"), [(8, 2), pytest.param(8, 8, marks=pytest.mark.long), (7, 2), (3, 4)])
+@pytest.mark.parametrize(
+    ("rows", "pass_rows"), [*(pytest.param(8, size, marks=pytest.mark.long) for size in (2, 8)), (7, 2), (3, 4)]
+)
 @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_accumulated_passes_equal_one_batch(make_model, rows: int, pass_rows: int, jit_compile: bool):
     """Gradients averaged over passes: one with few labels, or a short last one, would weigh as much as a full one."""
@@ -85,7 +87,9 @@ def test_model_is_itself_again(make_model):
     assert not hasattr(model, "step_state")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", ["gpt2", *(pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES if name != "gpt2")]
+)
 @pytest.mark.parametrize("batch_size", [pytest.param(4, marks=pytest.mark.long), 5])
 def test_val_loss_is_the_perplexity(make_model, tokenizer, architecture: str, batch_size: int):
     """Keras' val_loss is a mean of batch means; 11 blocks leave a short last batch. And the best weights are kept."""
@@ -163,7 +167,7 @@ class Poison(tf_keras.callbacks.Callback):
 @pytest.mark.parametrize(
     ("step", "save_steps", "best_step", "best_epoch", "said"),
     [
-        (1, 2, 0, 0, "step 2"),
+        pytest.param(1, 2, 0, 0, "step 2", marks=pytest.mark.slow),
         pytest.param(3, 2, 2, None, "step 4", marks=pytest.mark.long),
         (8, 3, 6, None, "validation loss is not finite after step 8"),
         (9, 100, 8, 1, "step 10"),
@@ -236,7 +240,7 @@ def test_settings_that_the_model_was_not_made_under(make_model, tokenizer, polic
         finetune(model, tokenizer, blocks(8), blocks(8), TrainingSettings(**settings))
 
 
-@pytest.mark.parametrize(("count", "said"), [(31, True), (97, False)])
+@pytest.mark.parametrize(("count", "said"), [(31, True), pytest.param(97, False, marks=pytest.mark.slow)])
 def test_blocks_left_out_are_reported(make_model, tokenizer, capfd: pytest.CaptureFixture[str], count: int, said: bool):
     """Half of the text that is not trained on in an epoch, without a word; 1 of 97 is no news."""
     settings = TrainingSettings(max_steps=1, gradient_accumulation_steps=2, **FAST)
@@ -247,7 +251,9 @@ def test_blocks_left_out_are_reported(make_model, tokenizer, capfd: pytest.Captu
 
 
 @pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.long), "float16"])
-@pytest.mark.parametrize("architecture", ["gpt2", "mistral", pytest.param("opt", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "architecture", ["gpt2", *(pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES if name != "gpt2")]
+)
 def test_mixed_precision_learns_with_a_float32_loss(make_model, tokenizer, precision: str, architecture: str):
     """A loss reported in bfloat16 (steps of 1/32 here), variables that are not float32, or a type that cannot run."""
     tf_keras.mixed_precision.set_global_policy(f"mixed_{precision}")
