@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -24,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "causal_language_modeling.ipynb"
 PROMPT = "The import statement"
+NEW_TOKENS = 24  # the checkpoint's own, which exported models use by default
 TEXTS = [" ".join(text.split())[:1000] for text in documents()[:50]]
 
 
@@ -35,13 +39,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     from tfclm.checkpoint import create, save
 
     folder = tmp_path_factory.mktemp("examples")
-    config = tiny_config("gpt2", context=128)
-    config.n_layer = 1  # a second one would only take longer to trace
-    save(create(config), AutoTokenizer.from_pretrained(tokenizer_dir), folder / "base")
+    model = create(tiny_config("gpt2", context=128))
+    model.generation_config.max_new_tokens = NEW_TOKENS
+    save(model, AutoTokenizer.from_pretrained(tokenizer_dir), folder / "base")
     (folder / "notes.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     rows = [{"q_id": str(number), "answers": {"text": [text[:500], text[500:]]}} for number, text in enumerate(TEXTS)]
     (folder / "eli5.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
+
+
+def run_here(workplace: Path, name: str, *arguments: str) -> str:
+    """What an example prints that is run in this process, where TensorFlow is imported already."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(workplace)
+        patch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return printed.getvalue()
 
 
 def run(workplace: Path, name: str, *arguments: str) -> str:
@@ -117,7 +130,7 @@ def address(workplace: Path, step: dict) -> Iterator[str]:
 @pytest.mark.slow
 def test_own_loop_trains(workplace: Path):
     """Steps that change nothing, held-out text that is trained on, or other weights saved than were measured."""
-    printed = run(workplace, "train_your_own_loop.py", "base", "notes.txt", "own")
+    printed = run_here(workplace, "train_your_own_loop.py", "base", "notes.txt", "own")
     before, after = (float(line.split()[-1]) for line in printed.splitlines())
     base, own = Reference(workplace / "base"), Reference(workplace / "own")
     held_out = base.tokenizer("<|endoftext|>".join(TEXTS[::5]) + "<|endoftext|>")["input_ids"]
@@ -162,9 +175,9 @@ def test_step_fails_where_fit_does(workplace: Path, step: dict):
 @pytest.mark.slow
 def test_another_app_gets_the_models_text(workplace: Path, step: dict, trained: Reference):
     """A text or a perplexity that is not the checkpoint's; an example that is not TensorFlow alone."""
-    printed = run(workplace, "load_in_another_app.py", step["pushed_model"], PROMPT)
+    printed = run_here(workplace, "load_in_another_app.py", step["pushed_model"], PROMPT)
     text, _, score = printed.rstrip("\n").rpartition("\nperplexity ")
-    assert text == trained.greedy(PROMPT, 100)
+    assert text == trained.greedy(PROMPT, NEW_TOKENS)
     assert float(score) == pytest.approx(trained.perplexity_of_text(text), rel=1e-4)
     imports = re.findall(r"^(?:import|from) (\w+)", (EXAMPLES / "load_in_another_app.py").read_text(), re.MULTILINE)
     assert imports == ["sys", "tensorflow"]
@@ -256,7 +269,7 @@ def test_notebook_generates_the_same_everywhere(workplace: Path, notebook: Simpl
     """A pipeline, an export or a server that gives another text than `generate`; a seed that the server ignores."""
     run = Reference(workplace / "run")
     assert notebook.generated == notebook.greedy == run.greedy(PROMPT, 10)
-    assert notebook.completed == run.greedy(PROMPT, 100)
+    assert notebook.completed == run.greedy(PROMPT, NEW_TOKENS)
     assert notebook.completed_perplexity == pytest.approx(run.perplexity_of_text(notebook.completed), rel=1e-4)
     assert notebook.sampled == notebook.sampled_again != notebook.greedy
 
