@@ -28,7 +28,7 @@ from tfclm.errors import InputError
 
 pytestmark = pytest.mark.slow
 
-KILLS = 50 if LONG else 3
+KILLS = 50 if LONG else 2
 CONTEXT = 16
 
 FILES = {
@@ -174,15 +174,15 @@ class Disk:
         self.mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
         self.process = self.export() if self.mounted else None
 
-    def export(self) -> subprocess.Popen[str]:
-        """To the same place again."""
-        return shell("--model", self.checkpoint, "--serving-dir", self.folder / "m")
+    def export(self) -> Started:
+        """What it says is kept on another disk."""
+        output = self.folder.with_name(f"{self.folder.name}-output")
+        return Started(output, "--model", self.checkpoint, "--serving-dir", self.folder / "m")
 
     def remove(self) -> None:
         """Ends what is left of it."""
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            self.process.kill("", 0)
             subprocess.run(["umount", str(self.folder)], check=True)
 
 
@@ -615,7 +615,7 @@ def check_full(disk: Disk) -> None:
     """What is said of it, what is left on it, and that it is of use again."""
     if disk.process is None:
         pytest.skip("a small disk cannot be mounted here, it takes root")
-    refuse(end(disk.process), "the disk is full, nothing was published; free some space")
+    refuse(disk.process.end(), "the disk is full, nothing was published; free some space")
     assert names(disk.folder / "m") == set()
     used = shutil.disk_usage(disk.folder).used
     assert used <= 16 * 1024, used
@@ -630,7 +630,7 @@ def test_read_only_disk(console: Console, disk: Disk, plain: Path):
     """A wait for the whole build before a place that cannot be written is named."""
     if disk.process is None:
         pytest.skip("a small disk cannot be mounted here, it takes root")
-    disk.process.wait()
+    disk.process.end()
     subprocess.run(["mount", "-o", "remount,ro", disk.folder], check=True)
     answer = console(export, "--model", "nowhere", "--serving-dir", disk.folder / "m")
     refuse(answer, f"{disk.folder}/m cannot be written; give a directory that can")

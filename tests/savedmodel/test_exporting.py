@@ -328,7 +328,7 @@ def test_canary_says_what_a_warmup_record_met(tokens: tuple[Path, list[canary.Pr
         canary.validate(folder, tokens[1], xla=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_canary_says_that_xla_cannot_be_turned_off(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
     """Another build of TensorFlow: an export that cannot be checked, or that is checked less without a word."""
     lines: list[str] = []
@@ -392,6 +392,7 @@ def test_version_from_elsewhere(tokens: tuple[Path, list[canary.Prompt]], tmp_pa
         publish_exported(version, serving, limits=Gate(max_perplexity=21.0))
 
 
+@pytest.mark.slow
 def test_nothing_is_published_that_the_canary_refuses(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
     """Weights of another model behind the prompts of this one, in a version that is served all the same."""
 
