@@ -11,6 +11,7 @@ from tfclm.terminal import log, prepare_streams
 
 COMMANDS = {
     "fit": "fine-tune a causal language model on text",
+    "launch": "start several workers of fit on this machine",
     "evaluate": "measure the perplexity of a checkpoint",
     "generate": "continue a prompt with a checkpoint, in this process",
     "export": "write a checkpoint as a SavedModel for TensorFlow Serving",

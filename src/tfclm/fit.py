@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from tfclm.corpus import Packed, Texts
     from tfclm.runs.folder import RunFolder
+    from tfclm.training.workers import Workers
 
 SCRATCH = "scratch"
 
@@ -69,6 +70,10 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
         "with `export_to`, publish only if the perplexity is at most this fraction above the served version's",
         recorded=False,
     )
+    communication: Literal["auto", "ring", "nccl"] = setting(
+        "auto", "how workers exchange gradients, with `strategy` multi_worker"
+    )
+    startup_timeout: float = setting(600.0, "seconds to wait for all workers to start, with `strategy` multi_worker")
     push_to_hub: str | None = setting(
         None, "Hub repository that the model is pushed to, such as me/eli5", metavar="REPO"
     )
@@ -114,6 +119,8 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
             )
         if settings.push_checkpoint and settings.push_strategy != "epoch":
             raise InputError("`push_checkpoint` pushes a state after every epoch: give `push_strategy` epoch")
+        if settings.startup_timeout <= 0:
+            raise InputError(f"`startup_timeout` {settings.startup_timeout}: give a number above 0")
         if settings.push_steps < 1:
             raise InputError(f"`push_steps` {settings.push_steps}: give 1 or more")
         settings.check_hub()
@@ -180,6 +187,21 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
 def run(settings: FitSettings) -> int:
     """Reads and packs the text, trains, exports and pushes; returns the exit code."""
     settings = settings.resolved()
+    if settings.strategy != "multi_worker":
+        return lead(settings)
+    from tfclm.training.workers import Workers, WorkersLost
+
+    workers = Workers(set_up(settings))
+    try:
+        with workers.explain_loss():
+            return lead(settings, workers) if workers.is_chief else follow(settings, workers)
+    except WorkersLost as error:
+        log(f"tfclm.fit: {error}; start all workers again to resume the run")
+        return 1
+
+
+def lead(settings: FitSettings, workers: Workers | None = None) -> int:
+    """The whole run, as the only worker or as the chief of several."""
     release = open_release(settings)
     if release is not None:
         release.check()
@@ -188,17 +210,53 @@ def run(settings: FitSettings) -> int:
 
     folder = RunFolder(Path(str(settings.output_dir)), record(settings), settings.overwrite)
     if folder.results is not None:
+        if workers is not None:
+            begin_together(workers, folder.path, complete=True)
         log(f"{folder.path} is complete; --overwrite starts over")
         hub = open_hub(settings) if is_unpushed(settings) else None
         return deliver(folder.results, settings, release, hub)
     with folder:
+        if workers is not None:
+            begin_together(workers, folder.path)
         hub = open_hub(settings)
-        results = fine_tune(settings, folder, release, hub)
+        strategy = workers.strategy if workers is not None else set_up(settings)
+        results = fine_tune(settings, folder, release, hub, strategy)
         return 1 if results is None else deliver(results, settings, release, hub)
 
 
+def begin_together(workers: Workers, output_dir: Path, *, complete: bool = False) -> bool:
+    """Tells all workers whether the run is complete, and checks that they share its directory if it is not."""
+    if workers.gather([float(complete)])[0, 0]:
+        return False
+    workers.check_shared(output_dir)
+    return True
+
+
+def follow(settings: FitSettings, workers: Workers) -> int:
+    """What every worker but the chief does: it trains, while the chief also writes, exports and pushes."""
+    from tfclm.training import finetune
+    from tfclm.training.resume import Interrupted
+
+    output_dir = Path(str(settings.output_dir))
+    if not begin_together(workers, output_dir):
+        return 0
+    model, tokenizer, texts = load_model_and_texts(settings, workers.strategy)
+    train, validation = pack_splits(texts, model, tokenizer, settings)
+    blocks = train.blocks, validation.blocks
+    try:
+        finetune(model, tokenizer, *blocks, settings, output_dir=output_dir, strategy=workers.strategy)
+    except Interrupted as error:
+        log(str(error))
+        return 1
+    return 0
+
+
 def fine_tune(
-    settings: FitSettings, folder: RunFolder, release: RunRelease | None, hub: HubTarget | None
+    settings: FitSettings,
+    folder: RunFolder,
+    release: RunRelease | None,
+    hub: HubTarget | None,
+    strategy: tf.distribute.Strategy,
 ) -> dict[str, Any] | None:
     """Trains, and completes the run's directory; None if the training was interrupted."""
     from tfclm import checkpoint, corpus
@@ -206,7 +264,6 @@ def fine_tune(
     from tfclm.training import finetune
     from tfclm.training.resume import Interrupted
 
-    strategy = set_up(settings)
     model, tokenizer, texts = load_model_and_texts(settings, strategy)
     train, validation = pack_splits(texts, model, tokenizer, settings)
     protocol = {
@@ -324,12 +381,14 @@ def push_callbacks(
 
 def set_up(settings: FitSettings) -> tf.distribute.Strategy:
     """Sets precision and seed, and returns the strategy to create the model under."""
-    import tensorflow as tf
     import tf_keras
 
+    from tfclm.training.workers import make_strategy
+
+    strategy = make_strategy(settings.strategy, settings.communication, settings.startup_timeout)
     tf_keras.mixed_precision.set_global_policy(settings.policy)
     tf_keras.utils.set_random_seed(settings.seed)
-    return tf.distribute.MirroredStrategy() if settings.strategy == "mirrored" else tf.distribute.get_strategy()
+    return strategy
 
 
 def load_model_and_texts(

@@ -17,7 +17,7 @@ from tfclm.cli.evaluation import evaluate
 from tfclm.corpus import pack, read_split, tokenize
 from tfclm.corpus.settings import SourceSettings
 from tfclm.metrics.bits import bits_per_byte
-from tfclm.metrics.perplexity import Perplexity, TokenLoss, perplexity, token_losses
+from tfclm.metrics.perplexity import Perplexity, TokenLoss, perplexity, sum_losses, token_losses
 
 TIMES = 16  # how much longer the longer text is whose memory is measured
 
@@ -205,11 +205,11 @@ def test_metric_sums_over_batches():
     """Keras' own mean of batch means."""
     metric = TokenLoss()
     assert math.isnan(metric.result())
-    metric.update_state(tf.constant([[1.0, 2.0, 6.0]]), tf.constant([[True, True, True]]))
-    metric.update_state(tf.constant([[1.0, 0.0, 0.0]]), tf.constant([[True, False, False]]))
+    metric.update_state(sum_losses(tf.constant([[1.0, 2.0, 6.0]]), tf.constant([[True, True, True]])))
+    metric.update_state(sum_losses(tf.constant([[1.0, 0.0, 0.0]]), tf.constant([[True, False, False]])))
     assert metric.result().numpy() == 2.5
     metric.reset_state()
-    metric.update_state(tf.constant([[4.0]]), tf.constant([[True]]))
+    metric.update_state(sum_losses(tf.constant([[4.0]]), tf.constant([[True]])))
     assert metric.result().numpy() == 4.0
 
 

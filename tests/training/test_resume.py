@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -24,8 +23,7 @@ import tensorflow as tf
 import tf_keras
 
 from tfclm.errors import InputError
-from tfclm.metrics.perplexity import TokenLoss
-from tfclm.training.resume import Interrupted, Progress, Snapshots
+from tfclm.training.resume import Interrupted
 
 pytestmark = pytest.mark.slow
 
@@ -336,20 +334,6 @@ def interrupted(tmp_path_factory, tokenizer_dir: Path) -> Path:
     with pytest.raises(Interrupted):
         finetune_tiny(folder, tokenizer_dir, [Witness(press_ctrl_c, 2)])
     return folder
-
-
-def test_sums_of_other_devices_are_added_up(tmp_path: Path):
-    """A run that was stopped on two devices, or saved by an older version, and cannot go on here."""
-    loss, model = TokenLoss(), tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(1,))])
-    snapshots = Snapshots(tmp_path, model, tf_keras.optimizers.legacy.SGD(), [], loss)
-    snapshots.restore_loss(Progress("", loss_sums=[[0.1, 3.0], [0.2, 4.0]]))
-    assert snapshots.loss_sums() == [[0.1 + 0.2, 7.0]]
-    older: Any = [0.1 + 0.2, 7.0]
-    snapshots.save(Progress("", loss_sums=older))
-    restored = snapshots.restore()
-    assert restored is not None
-    assert restored.loss_sums == [[0.1 + 0.2, 7.0]]
-    assert restored.loss == (0.1 + 0.2) / 7.0
 
 
 STATE = {

@@ -71,18 +71,28 @@ def token_losses(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Te
     return tf.where(mask, losses, tf.zeros_like(losses)), mask
 
 
+def sum_losses(losses: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """The sum of losses [B, L - 1] and the number of tokens where mask [B, L - 1] holds: float64 [2]."""
+    return tf.stack([tf.reduce_sum(tf.cast(losses, tf.float64)), tf.reduce_sum(tf.cast(mask, tf.float64))])
+
+
 class TokenLoss(tf_keras.metrics.Metric):
-    """Keras metric: mean loss per token since the last reset; sums in float64."""
+    """Keras metric: mean loss per token since the last reset; sums in float64.
+
+    Under a tf.distribute strategy, every replica adds the sums over all replicas. So each has the same state, and
+    reading it needs no communication.
+    """
 
     def __init__(self, name: str = "loss") -> None:
         super().__init__(name=name, dtype=tf.float64)
-        self.total = self.add_weight(name="total", initializer="zeros")
-        self.tokens = self.add_weight(name="tokens", initializer="zeros")
+        same = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        self.total = self.add_weight(name="total", initializer="zeros", aggregation=same)
+        self.tokens = self.add_weight(name="tokens", initializer="zeros", aggregation=same)
 
-    def update_state(self, losses: tf.Tensor, mask: tf.Tensor) -> None:
-        """Adds losses [B, L - 1] where mask [B, L - 1] holds."""
-        self.total.assign_add(tf.reduce_sum(tf.cast(losses, tf.float64)))
-        self.tokens.assign_add(tf.reduce_sum(tf.cast(mask, tf.float64)))
+    def update_state(self, sums: tf.Tensor) -> None:
+        """Adds the sum of losses and the number of tokens, float64 [2], as `sum_losses` gives them."""
+        self.total.assign_add(sums[0])
+        self.tokens.assign_add(sums[1])
 
     def result(self) -> tf.Tensor:
         """The mean as float64; NaN before the first token."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Settings that may change when a run is resumed: the result does not depend on them.
 CHANGEABLE = (
-    *("num_proc", "output_dir", "save_steps"),
+    *("num_proc", "output_dir", "save_steps", "communication", "startup_timeout"),
     *("push_strategy", "push_steps", "push_checkpoint", "push_timeout", "push_patience"),
 )
 # Files of a run in addition to those of the checkpoint, fit.yaml and resume/.

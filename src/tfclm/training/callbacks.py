@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tensorflow as tf
 import tf_keras
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from tfclm.metrics.finite import exp
 from tfclm.training.resume import Interrupted, Progress, Snapshots
 from tfclm.training.settings import TrainingSettings
+from tfclm.training.workers import Workers
 
 
 class Diverged(RuntimeError):
@@ -35,15 +36,39 @@ class RunTracker(tf_keras.callbacks.Callback):
         settings: TrainingSettings,
         total_steps: int,
         stop: threading.Event,
+        workers: Workers,
     ) -> None:
         super().__init__()
         self.snapshots, self.progress, self.settings, self.stop = snapshots, progress, settings, stop
+        self.workers = workers
         self.total_steps = total_steps
         self._since = time.monotonic()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if self.progress.step:
             self.snapshots.restore_loss(self.progress)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._announce_stop()
+
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._announce_stop()
+
+    def _announce_stop(self) -> None:
+        """Has the next step tell all workers that a signal stops this one."""
+        if self.workers.count > 1 and self.stop.is_set():
+            self.model.step_state.stop.assign(1.0)
+
+    def _is_stopping(self) -> bool:
+        """Whether a signal has stopped the run; the same on all workers, which know it from the step."""
+        if self.workers.count == 1:
+            return self.stop.is_set()
+        return bool(self.model.step_state.stop.read_value() > 0)
+
+    def _stop(self, when: str) -> NoReturn:
+        self.save()
+        self.workers.wait()  # the state is saved before any worker ends
+        raise Interrupted(f"stopped {when} step {self.progress.steps} of {self.total_steps}")
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.progress.step = batch + 1
@@ -55,18 +80,16 @@ class RunTracker(tf_keras.callbacks.Callback):
         if not (math.isfinite(logs["loss"]) and math.isfinite(norm)):
             quantity = "loss" if not math.isfinite(logs["loss"]) else "gradient norm"
             raise Diverged(f"the {quantity} is not finite at step {self.progress.steps}")
-        if self.stop.is_set():
-            self.save()
-            raise Interrupted(f"stopped after step {self.progress.steps} of {self.total_steps}")
+        if self._is_stopping():
+            self._stop("after")
         if self.progress.steps >= self.total_steps:
             self.model.stop_training = True
         elif self.progress.steps % self.settings.save_steps == 0:
             self.save()
 
     def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
-        if self.stop.is_set():
-            self.save()
-            raise Interrupted(f"stopped while validating after step {self.progress.steps} of {self.total_steps}")
+        if self._is_stopping():
+            self._stop("while validating after")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         progress = self.progress
@@ -121,10 +144,11 @@ class ProgressBar(tf_keras.callbacks.Callback):
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
+            disable=not self.tracker.workers.is_chief,
             # In a log file, each update is a line.
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
-        if not self.tracker.progress.epochs:
+        if not self.tracker.progress.epochs and self.tracker.workers.is_chief:
             loss = self.tracker.progress.initial_loss
             text = f"before: validation loss {loss:.4f}, validation perplexity {exp(loss):.2f}"
             self.bar.write(text, file=sys.stderr)
@@ -142,6 +166,8 @@ class ProgressBar(tf_keras.callbacks.Callback):
         self.bar.update(self.tokens_per_step)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if not self.tracker.workers.is_chief:
+            return
         record = self.tracker.progress.epochs[-1]
         self.bar.write(
             f"epoch {record['epoch']:.0f}: loss {record['loss']:.4f}, validation loss {record['val_loss']:.4f}, "

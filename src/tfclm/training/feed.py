@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from tfclm.compat import is_selection
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
+
+    from tfclm.training.workers import Workers
 
 # Tokens per Python call: a call costs nearly the same for one row and for a thousand.
 FETCH_TOKENS = 1 << 16
@@ -55,7 +58,7 @@ def feed(
     blocks: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    batch_size: int,
+    batch_size: int | Sequence[int],
     order: np.ndarray[Any, Any] | None = None,
     drop_remainder: bool = False,
 ) -> tf.data.Dataset:
@@ -69,7 +72,7 @@ def feed(
         blocks: a dataset with a column `input_ids`, lists of equal length, and maybe `labels`, as `tfclm.pack` makes
             it.
         tokenizer: the model's tokenizer.
-        batch_size: rows per batch.
+        batch_size: rows per batch; or several sizes, which the batches have in turn.
         order: indices into `blocks`, of all rows of a run; a resumed run passes `order[done:]`. If None, every block
             once.
         drop_remainder: leave out a short last batch.
@@ -83,13 +86,46 @@ def feed(
     fetch = _Fetch(blocks)
     order = np.arange(len(blocks)) if order is None else np.asarray(order, np.int64)
     rows = datasets.Dataset(pa.table({"block": order})).with_transform(fetch)
-    fetched = batch_size * max(FETCH_TOKENS // (batch_size * fetch.block_size), 1)
+    fetched = int(np.sum(batch_size)) * max(FETCH_TOKENS // (int(np.sum(batch_size)) * fetch.block_size), 1)
     batches = model.prepare_tf_dataset(
         rows, batch_size=fetched, shuffle=False, drop_remainder=False, collate_fn=collator(tokenizer)
     )
     batches = batches.rebatch(batch_size, drop_remainder=drop_remainder)
+    if not isinstance(batch_size, int):
+        return batches.prefetch(tf.data.AUTOTUNE)
     count = len(order) // batch_size if drop_remainder else -(-len(order) // batch_size)
     return batches.apply(tf.data.experimental.assert_cardinality(count)).prefetch(tf.data.AUTOTUNE)
+
+
+def worker_feed(
+    model: TFPreTrainedModel,
+    blocks: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    order: np.ndarray[Any, Any],
+    workers: Workers,
+    endless: bool = False,
+) -> tf.data.Dataset | tf.distribute.DistributedDataset:
+    """Makes this worker's part of the batches that `feed` makes; it reads its own rows only.
+
+    Args:
+        model: the model to train.
+        blocks: a dataset as for `feed`.
+        tokenizer: the model's tokenizer.
+        batch_size: rows per batch, over all replicas of all workers.
+        order: indices into `blocks` for the batches of all workers.
+        workers: the workers of the run; with one, this is `feed`.
+        endless: repeat at the end, so that the workers need not agree before each batch whether there is one.
+    """
+    if workers.count == 1:
+        return feed(model, blocks, tokenizer, batch_size=batch_size, order=order)
+    own, sizes = workers.share(order, batch_size)
+    # Where a short batch leaves nothing for this worker, its dataset has the types of one that is not empty.
+    batches = feed(model, blocks, tokenizer, batch_size=sizes, order=own if len(own) else order[:1])
+    batches = batches if len(own) else batches.take(0)
+    batches = batches.repeat() if endless else batches
+    return workers.strategy.distribute_datasets_from_function(lambda context: batches)
 
 
 class _Fetch:

@@ -22,11 +22,12 @@ from tfclm.errors import InputError
 from tfclm.metrics.perplexity import IGNORED
 from tfclm.terminal import log
 from tfclm.training.callbacks import Diverged, EventLog, ProgressBar, RunTracker
-from tfclm.training.feed import feed, run_order
+from tfclm.training.feed import run_order, worker_feed
 from tfclm.training.optimizer import make_optimizer
 from tfclm.training.resume import Progress, Snapshots, seed_dropout, stop_signals
 from tfclm.training.settings import TrainingSettings
 from tfclm.training.step import finetuning_step
+from tfclm.training.workers import Workers
 
 if TYPE_CHECKING:
     import datasets
@@ -111,7 +112,8 @@ def finetune(
         output_dir: gets `logs/` (TensorBoard) and `resume/`. When called again with the same arguments, an interrupted
             run resumes from there, with the same result as without the interruption (bit for bit on one CPU).
         callbacks: more Keras callbacks.
-        strategy: the tf.distribute strategy to train under; the current one if not given.
+        strategy: the tf.distribute strategy to train under; the current one if not given. Under
+            `MultiWorkerMirroredStrategy` every worker calls this; one of them writes in `output_dir`, which all share.
 
     Returns:
         A `TrainingRecord`.
@@ -120,7 +122,8 @@ def finetune(
         InputError: settings are out of range or differ from those that the model was created under; there are no
             blocks or no token ids; the model's initial loss is not finite; or the state in `output_dir` belongs to
             another run or is broken.
-        Interrupted: Ctrl-C or SIGTERM was received; the state is saved.
+        Interrupted: Ctrl-C or SIGTERM was received, by any of the workers; the state is saved.
+        WorkersLost: another worker has ended; the run resumes from the last saved state.
 
     Example:
         >>> model, tokenizer = tfclm.load("distilgpt2")
@@ -135,15 +138,20 @@ def finetune(
     check_ids(validation, "validation")
     if not len(train) or not len(validation):
         raise InputError("no block of tokens to train on or to validate on: give more text, or a smaller `block_size`")
+    workers = Workers(strategy or tf.distribute.get_strategy())
+    if workers.count > 1 and output_dir is None:
+        raise InputError("several workers need `output_dir`, a directory that all of them share")
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
     tf_keras.utils.set_random_seed(settings.seed)
-    strategy = strategy or tf.distribute.get_strategy()
-    plan = _make_plan(settings, train, strategy.num_replicas_in_sync)
-    _report_left_out(settings, plan, len(train))
+    plan = _make_plan(settings, train, workers)
+    if workers.is_chief:
+        _report_left_out(settings, plan, len(train))
     with contextlib.ExitStack() as stack:
-        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        return _run(model, tokenizer, train, validation, settings, plan, Path(folder), callbacks, strategy)
+        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        with workers.explain_loss():
+            workers.check_shared(folder)
+            return _run(model, tokenizer, train, validation, settings, plan, folder, callbacks, workers)
 
 
 def _check_model(model: TFPreTrainedModel, settings: TrainingSettings, strategy: tf.distribute.Strategy | None) -> None:
@@ -153,14 +161,21 @@ def _check_model(model: TFPreTrainedModel, settings: TrainingSettings, strategy:
             f"the model computes in {model.dtype_policy.name}, `mixed_precision` {settings.mixed_precision!r} in "
             f"{settings.policy}: call tf_keras.mixed_precision.set_global_policy({settings.policy!r}) before tfclm.load"
         )
-    if settings.strategy == "mirrored" and strategy is None and not tf.distribute.has_strategy():
+    if settings.strategy != "one" and strategy is None and not tf.distribute.has_strategy():
+        name = {"mirrored": "MirroredStrategy", "multi_worker": "MultiWorkerMirroredStrategy"}[settings.strategy]
         raise InputError(
-            "`strategy` 'mirrored' needs a model that was created under it: load it inside "
-            "tf.distribute.MirroredStrategy().scope(), and give that strategy to finetune"
+            f"`strategy` {settings.strategy!r} needs a model that was created under it: load it inside "
+            f"tf.distribute.{name}().scope(), and give that strategy to finetune"
         )
 
 
-def _make_plan(settings: TrainingSettings, train: datasets.Dataset, replicas: int) -> Plan:
+def _make_plan(settings: TrainingSettings, train: datasets.Dataset, workers: Workers) -> Plan:
+    replicas = workers.strategy.num_replicas_in_sync
+    if workers.count > 1 and min(settings.batch_size, len(train)) < replicas:
+        raise InputError(
+            f"`batch_size` {settings.batch_size}, of {len(train)} blocks, leaves some of the {replicas} devices "
+            f"without a block: give {replicas} or more of both"
+        )
     step_rows = min(settings.batch_size * settings.gradient_accumulation_steps, len(train))
     steps_per_epoch = len(train) // step_rows
     accumulates = settings.gradient_accumulation_steps > 1
@@ -193,37 +208,63 @@ def _run(
     plan: Plan,
     output: Path,
     callbacks: Sequence[tf_keras.callbacks.Callback],
-    strategy: tf.distribute.Strategy,
+    workers: Workers,
 ) -> TrainingRecord:
     """Trains from the saved state in `output`, or from the beginning, to the end."""
-    diverged = None
-    with strategy.scope(), finetuning_step(model, plan.pass_rows, settings.max_grad_norm), stop_signals() as stop:
+    diverged, replicas = None, workers.strategy.num_replicas_in_sync
+    with (
+        workers.strategy.scope(),
+        finetuning_step(model, plan.pass_rows, settings.max_grad_norm),
+        stop_signals() as stop,
+    ):
         generators = seed_dropout(model, settings.seed)
         optimizer = make_optimizer(model, settings, plan.total_steps)
-        model.compile(optimizer=optimizer, jit_compile=settings.jit_compile)
-        validation_feed = feed(model, validation, tokenizer, batch_size=settings.batch_size)
+        # XLA compiles no exchange between devices, so with several of them it compiles what lies between.
+        model.step_state.jit_compile = settings.jit_compile and replicas > 1
+        model.compile(optimizer=optimizer, jit_compile=settings.jit_compile and replicas == 1)
+        validation_feed = worker_feed(
+            model,
+            validation,
+            tokenizer,
+            batch_size=settings.batch_size,
+            order=np.arange(len(validation)),
+            workers=workers,
+        )
+        # Keras cannot know the length of a feed of several workers.
+        validation_steps = -(-len(validation) // settings.batch_size) if workers.count > 1 else None
 
-        snapshots = Snapshots(output / "resume", model, optimizer, generators, model.step_state.loss)
-        progress = _restore_progress(snapshots, _hash_run(settings, train, validation), output)
-        tracker = RunTracker(snapshots, progress, settings, plan.total_steps, stop)
+        loss = model.step_state.loss
+        snapshots = Snapshots(output / "resume", model, optimizer, generators, loss, writes=workers.is_chief)
+        identity = _hash_run(settings, train, validation)
+        workers.check_equal(identity, "the blocks or settings")
+        progress = _restore_progress(snapshots, identity, output)
+        dropout = any(getattr(layer, "rate", 0.0) for layer in model.submodules)
+        _adopt_replicas(progress, replicas, dropout=dropout, chief=workers.is_chief)
+        tracker = RunTracker(snapshots, progress, settings, plan.total_steps, stop, workers)
         tracker.set_model(model)
         model.step_state.progress = progress
 
         def validate(callbacks: object) -> float:
-            return float(model.evaluate(validation_feed, callbacks=callbacks, verbose=0, return_dict=True)["loss"])
+            results = model.evaluate(
+                validation_feed, steps=validation_steps, callbacks=callbacks, verbose=0, return_dict=True
+            )
+            return float(results["loss"])
 
         def train_feed() -> tf.data.Dataset:
             """The batches that are left."""
             order = run_order(len(train), plan.step_rows, plan.epochs, settings.seed)
-            return feed(
-                model, train, tokenizer, batch_size=plan.step_rows, order=order[progress.steps * plan.step_rows :]
+            order = order[progress.steps * plan.step_rows :]
+            return worker_feed(
+                model, train, tokenizer, batch_size=plan.step_rows, order=order, workers=workers, endless=True
             )
 
         if progress.best_step is None:
             _measure_initial_loss(snapshots, tracker, validate)
-        bar, event_log = ProgressBar(tracker, plan.step_rows * plan.block_size), EventLog(tracker, output / "logs")
+        bar = ProgressBar(tracker, plan.step_rows * plan.block_size)
+        event_logs = [EventLog(tracker, output / "logs")] if workers.is_chief else []
+        chosen = [tracker, bar, *event_logs, *callbacks]
         try:
-            _fit(model, plan, tracker, [tracker, bar, event_log, *callbacks], train_feed, validation_feed, validate)
+            _fit(model, plan, tracker, chosen, train_feed, (validation_feed, validation_steps), validate)
         except Diverged as error:
             diverged = str(error)
             tracker.progress = progress = snapshots.restore() or progress
@@ -233,8 +274,11 @@ def _run(
                 tracker.save()
         finally:
             bar.close()
-            event_log.close()
+            for event_log in event_logs:
+                event_log.close()
+        workers.wait()  # until the best weights are written
         snapshots.restore_best(progress)
+        workers.wait()  # until all have read them, because the caller may remove the state
     order = run_order(len(train), plan.step_rows, plan.epochs, settings.seed)[: progress.steps * plan.step_rows]
     return _make_record(progress, _count_predicted(train, order), diverged)
 
@@ -247,6 +291,16 @@ def _restore_progress(snapshots: Snapshots, identity: str, output: Path) -> Prog
             f"text or settings have changed since the run in {output} began: use `overwrite` to start over"
         )
     return progress
+
+
+def _adopt_replicas(progress: Progress, replicas: int, *, dropout: bool, chief: bool) -> None:
+    """Notes how many devices the run is on; warns if it was on another number and dropout makes that matter."""
+    if progress.best_step is not None and progress.replicas != replicas and dropout and chief:
+        log(
+            f"the run was on {progress.replicas} devices and continues on {replicas}: dropout will differ from that of "
+            "an uninterrupted run"
+        )
+    progress.replicas = replicas
 
 
 def _measure_initial_loss(snapshots: Snapshots, tracker: RunTracker, validate: Callable[[object], float]) -> None:
@@ -268,7 +322,7 @@ def _fit(
     tracker: RunTracker,
     callbacks: list[tf_keras.callbacks.Callback],
     train_feed: Callable[[], tf.data.Dataset],
-    validation_feed: tf.data.Dataset,
+    validation: tuple[tf.data.Dataset, int | None],
     validate: Callable[[object], float],
 ) -> None:
     """Runs Keras' fit from the restored position to the end of the run."""
@@ -283,7 +337,8 @@ def _fit(
         model.step_state.start = (progress.epoch, progress.step)
         model.fit(
             train_feed(),
-            validation_data=validation_feed,
+            validation_data=validation[0],
+            validation_steps=validation[1],
             epochs=plan.epochs,
             steps_per_epoch=plan.steps_per_epoch,
             callbacks=callbacks,

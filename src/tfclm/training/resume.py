@@ -33,6 +33,7 @@ class Progress:
     """How far a run has got: plain values, saved in the same checkpoint as the weights."""
 
     identity: str  # digest of the blocks and of the settings
+    replicas: int = 1  # devices that the run was on when it was saved
     epoch: int = 0  # complete epochs
     step: int = 0  # optimizer steps in the current epoch
     steps: int = 0  # optimizer steps in total
@@ -42,15 +43,25 @@ class Progress:
     best_loss: float = float("inf")
     seconds: float = 0.0
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # distinguishes this run from a repetition
-    # Negative log-likelihood and tokens of the current epoch, a pair per replica: each replica has to resume with its
-    # own sums for the result to be the same bit for bit.
-    loss_sums: list[list[float]] = field(default_factory=list)
+    loss_sums: list[float] = field(default_factory=list)  # negative log-likelihood and tokens of the current epoch
 
     @property
     def loss(self) -> float:
         """Mean negative log-likelihood per token of the current epoch, as `TokenLoss` computes it."""
-        total, tokens = (sum(sums) for sums in zip(*self.loss_sums, strict=True))
-        return float(total / tokens)
+        total, tokens = self.loss_sums
+        return total / tokens
+
+
+class _Text(tf.train.experimental.PythonState):
+    """A text in a checkpoint. Unlike a variable of strings, it needs no communication between workers."""
+
+    value = ""
+
+    def serialize(self) -> str:
+        return self.value
+
+    def deserialize(self, string_value: str | bytes) -> None:
+        self.value = string_value.decode() if isinstance(string_value, bytes) else string_value
 
 
 def seed_dropout(model: TFPreTrainedModel, seed: int) -> list[tf.random.Generator]:
@@ -66,7 +77,10 @@ def seed_dropout(model: TFPreTrainedModel, seed: int) -> list[tf.random.Generato
 
 
 class Snapshots:
-    """Saves and restores the whole state of a run in one directory; the newest complete snapshot counts."""
+    """Saves and restores the whole state of a run in one directory; the newest complete snapshot counts.
+
+    Of several workers, one writes and all restore.
+    """
 
     def __init__(
         self,
@@ -75,22 +89,26 @@ class Snapshots:
         optimizer: tf_keras.optimizers.Optimizer,
         generators: list[tf.random.Generator],
         loss: TokenLoss,
+        *,
+        writes: bool = True,
     ) -> None:
-        self.folder = folder
+        self.folder, self._writes = folder, writes
         self._loss = loss
         # The variables only: a checkpoint of the model would include the optimizer.
         self._weights = tf.train.Checkpoint(weights=model.weights)
-        with tf.device("CPU:0"):
-            self._progress = tf.Variable("", dtype=tf.string, name="progress")
+        self._progress = _Text()
         self._state = tf.train.Checkpoint(
             model=model, optimizer=optimizer, generators=generators, progress=self._progress
         )
+        _ = self._state.save_counter  # all workers have to create this variable together
         with _explain_errors(folder / "state"):
             self._manager = tf.train.CheckpointManager(self._state, str(folder / "state"), max_to_keep=1)
 
     def save(self, progress: Progress) -> None:
         """Writes a snapshot; until it is complete, the previous one counts."""
-        self._progress.assign(json.dumps(asdict(progress)))
+        if not self._writes:
+            return
+        self._progress.value = json.dumps(asdict(progress))
         self._manager.save()
         for index in self.folder.glob("best-*.index"):
             if index.stem != f"best-{progress.best_step}":
@@ -108,11 +126,7 @@ class Snapshots:
             return None
         with _explain_errors(folder):
             tf.train.Checkpoint(progress=self._progress).read(newest).expect_partial()
-            values = json.loads(self._progress.numpy())
-            sums = values["loss_sums"]
-            if sums and not isinstance(sums[0], list):
-                values["loss_sums"] = [sums]  # older versions wrote one pair for all replicas
-            progress = Progress(**values)
+            progress = Progress(**json.loads(self._progress.value))
         if progress.best_step is not None:
             # Fails now rather than at the end of the run if they are lost.
             self.restore_best(progress)
@@ -120,27 +134,19 @@ class Snapshots:
             self._state.restore(newest).assert_consumed()
         return progress
 
-    def loss_sums(self) -> list[list[float]]:
-        """Negative log-likelihood and tokens of the current epoch, a pair per replica."""
-        return [[float(variable.numpy()) for variable in pair] for pair in self._sum_variables()]
-
-    def _sum_variables(self) -> list[tuple[tf.Variable, tf.Variable]]:
-        # Reading a variable of all replicas gives their sum, and writing one splits the value equally.
-        local = tf.distribute.get_strategy().experimental_local_results
-        return list(zip(local(self._loss.total), local(self._loss.tokens), strict=True))
+    def loss_sums(self) -> list[float]:
+        """Negative log-likelihood and tokens of the current epoch."""
+        return [float(self._loss.total.read_value()), float(self._loss.tokens.read_value())]
 
     def restore_loss(self, progress: Progress) -> None:
         """Restores the sums of the current epoch's loss, which Keras resets when an epoch begins."""
-        replicas, sums = self._sum_variables(), progress.loss_sums
-        if len(sums) != len(replicas):  # the number of devices has changed
-            sums = [[sum(each) for each in zip(*sums, strict=True)], *([[0.0, 0.0]] * (len(replicas) - 1))]
-        for variables, values in zip(replicas, sums, strict=True):
-            for variable, value in zip(variables, values, strict=True):
-                variable.assign(tf.constant(value, variable.dtype))
+        for variable, value in zip((self._loss.total, self._loss.tokens), progress.loss_sums, strict=True):
+            variable.assign(tf.constant(value, variable.dtype))
 
     def save_best(self, progress: Progress, loss: float) -> None:
         """Saves the current weights as the best, under a new name, so that a kill leaves the previous ones intact."""
-        self._weights.write(str(self.folder / f"best-{progress.steps}"))
+        if self._writes:
+            self._weights.write(str(self.folder / f"best-{progress.steps}"))
         progress.best_step, progress.best_loss = progress.steps, loss
 
     def restore_best(self, progress: Progress) -> None:

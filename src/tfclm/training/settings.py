@@ -29,7 +29,9 @@ class TrainingSettings:
     seed: int = setting(0, "seed of the validation split, the order of blocks, dropout and new weights")
     mixed_precision: Literal["no", "bfloat16", "float16"] = setting("no", "type to compute in; weights stay float32")
     jit_compile: bool = setting(False, "compile the training step with XLA")
-    strategy: Literal["one", "mirrored"] = setting("one", "tf.distribute strategy: one device, or all of this machine")
+    strategy: Literal["one", "mirrored", "multi_worker"] = setting(
+        "one", "tf.distribute strategy: one device, all of this machine, or those of all workers"
+    )
     deterministic: bool = setting(True, "the same settings on the same machine give the same weights, bit for bit")
     save_steps: int = setting(500, "optimizer steps between saves of the state from which an interrupted run resumes")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 import tf_keras
 
-from tfclm.metrics.perplexity import TokenLoss, token_losses
+from tfclm.metrics.perplexity import TokenLoss, sum_losses, token_losses
 from tfclm.training.resume import Progress
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ class StepState:
     loss: TokenLoss
     pass_rows: int | None  # rows per forward pass on one replica; None: all rows in one pass
     max_grad_norm: float
+    # A replica that is to stop sets this to 1 before a step; after the step, every replica has the sum of all.
+    stop: tf.Variable
+    jit_compile: bool = False  # compile the computation of the gradients with XLA
     start: tuple[int, int] = (0, 0)  # epoch and step to start from
     progress: Progress | None = None  # of the whole run, for other callbacks
 
@@ -57,37 +60,45 @@ class FinetuningStep:
         features, labels = data
         state = self.step_state
         replicas = tf.distribute.get_replica_context()
+        variables = self.trainable_variables
         tokens = tf.reduce_sum(tf.cast(tf.not_equal(labels[:, 1:], -100), tf.float32))
-        tokens = tf.maximum(replicas.all_reduce(tf.distribute.ReduceOp.SUM, tokens), 1.0)
+        # One exchange for both: each one waits for the slowest worker.
+        tokens, stop = tf.unstack(replicas.all_reduce(tf.distribute.ReduceOp.SUM, tf.stack([tokens, state.stop])))
+        tokens = tf.maximum(tokens, 1.0)
+        state.stop.assign(stop)
 
-        def compute_gradients(part: dict[str, tf.Tensor]) -> list[tf.Tensor]:
+        def compute_gradients(part: dict[str, tf.Tensor], tokens: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+            part = dict(part)
             part_labels = part.pop("labels")
             with tf.GradientTape() as tape:
                 losses, mask = token_losses(self(part, training=True).logits, part_labels)
                 loss = tf.reduce_sum(losses) / tokens
                 if isinstance(self.optimizer, tf_keras.mixed_precision.LossScaleOptimizer):
                     loss = self.optimizer.get_scaled_loss(loss)
-            state.loss.update_state(losses, mask)
             gradients = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-            return [tf.convert_to_tensor(gradient) for gradient in gradients]
+            return sum_losses(losses, mask), [tf.convert_to_tensor(gradient) for gradient in gradients]
 
-        def add_gradients(sums: list[tf.Tensor], part: dict[str, tf.Tensor]) -> list[tf.Tensor]:
-            return [total + gradient for total, gradient in zip(sums, compute_gradients(part), strict=True)]
-
-        variables = self.trainable_variables
+        if state.jit_compile:
+            compute_gradients = tf.function(compute_gradients, jit_compile=True)
         rows = {**features, "labels": labels}
         if state.pass_rows is None:
-            gradients = compute_gradients(rows)
+            sums, gradients = compute_gradients(rows, tokens)
         else:
             passes, parts = _split_passes(rows, state.pass_rows)
-            _, gradients = tf.while_loop(
-                lambda i, _: i < passes,
-                lambda i, sums: (
+            zeros = tf.zeros(2, tf.float64), [tf.zeros_like(variable) for variable in variables]
+            _, sums, gradients = tf.while_loop(
+                lambda i, *_: i < passes,
+                lambda i, *totals: (
                     i + 1,
-                    add_gradients(sums, {name: value[i] for name, value in parts.items()}),
+                    *tf.nest.map_structure(
+                        tf.add,
+                        totals,
+                        compute_gradients({name: value[i] for name, value in parts.items()}, tokens),
+                    ),
                 ),
-                (tf.constant(0), [tf.zeros_like(variable) for variable in variables]),
+                (tf.constant(0), *zeros),
             )
+        state.loss.update_state(replicas.all_reduce(tf.distribute.ReduceOp.SUM, sums))
         norm = self._apply(replicas.all_reduce(tf.distribute.ReduceOp.SUM, gradients), variables)
         return {"loss": state.loss.result(), "grad_norm": norm}
 
@@ -105,8 +116,14 @@ class FinetuningStep:
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Adds (features [B, L], labels [B, L]) to the validation loss."""
         features, labels = data
-        self.step_state.loss.update_state(*token_losses(self(features, training=False).logits, labels))
-        return {"loss": self.step_state.loss.result()}
+        state = self.step_state
+        replicas = tf.distribute.get_replica_context()
+        sums = sum_losses(*token_losses(self(features, training=False).logits, labels))
+        sums = tf.concat([sums, [tf.cast(state.stop, tf.float64)]], axis=0)
+        sums = replicas.all_reduce(tf.distribute.ReduceOp.SUM, sums)
+        state.stop.assign(tf.cast(sums[2], tf.float32))
+        state.loss.update_state(sums[:2])
+        return {"loss": state.loss.result()}
 
 
 def _split_passes(rows: dict[str, tf.Tensor], size: int) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
@@ -137,7 +154,14 @@ def finetuning_step(
     original = type(model)
     # The class name is kept, because saving writes it to config.architectures.
     model.__class__ = type(original.__name__, (FinetuningStep, original), {"__module__": original.__module__})
-    object.__setattr__(model, "step_state", StepState(TokenLoss(), pass_rows, max_grad_norm))
+    stop = tf.Variable(
+        0.0,
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        name="stop",
+    )
+    object.__setattr__(model, "step_state", StepState(TokenLoss(), pass_rows, max_grad_norm, stop))
     try:
         yield model
     finally:

@@ -1,0 +1,238 @@
+"""Many workers: the same weights as one process with as many devices, and how a run ends and goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from worker_runs import CASES, work
+
+from tfclm.errors import InputError
+from tfclm.launch import free_ports, worker_config
+from tfclm.training.workers import find_cluster
+
+pytestmark = pytest.mark.slow
+
+SERVER = multiprocessing.get_context("forkserver")
+# Seconds within which all workers end once one has.
+END = 30
+
+
+class Runs:
+    """Starts workers, and reads what they leave in a folder."""
+
+    def __init__(self, folder: Path, tokenizer_dir: Path):
+        self.folder, self.tokenizer_dir = folder, tokenizer_dir
+
+    def start(self, cases: list[dict[str, dict[str, Any]]]) -> list[Any]:
+        """A process for each of `cases`, the first one the chief."""
+        ports = free_ports(len(cases))
+        return [self.begin(worker_config(ports, index), f"{index}", each) for index, each in enumerate(cases)]
+
+    def begin(self, config: str | None, log: str, cases: dict[str, dict[str, Any]]) -> Any:
+        arguments = (config, self.folder / f"{log}.log", self.folder, self.tokenizer_dir, cases)
+        process = SERVER.Process(target=work, args=arguments)
+        process.start()
+        return process
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def finish(self, cases: list[dict[str, dict[str, Any]]], codes: list[int], seconds: float = 300) -> None:
+        """Runs workers to their ends, which are these exit codes."""
+        processes = self.start(cases)
+        join(processes, seconds)
+        found = [process.exitcode for process in processes]
+        assert found == codes, "\n".join(self.log(str(index)) for index in range(len(cases)))
+
+    def found(self, name: str) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """What a run reported, and its weights."""
+        with np.load(self.folder / f"{name}.npz") as file:
+            weights = [file[key] for key in file.files if key != "found"]
+            return json.loads(str(file["found"])), weights
+
+
+def join(processes: list[Any], seconds: float) -> None:
+    """Waits for processes; kills those that do not end."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(until - time.monotonic(), 0))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def assert_same(runs: Runs, one: str, other: str) -> None:
+    """The same reports, record and weights, bit for bit."""
+    (found, weights), (other_found, other_weights) = runs.found(one), runs.found(other)
+    assert found == other_found
+    for values, other_values in zip(weights, other_weights, strict=True):
+        np.testing.assert_array_equal(values, other_values)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Runs:
+    """Every case but XLA's on two workers, and those that are compared with it on one process."""
+    made = Runs(tmp_path_factory.mktemp("workers"), tokenizer_dir)
+    cases = {name: case for name, case in CASES.items() if name != "jit"}
+    made.finish([cases, cases], [0, 0])
+    alone = made.begin(None, "alone", {name: case for name, case in cases.items() if name != "dropout"})
+    join([alone], 300)
+    assert alone.exitcode == 0, made.log("alone")
+    return made
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "stopping"])
+def test_two_workers_equal_two_devices(runs: Runs, name: str):
+    """Rows that two workers share or leave out, sums that are added up twice, or workers that drift apart."""
+    assert_same(runs, f"{name}-worker0", f"{name}-worker1")
+    assert_same(runs, f"{name}-worker0", f"{name}-mirrored")
+
+
+def test_two_workers_train_as_one_device(runs: Runs):
+    """A loss, gradient norm or gradient that is a mean over workers with unequal parts, or twice as large."""
+    (found, weights), (alone, alone_weights) = runs.found("gpt2-worker0"), runs.found("gpt2-one")
+    assert found["record"]["steps"] == 8
+    np.testing.assert_allclose(found["reports"], alone["reports"], rtol=2e-5)
+    for values, other_values in zip(weights, alone_weights, strict=True):
+        np.testing.assert_allclose(values, other_values, atol=2e-5)
+    assert found["record"]["initial_loss"] == pytest.approx(alone["record"]["initial_loss"], rel=1e-7)
+
+
+def test_stopped_and_killed_workers_resume(runs: Runs):
+    """A worker that waits for ever for one that has ended; steps, dropout or sums lost between the two."""
+    case = {"interrupted": CASES["dropout"]}
+
+    def ending(step: int, number: int) -> dict[str, dict[str, Any]]:
+        return {"interrupted": {**CASES["dropout"], "end": (step, number)}}
+
+    # SIGTERM to one of them saves at the same step everywhere.
+    runs.finish([case, ending(2, signal.SIGTERM)], [1, 1])
+    assert "Interrupted: stopped after step 3 of 9" in runs.log("0")
+    processes = runs.start([case, ending(3, signal.SIGKILL)])
+    processes[1].join(300)
+    join(processes, END)
+    assert [process.exitcode for process in processes] == [1, -signal.SIGKILL], runs.log("0")
+    assert "WorkersLost: worker 1 has ended" in runs.log("0")
+    runs.finish([case, case], [0, 0])
+    (found, weights), (whole, whole_weights) = runs.found("interrupted-worker0"), runs.found("dropout-worker0")
+    assert found["record"] == whole["record"]
+    assert found["reports"] == whole["reports"][-len(found["reports"]) :]
+    for values, other_values in zip(weights, whole_weights, strict=True):
+        np.testing.assert_array_equal(values, other_values)
+
+
+@pytest.mark.long
+def test_three_workers_killed_at_random(runs: Runs, tokenizer_dir: Path):
+    """An order of ends, of any worker at any moment, after which the run does not go on to the same weights."""
+    case = {**CASES["dropout"], "epochs": 12}
+    runs.finish([{"third": case}] * 3, [0, 0, 0])
+    moments = random.Random(20)
+    for _ in range(20):
+        processes = runs.start([{"thrice": case}] * 3)
+        victim = moments.choice(processes)
+        victim.join(moments.uniform(5, 40))
+        if not all(process.is_alive() for process in processes):
+            break
+        os.kill(victim.pid, moments.choice([signal.SIGKILL, signal.SIGTERM]))
+        victim.join(END)
+        join(processes, END)
+        assert all(process.exitcode for process in processes)
+    runs.finish([{"thrice": case}] * 3, [0, 0, 0])
+    assert runs.found("thrice-worker0")[0]["record"] == runs.found("third-worker0")[0]["record"]
+    for values, whole in zip(runs.found("thrice-worker0")[1], runs.found("third-worker0")[1], strict=True):
+        np.testing.assert_array_equal(values, whole)
+
+
+@pytest.mark.long
+def test_another_number_of_workers_resumes(runs: Runs):
+    """Sums of the epoch's loss that are those of one replica, or dropout that changes without a word."""
+    for name, dropout in (("fewer", 0.0), ("fewer-dropout", 0.1)):
+        case = {**CASES["dropout"], "dropout": dropout}
+        runs.finish([{name: case}, {name: {**case, "end": (2, signal.SIGTERM)}}], [1, 1])
+        runs.finish([{name: case}], [0])
+        assert ("continues on 1" in runs.log("0")) == bool(dropout)
+    runs.finish([{"same": {**CASES["dropout"], "dropout": 0.0}}], [0])
+    (found, weights), (whole, whole_weights) = runs.found("fewer-worker0"), runs.found("same-worker0")
+    assert found["record"]["steps"] == whole["record"]["steps"]
+    for values, other_values in zip(weights, whole_weights, strict=True):
+        np.testing.assert_allclose(values, other_values, atol=2e-5)
+
+
+@pytest.mark.long
+def test_xla_compiles_the_gradients(runs: Runs):
+    """XLA refuses a step that exchanges values between CPUs: a run with --jit-compile that fails."""
+    cases = {"jit": CASES["jit"], "plain": {**CASES["jit"], "jit_compile": False}}
+    runs.finish([cases, cases], [0, 0])
+    assert_same(runs, "jit-worker0", "jit-worker1")
+    for values, plain in zip(runs.found("jit-worker0")[1], runs.found("plain-worker0")[1], strict=True):
+        np.testing.assert_allclose(values, plain, atol=2e-5)
+
+
+def test_a_worker_that_does_not_start_is_named(tmp_path: Path, tokenizer_dir: Path):
+    """A worker that waits for the others for ever, without a word."""
+    program = "from tfclm.training.workers import make_strategy; make_strategy('multi_worker', 'auto', 2)"
+    config = worker_config(free_ports(2), 0)
+    environment = {**os.environ, "TF_CONFIG": config, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1
+    missing = json.loads(config)["cluster"]["worker"][1]
+    assert (
+        f"not all workers have started within 2 seconds (`startup_timeout`): no answer from worker 1 ({missing})"
+        in (done.stderr)
+    )
+
+
+CLUSTER = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (None, "set TF_CONFIG"),
+        ("{", "is not JSON with a cluster and a task"),
+        ({"cluster": {}}, "is not JSON with a cluster and a task"),
+        ({**CLUSTER, "task": {"type": "worker", "index": 2}}, "has no worker 2"),
+        ({**CLUSTER, "cluster": {"worker": ["a:1"], "ps": ["b:1"]}}, "has tasks of type ps"),
+        ({**CLUSTER, "cluster": {"worker": ["a:1"], "chief": ["b:1", "c:1"]}}, "more than one chief"),
+        ({**CLUSTER, "cluster": {"worker": ["a:1", "b"]}}, "the address 'b'"),
+        ({**CLUSTER, "cluster": {"worker": ["a:1", "a:1"]}}, "the address 'a:1'"),
+    ],
+)
+def test_wrong_clusters_are_explained(monkeypatch: pytest.MonkeyPatch, config: Any, words: str):
+    """A traceback from inside TensorFlow, or a worker that waits for one that there is not."""
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    if config is not None:
+        monkeypatch.setenv("TF_CONFIG", config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(InputError, match="TF_CONFIG") as raised:
+        find_cluster()
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(("task", "node", "right"), [(1, "n1", True), (2, "n2", True), (2, "n3", False)])
+def test_slurm_names_the_workers(monkeypatch: pytest.MonkeyPatch, task: int, node: str, right: bool):
+    """A step of Slurm on CPUs, where TensorFlow's resolver divides by no GPU; or a task that is taken for another."""
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    step = {"STEP_NUM_TASKS": "3", "STEP_NODELIST": "n[1-2]", "STEP_TASKS_PER_NODE": "2,1", "PROCID": str(task)}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURMD_NODENAME", node)
+    if not right:
+        with pytest.raises(InputError, match="runs on n3, but TensorFlow expects it on n2"):
+            find_cluster()
+        return
+    resolver = find_cluster()
+    assert resolver.cluster_spec().as_dict() == {"worker": ["n1:8888", "n1:8889", "n2:8888"]}
+    assert (resolver.task_type, resolver.task_id) == ("worker", task)
