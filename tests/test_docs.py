@@ -23,6 +23,7 @@ import tfclm
 from tfclm.__main__ import COMMANDS
 from tfclm.checkpoint.configs import DECODERS, ENCODERS
 from tfclm.cli.arguments import parse
+from tfclm.launch import split_command
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -96,6 +97,9 @@ def test_commands_are_understood(line: str, tmp_path: Path, monkeypatch: pytest.
         config = Path(words[words.index("--config") + 1])
         config.parent.mkdir(parents=True)
         config.write_text("train_file: [text.txt]\n", encoding="utf-8")
+    if verb == "launch":
+        own, (verb, *words) = split_command(words)
+        parse(settings_of("launch"), own, prog="launch", description="")
     settings = parse(settings_of(verb), words, prog=verb, description="")
     if verb == "fit" and "--resume-from" not in words:  # whose settings are on the Hub
         assert settings.resolved().output_dir
