@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,10 +195,13 @@ def run(settings: FitSettings) -> int:
     workers = Workers(set_up(settings))
     try:
         with workers.explain_loss():
-            return lead(settings, workers) if workers.is_chief else follow(settings, workers)
+            code = lead(settings, workers) if workers.is_chief else follow(settings, workers)
+            # All end together, with the chief's code, when it has exported and pushed.
+            return int(workers.gather([code])[0, 0])
     except WorkersLost as error:
         log(f"tfclm.fit: {error}; start all workers again to resume the run")
-        return 1
+        # At once: TensorFlow's own shutdown would talk to the worker that is lost.
+        os._exit(1)
 
 
 def lead(settings: FitSettings, workers: Workers | None = None) -> int:
