@@ -6,6 +6,8 @@ memory-mapped `datasets.Dataset`. So memory stays bounded, and a second run on u
 
 from tfclm.corpus.files import Split
 from tfclm.corpus.packing import Packed, check_block_size, check_ids, check_vocabulary, pack
+from tfclm.corpus.prepared import content_digest, open_prepared
+from tfclm.corpus.shards import tokenizer_digest
 from tfclm.corpus.sources import Texts, read, read_split
 from tfclm.corpus.text_bytes import block_bytes, window_bytes
 from tfclm.corpus.tokenizing import prefix_ids, tokenize
@@ -18,10 +20,13 @@ __all__ = [
     "check_block_size",
     "check_ids",
     "check_vocabulary",
+    "content_digest",
+    "open_prepared",
     "pack",
     "prefix_ids",
     "read",
     "read_split",
     "tokenize",
+    "tokenizer_digest",
     "window_bytes",
 ]

@@ -33,7 +33,8 @@ def _temporary_root() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="tfclm-")
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """The directory of the cached files, which is created if needed."""
     import datasets
 
     if not datasets.is_caching_enabled():
@@ -76,7 +77,7 @@ def stored(
     import datasets
     import pyarrow as pa
 
-    folder = _cache_folder()
+    folder = cache_folder()
     name = hashlib.sha256(json.dumps([FORMAT, kind, key, str(schema)]).encode()).hexdigest()[:32]
     arrow, facts = folder / f"{kind}-{name}.arrow", folder / f"{kind}-{name}.json"
     if arrow.exists():

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tfclm.corpus.cache import stored
 from tfclm.corpus.columns import is_blank
-from tfclm.corpus.formats import READERS, extension, read_documents
-from tfclm.corpus.lines import is_gzip
+from tfclm.corpus.formats import READERS, read_documents
+from tfclm.corpus.parts import FilePart, extension
 from tfclm.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def read_files(paths: list[Path], column: str) -> Split:
     schema = pa.schema({"text": pa.string()})
     # Hashed, because copies, archives and reproducible builds can give different content the same size and mtime.
     states = [_file_state(path) for path in paths]
-    key = [column, *([extension(path), is_gzip(path), hash_files([path])] for path in paths)]
+    key = [column, *([extension(path), FilePart(str(path)).is_gzip, hash_files([path])] for path in paths)]
 
     def write(append: Callable[[pa.RecordBatch], None]) -> dict[str, Any]:
         dropped = 0

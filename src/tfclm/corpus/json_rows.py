@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from tfclm.corpus.columns import extract_text
 from tfclm.corpus.lines import read_lines
+from tfclm.corpus.parts import FilePart
 from tfclm.errors import InputError
 
 _SPACE = re.compile(r"\s*")
@@ -17,33 +17,33 @@ _ARRAY_END = re.compile(r"\]")
 _BETWEEN_VALUES = re.compile(r"[\s,]*")
 
 
-def read_json_lines(path: Path, column: str) -> Iterator[str | None]:
+def read_json_lines(part: FilePart, column: str) -> Iterator[str | None]:
     """Yields the texts of a .jsonl file, one object per line."""
 
     def rows() -> Iterator[tuple[int, object]]:
-        for number, line in read_lines(path):
+        for number, line in read_lines(part):
             if line.isspace():
                 continue
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise _not_json(path, number, error, "each line must be an object") from error
+                raise _not_json(part, number, error, "each line must be an object") from error
 
-    return _extract_json_texts(path, column, rows())
+    return _extract_json_texts(part, column, rows())
 
 
-def read_json_values(path: Path, column: str) -> Iterator[str | None]:
+def read_json_values(part: FilePart, column: str) -> Iterator[str | None]:
     """Yields the texts of a .json file, an array of objects or concatenated objects, decoded one at a time."""
 
     def rows() -> Iterator[tuple[int, object]]:
         decoder = json.JSONDecoder()
-        buffer = _JsonBuffer(path)
+        buffer = _JsonBuffer(part)
         in_array = buffer.skip(_ARRAY_START)
         while True:
             buffer.skip(_BETWEEN_VALUES)
             if buffer.is_exhausted():
                 if in_array:
-                    raise InputError(f"{path} ends inside its array: the file is incomplete")
+                    raise InputError(f"{part} ends inside its array: the file is incomplete")
                 return
             if in_array and buffer.skip(_ARRAY_END):
                 break
@@ -54,7 +54,7 @@ def read_json_values(path: Path, column: str) -> Iterator[str | None]:
                     buffer.fill()
                     continue
                 number = buffer.line_at(getattr(error, "pos", buffer.position))
-                raise _not_json(path, number, error, "the file must hold an array of objects, or objects") from error
+                raise _not_json(part, number, error, "the file must hold an array of objects, or objects") from error
             yield buffer.line(), value
             buffer.position = end
         buffer.skip(_SPACE)
@@ -63,17 +63,17 @@ def read_json_values(path: Path, column: str) -> Iterator[str | None]:
             buffer.skip(_SPACE)
         if not buffer.is_exhausted():
             raise InputError(
-                f"{path}, line {buffer.line()} has content after the end of the array: give one array per file"
+                f"{part}, line {buffer.line()} has content after the end of the array: give one array per file"
             )
 
-    return _extract_json_texts(path, column, rows())
+    return _extract_json_texts(part, column, rows())
 
 
 class _JsonBuffer:
     """The part of a .json file that is being decoded; knows the line number of each position."""
 
-    def __init__(self, path: Path) -> None:
-        self._pieces = read_lines(path, 1 << 20)
+    def __init__(self, part: FilePart) -> None:
+        self._pieces = read_lines(part, 1 << 20)
         self._line, self._counted = 1, 0  # the line number of text[_counted]
         self.text, self.position, self.ended = "", 0, False
         self.fill()
@@ -114,13 +114,13 @@ class _JsonBuffer:
         return self._line
 
 
-def _extract_json_texts(path: Path, column: str, rows: Iterator[tuple[int, object]]) -> Iterator[str | None]:
+def _extract_json_texts(part: FilePart, column: str, rows: Iterator[tuple[int, object]]) -> Iterator[str | None]:
     """Yields the text of each row, None where it lacks the column; `rows` come with their line numbers."""
     found = False
     columns: dict[str, None] = {}
     for number, row in rows:
         if not isinstance(row, dict):
-            raise InputError(f'{path}, line {number} is not an object: each row must look like {{"{column}": "…"}}')
+            raise InputError(f'{part}, line {number} is not an object: each row must look like {{"{column}": "…"}}')
         try:
             text = extract_text(row, column)
             (text or "").encode()  # JSON can hold half of a surrogate pair, UTF-8 cannot
@@ -131,20 +131,21 @@ def _extract_json_texts(path: Path, column: str, rows: Iterator[tuple[int, objec
             yield None
             continue
         except RecursionError as error:
-            raise _not_json(path, number, error, "") from error
+            raise _not_json(part, number, error, "") from error
         except UnicodeEncodeError as error:
             raise InputError(
-                f"{path}, line {number}: column {column} has half of a surrogate pair, "
+                f"{part}, line {number}: column {column} has half of a surrogate pair, "
                 f"{error.object[error.start]!a}: write both halves, or the character itself"
             ) from error
         except TypeError as error:
             raise InputError(
-                f"{path}, line {number}: column {column} is {error}, not text: give a column of strings"
+                f"{part}, line {number}: column {column} is {error}, not text: give a column of strings"
             ) from error
         found = True
         yield text
-    if columns and not found:
-        raise InputError(f"{path} has no column {column}: it has {', '.join(columns)}")
+    # Other parts of the file may have it.
+    if columns and not found and part.is_whole:
+        raise InputError(f"{part} has no column {column}: it has {', '.join(columns)}")
 
 
 def _value_paths(value: object, prefix: str = "") -> Iterator[str]:
@@ -158,7 +159,7 @@ def _value_paths(value: object, prefix: str = "") -> Iterator[str]:
         yield prefix
 
 
-def _not_json(path: Path, line: int, error: Exception, expected: str) -> InputError:
+def _not_json(part: FilePart, line: int, error: Exception, expected: str) -> InputError:
     if isinstance(error, RecursionError):
-        return InputError(f"{path}, line {line} is nested too deeply: move the text to a higher level")
-    return InputError(f"{path}, line {line} is not JSON ({error}): {expected}")
+        return InputError(f"{part}, line {line} is nested too deeply: move the text to a higher level")
+    return InputError(f"{part}, line {line} is not JSON ({error}): {expected}")

@@ -5,35 +5,30 @@ from __future__ import annotations
 import codecs
 import gzip
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import ExitStack
 from typing import BinaryIO, cast
 
+from tfclm.corpus.parts import FilePart
 from tfclm.errors import InputError
 
 
-def is_gzip(path: Path) -> bool:
-    """Whether a file is compressed with gzip, going by its name."""
-    return path.suffix.lower() == ".gz"
-
-
-def _open_binary(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb") if is_gzip(path) else path.open("rb"))
-
-
-def read_lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
+def read_lines(part: FilePart, limit: int = -1) -> Iterator[tuple[int, str]]:
     """Yields the numbered lines of a UTF-8 file; \\r\\n becomes \\n. Lines over `limit` bytes come in pieces."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    line = 1
+    decoder = codecs.getincrementaldecoder("utf-8" if part.start else "utf-8-sig")()
+    line = part.first_line
     carriage_return = ""
-    with _open_binary(path) as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(part.open())
+        if part.is_gzip:
+            file = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
         while True:
             piece = file.readline(limit)
             try:
                 text = carriage_return + decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
                 if line == 1 and piece.startswith(b"\x1f\x8b"):
-                    raise InputError(f"{path} is compressed with gzip: rename it so that it ends in .gz") from error
-                raise _not_utf8(path, line) from error
+                    raise InputError(f"{part} is compressed with gzip: rename it so that it ends in .gz") from error
+                raise _not_utf8(part, line) from error
             # The limit can fall between \r and \n.
             carriage_return = "\r" if piece and text.endswith("\r") else ""
             if text.endswith("\r\n"):
@@ -45,5 +40,5 @@ def read_lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
             line += piece.endswith(b"\n")
 
 
-def _not_utf8(path: Path, line: int) -> InputError:
-    return InputError(f"{path}, line {line} is not UTF-8: save the file as UTF-8 (iconv -t UTF-8 converts it)")
+def _not_utf8(part: FilePart, line: int) -> InputError:
+    return InputError(f"{part}, line {line} is not UTF-8: save the file as UTF-8 (iconv -t UTF-8 converts it)")

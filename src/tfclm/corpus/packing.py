@@ -89,62 +89,109 @@ def pack(
         >>> list(packed.blocks["input_ids"]), list(packed.blocks["labels"])
         ([[1, 5, 6, 7], [1, 0, 1, 8]], [[-100, 5, 6, 7], [-100, 0, -100, 8]])
     """
-    import pyarrow as pa
+    import numpy as np
 
     check_ids(tokens, "tokens")
-    smallest = max(len(prefix), 1) + 1
-    if block_size < smallest:
-        raise InputError(
-            f"`block_size` {block_size} leaves no token to predict: give {smallest} or more, for example 128"
-        )
-    row = pa.list_(pa.int32(), block_size)
-    schema = pa.schema({"input_ids": row} | ({"labels": row} if prefix else {}))
+    packer = BlockPacker(block_size, separator, prefix)
 
     def write(append: Callable[[pa.RecordBatch], None]) -> dict[str, Any]:
-        return _write_blocks(tokens, block_size, list(separator), list(prefix), append, schema)
+        for values, lengths in _documents(tokens):
+            if batch := packer.add(values, lengths):
+                append(batch)
+        if not packer.blocks:
+            raise InputError(packer.too_little())
+        dropped = int(np.count_nonzero(packer.rest[1]))
+        return {"dropped_tokens": dropped, "tokens": packer.tokens, "largest_id": packer.largest_id}
 
     key = [fingerprint(tokens), block_size, list(separator), *([list(prefix)] if prefix else [])]
-    blocks, facts = stored("blocks", key, schema, write)
+    blocks, facts = stored("blocks", key, packer.schema, write)
     numbers = (facts["dropped_tokens"], facts["tokens"], facts["largest_id"])
     return Packed(blocks, block_size, *numbers, tuple(separator), tuple(prefix))
 
 
-def _write_blocks(
-    tokens: datasets.Dataset,
-    block_size: int,
-    separator: list[int],
-    prefix: list[int],
-    append: Callable[[pa.RecordBatch], None],
-    schema: pa.Schema,
-) -> dict[str, Any]:
-    import numpy as np
-    import pyarrow as pa
+class BlockPacker:
+    """Cuts a stream of documents into blocks, as `pack` describes it.
 
-    # After a separator that ends with the prefix, a document begins with it already.
-    before = [] if separator[len(separator) - len(prefix) :] == prefix else prefix
-    rest, rest_is_text = np.empty(0, np.int32), np.empty(0, dtype=bool)
-    count, blocks, largest = 0, 0, max(prefix, default=-1)
-    for ids, is_text in _concatenate(tokens, before, separator):
+    Args:
+        block_size: number of tokens per block.
+        separator: token ids after each document.
+        prefix: token ids at the beginning of each document and block.
+
+    Attributes:
+        schema: the Arrow schema of the blocks.
+        blocks: number of blocks so far.
+        tokens: number of tokens so far, with separators and without prefixes.
+        largest_id: the largest token id so far.
+        rest: the ids int32 [T] that do not fill a block yet, and which of them are not of a prefix, bool [T].
+
+    Raises:
+        InputError: `block_size` leaves no token to predict.
+    """
+
+    def __init__(self, block_size: int, separator: Sequence[int] = (), prefix: Sequence[int] = ()) -> None:
+        import numpy as np
+        import pyarrow as pa
+
+        smallest = max(len(prefix), 1) + 1
+        if block_size < smallest:
+            raise InputError(
+                f"`block_size` {block_size} leaves no token to predict: give {smallest} or more, for example 128"
+            )
+        self._block_size, self._separator, self._prefix = block_size, list(separator), list(prefix)
+        # After a separator that ends with the prefix, a document begins with it already.
+        repeated = self._separator[len(separator) - len(prefix) :] == self._prefix
+        self._before = [] if repeated else self._prefix
+        row = pa.list_(pa.int32(), block_size)
+        self.schema = pa.schema({"input_ids": row} | ({"labels": row} if prefix else {}))
+        self.blocks, self.tokens, self.largest_id = 0, 0, max(prefix, default=-1)
+        self.rest = np.empty(0, np.int32), np.empty(0, dtype=bool)
+
+    def add(self, values: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> pa.RecordBatch | None:
+        """Appends documents; returns the blocks that are full now, None if there are none.
+
+        Args:
+            values: the token ids of the documents, int32 [T].
+            lengths: number of tokens of each document, int64 [N], which sum to T.
+        """
+        return self._add(*_surround(values, lengths, self._before, self._separator))
+
+    def add_rest(self, ids: np.ndarray[Any, Any], is_text: np.ndarray[Any, Any]) -> pa.RecordBatch | None:
+        """Appends the `rest` of another packer: it begins with the prefix, as a document or a block does."""
+        import numpy as np
+
+        before = self._before if len(ids) else []
+        return self._add(
+            np.concatenate([np.asarray(before, np.int32), ids]),
+            np.concatenate([np.zeros(len(before), dtype=bool), is_text]),
+        )
+
+    def _add(self, ids: np.ndarray[Any, Any], is_text: np.ndarray[Any, Any]) -> pa.RecordBatch | None:
+        import numpy as np
+        import pyarrow as pa
+
         if not len(ids):
-            continue
-        count += int(np.count_nonzero(is_text))
-        largest = max(largest, int(ids.max()))
-        ids, is_text = np.concatenate([rest, ids]), np.concatenate([rest_is_text, is_text])
-        begins, end = _cut(is_text, block_size - len(prefix))
-        if len(begins):
-            columns = [_rows(ids, begins, block_size, prefix)]
-            if prefix:
-                labels = np.where(is_text, ids, np.int32(IGNORED))
-                columns.append(_rows(labels, begins, block_size, [IGNORED] * len(prefix)))
-            arrays = [pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), block_size) for rows in columns]
-            append(pa.record_batch(arrays, schema=schema))
-        blocks += len(begins)
-        rest, rest_is_text = ids[end:], is_text[end:]
-    if not blocks:
-        most = len(prefix) + len(rest)
-        remedy = f"give `block_size` {most} or less, or more text" if most > max(len(prefix), 1) else "give more text"
-        raise InputError(f"the text has {count} tokens, less than one block of {block_size}: {remedy}")
-    return {"dropped_tokens": int(np.count_nonzero(rest_is_text)), "tokens": count, "largest_id": largest}
+            return None
+        self.tokens += int(np.count_nonzero(is_text))
+        self.largest_id = max(self.largest_id, int(ids.max()))
+        ids, is_text = np.concatenate([self.rest[0], ids]), np.concatenate([self.rest[1], is_text])
+        begins, end = _cut(is_text, self._block_size - len(self._prefix))
+        self.rest = ids[end:].copy(), is_text[end:].copy()
+        self.blocks += len(begins)
+        if not len(begins):
+            return None
+        columns = [_rows(ids, begins, self._block_size, self._prefix)]
+        if self._prefix:
+            labels = np.where(is_text, ids, np.int32(IGNORED))
+            columns.append(_rows(labels, begins, self._block_size, [IGNORED] * len(self._prefix)))
+        arrays = [pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), self._block_size) for rows in columns]
+        return pa.record_batch(arrays, schema=self.schema)
+
+    def too_little(self) -> str:
+        """The message for text that does not fill one block."""
+        most = len(self._prefix) + len(self.rest[0])
+        enough = most > max(len(self._prefix), 1)
+        remedy = f"give `block_size` {most} or less, or more text" if enough else "give more text"
+        return f"the text has {self.tokens} tokens, less than one block of {self._block_size}: {remedy}"
 
 
 def _cut(is_text: np.ndarray[Any, Any], size: int) -> tuple[np.ndarray[Any, Any], int]:
@@ -176,14 +223,8 @@ def _rows(
     return rows
 
 
-def _concatenate(
-    tokens: datasets.Dataset, prefix: list[int], separator: list[int]
-) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """The ids of the split in order, with prefix and separator around each row, and which are not of a prefix.
-
-    Yields int32 [T] and bool [T], a batch of rows at a time.
-    """
-    import numpy as np
+def _documents(tokens: datasets.Dataset) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """The ids of a dataset in order, int32 [T], and the length of each row [N], a batch of rows at a time."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -193,22 +234,29 @@ def _concatenate(
         rows = table["input_ids"]
         # flatten(), unlike .values, leaves out what lies outside of the column's slice.
         values = rows.combine_chunks().flatten().cast(pa.int32()).to_numpy(zero_copy_only=False)
-        around = len(prefix) + len(separator)
-        if not around:
-            yield values, np.ones(len(values), dtype=bool)
-            continue
-        lengths = pc.fill_null(pc.list_value_length(rows), 0).to_numpy()
-        ends = np.cumsum(lengths + around)
-        joined = np.empty(len(values) + around * len(lengths), np.int32)
-        is_document = np.ones(len(joined), dtype=bool)
-        is_text = np.ones(len(joined), dtype=bool)
-        for added, begins in ((prefix, ends - lengths - around), (separator, ends - len(separator))):
-            places = begins[:, None] + np.arange(len(added))
-            is_document[places] = False
-            joined[places] = added
-            is_text[places] = added is not prefix
-        joined[is_document] = values
-        yield joined, is_text
+        yield values, pc.fill_null(pc.list_value_length(rows), 0).to_numpy()
+
+
+def _surround(
+    values: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], prefix: list[int], separator: list[int]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The documents with prefix and separator around each, int32 [T], and which ids are not of a prefix, bool [T]."""
+    import numpy as np
+
+    around = len(prefix) + len(separator)
+    if not around:
+        return values, np.ones(len(values), dtype=bool)
+    ends = np.cumsum(lengths + around)
+    joined = np.empty(len(values) + around * len(lengths), np.int32)
+    is_document = np.ones(len(joined), dtype=bool)
+    is_text = np.ones(len(joined), dtype=bool)
+    for added, begins in ((prefix, ends - lengths - around), (separator, ends - len(separator))):
+        places = begins[:, None] + np.arange(len(added))
+        is_document[places] = False
+        joined[places] = added
+        is_text[places] = added is not prefix
+    joined[is_document] = values
+    return joined, is_text
 
 
 def check_ids(rows: Any, name: str) -> None:

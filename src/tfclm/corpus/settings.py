@@ -43,8 +43,13 @@ class SourceSettings:
         Raises:
             InputError: `separator` is "eos" and the tokenizer has no EOS token.
         """
-        if self.separator == "none":
-            return []
-        if tokenizer.eos_token_id is None:
-            raise InputError("the tokenizer has no EOS token to put after documents: give `separator` none")
-        return [tokenizer.eos_token_id]
+        return separator_ids(self.separator, tokenizer)
+
+
+def separator_ids(separator: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of the setting `separator`, as `SourceSettings.separator_ids`."""
+    if separator == "none":
+        return []
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no EOS token to put after documents: give `separator` none")
+    return [tokenizer.eos_token_id]

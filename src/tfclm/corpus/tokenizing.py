@@ -64,19 +64,10 @@ def tokenize(
         [15496, 995]
     """
     columns = texts.column_names
-    encode: dict[str, Any]
+    encode: dict[str, Any] = encoder_arguments(tokenizer) if tokenizer.is_fast else {"tokenizer": tokenizer}
     if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
-        if backend.truncation or backend.padding:
-            # Set by earlier calls; they would also give every run its own fingerprint.
-            backend = copy.deepcopy(backend)
-            backend.no_truncation()
-            backend.no_padding()
-        encode = {"backend": backend.to_str(), "split_special_tokens": tokenizer.split_special_tokens}
         # Built here, so that forked processes inherit it.
         fast_encoder(**encode)
-    else:
-        encode = {"tokenizer": tokenizer}
     if num_proc is not None:
         num_proc = max(1, min(num_proc, len(texts)))
     tokens = texts.with_format("arrow").map(
@@ -88,6 +79,17 @@ def tokenize(
         desc="tokenizing",
     )
     return tokens.with_format(None)
+
+
+def encoder_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The arguments of the `FastEncoder` that gives the ids of a fast tokenizer."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:
+        # Set by earlier calls; they would also give every run its own fingerprint.
+        backend = copy.deepcopy(backend)
+        backend.no_truncation()
+        backend.no_padding()
+    return {"backend": backend.to_str(), "split_special_tokens": tokenizer.split_special_tokens}
 
 
 class FastEncoder:
