@@ -26,10 +26,11 @@ from tfclm.terminal import log, print_result
 from tfclm.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
+    import datasets
     import tensorflow as tf
     from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
 
-    from tfclm.corpus import Packed, Texts
+    from tfclm.corpus import Packed, Split, Texts
     from tfclm.runs.folder import RunFolder
     from tfclm.training.workers import Workers
 
@@ -45,6 +46,9 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
     validation_split: str | None = setting(None, "split to validate on; the dataset's own if it has one")
     train_file: tuple[str, ...] = setting((), "local files (.txt .jsonl .json .csv .parquet, also .gz) or globs")
     validation_file: tuple[str, ...] = setting((), "local files or globs to validate on")
+    blocks: str | None = setting(
+        None, "directory or URL of blocks that `prepare` has written, to train on", metavar="DIR"
+    )
     validation_fraction: float = setting(0.1, "fraction of the documents to validate on, if nothing else is")
     model: str = setting(
         SCRATCH, "Hub id or directory; scratch trains a tokenizer on the train split and creates a small GPT-2"
@@ -100,8 +104,10 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
         Raises:
             InputError: settings that contradict each other, or one out of range.
         """
-        if self.dataset is None and not self.train_file:
-            raise InputError("nothing to train on: give `dataset` or `train_file`")
+        if self.blocks is not None:
+            self._check_blocks()
+        elif self.dataset is None and not self.train_file:
+            raise InputError("nothing to train on: give `dataset`, `train_file` or `blocks`")
         rate = 1e-3 if self.model == SCRATCH else 2e-5
         settings = self if self.learning_rate is not None else dataclasses.replace(self, learning_rate=rate)
         if settings.output_dir is None:
@@ -128,6 +134,13 @@ class FitSettings(HubSettings, TrainingSettings, SourceSettings):
         settings.check()
         return settings
 
+    def _check_blocks(self) -> None:
+        for name in ("dataset", "train_file", "validation_split"):
+            if getattr(self, name):
+                raise InputError(f"`blocks` and `{name}` are mutually exclusive: give one of them")
+        if self.model == SCRATCH:
+            raise InputError("`blocks` were made with a tokenizer: give the `model` that it belongs to")
+
 
 # What `fit` does without a model or text: trains on Python's own documentation, for minutes on two cores.
 QUICKSTART: dict[str, Any] = {
@@ -145,11 +158,23 @@ QUICKSTART: dict[str, Any] = {
 def preset(given: Mapping[str, Any]) -> dict[str, Any]:
     """Values for the flags that are not given: the quickstart's, if neither a model nor a text is given.
 
-    A run that resumes from the Hub takes the settings that were pushed with it.
+    A run that resumes from the Hub takes the settings that were pushed with it, and prepared blocks say how they were
+    made.
     """
     if given.get("resume_from") is not None:
         return resumed(given)
+    if given.get("blocks") is not None:
+        return settings_of_blocks(given["blocks"])
     return {} if {"model", "dataset", "train_file"} & given.keys() else QUICKSTART
+
+
+def settings_of_blocks(url: str) -> dict[str, Any]:
+    """The settings that prepared blocks were made with, and that other text is to be treated with, too."""
+    from tfclm.corpus import open_prepared
+
+    made = open_prepared(url).settings
+    separator = "eos" if made["separator"] else "none"
+    return {"block_size": made["block_size"], "text_column": made["text_column"], "separator": separator}
 
 
 def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,9 +269,8 @@ def follow(settings: FitSettings, workers: Workers) -> int:
     output_dir = Path(str(settings.output_dir))
     if not begin_together(workers, output_dir):
         return 0
-    model, tokenizer, texts = load_model_and_texts(settings, workers.strategy)
-    train, validation = pack_splits(texts, model, tokenizer, settings)
-    blocks = train.blocks, validation.blocks
+    model, tokenizer, data = load_model_and_blocks(settings, workers.strategy)
+    blocks = data.train.blocks, data.validation.blocks
     try:
         finetune(model, tokenizer, *blocks, settings, output_dir=output_dir, strategy=workers.strategy)
     except Interrupted as error:
@@ -268,10 +292,10 @@ def fine_tune(
     from tfclm.training import finetune
     from tfclm.training.resume import Interrupted
 
-    model, tokenizer, texts = load_model_and_texts(settings, strategy)
-    train, validation = pack_splits(texts, model, tokenizer, settings)
+    model, tokenizer, data = load_model_and_blocks(settings, strategy)
+    train, validation = data.train, data.validation
     protocol = {
-        **texts.description,
+        **data.description,
         "block_size": settings.block_size,
         "separator": settings.separator,
         "dropped_tokens": validation.dropped_tokens,
@@ -310,7 +334,9 @@ def fine_tune(
     files = checkpoint.save(model, tokenizer, folder.path)
     if hub is not None:
         hub.mark(folder.path)  # before the run is complete, so that one killed in between is still pushed later
-    size = corpus.block_bytes(texts.validation, tokenizer, validation)
+    # Prepared blocks do not tell the bytes of their text.
+    texts = data.validation_texts
+    size = None if texts is None else corpus.block_bytes(texts, tokenizer, validation)
     results = folder.finish(done, protocol, validation.predicted_tokens, size, files, corpus_tokens, base, repo_id)
     # The run is complete, even if it cannot give a sample.
     sample = closing_sample(folder.path, validation.blocks[0]["input_ids"][len(validation.prefix) :], settings.seed)
@@ -395,10 +421,27 @@ def set_up(settings: FitSettings) -> tf.distribute.Strategy:
     return strategy
 
 
-def load_model_and_texts(
+@dataclass(frozen=True)
+class Blocks:
+    """What a run trains and validates on.
+
+    Attributes:
+        train: the blocks to train on.
+        validation: the blocks to validate on.
+        description: where they come from; JSON types.
+        validation_texts: the documents of the validation blocks; None if these were prepared.
+    """
+
+    train: Packed
+    validation: Packed
+    description: dict[str, Any]
+    validation_texts: datasets.Dataset | None
+
+
+def load_model_and_blocks(
     settings: FitSettings, strategy: tf.distribute.Strategy
-) -> tuple[TFPreTrainedModel, PreTrainedTokenizerBase, Texts]:
-    """The checkpoint, or a new model whose tokenizer is trained on the train split alone, and the texts."""
+) -> tuple[TFPreTrainedModel, PreTrainedTokenizerBase, Blocks]:
+    """The checkpoint, or a new model whose tokenizer is trained on the train split alone, and the blocks."""
     from tfclm import checkpoint, corpus
     from tfclm.checkpoint.scratch import create_from_scratch
 
@@ -407,11 +450,69 @@ def load_model_and_texts(
         with strategy.scope():
             model, tokenizer = create_from_scratch(texts.train["text"], settings.vocab_size, settings.block_size)
         log(f"new GPT-2 with {model.num_parameters() / 1e6:.1f} M parameters and a vocabulary of {len(tokenizer)}")
-        return model, tokenizer, texts
-    with strategy.scope():
-        model, tokenizer = checkpoint.load(settings.model, revision=settings.revision)
-    corpus.check_block_size(settings.block_size, checkpoint.context_size(model))
-    return model, tokenizer, read_texts(settings)
+    else:
+        with strategy.scope():
+            model, tokenizer = checkpoint.load(settings.model, revision=settings.revision)
+        corpus.check_block_size(settings.block_size, checkpoint.context_size(model))
+        if settings.blocks is not None:
+            return model, tokenizer, open_blocks(settings, model, tokenizer)
+        texts = read_texts(settings)
+    train, validation = pack_splits(texts, model, tokenizer, settings)
+    return model, tokenizer, Blocks(train, validation, texts.description, texts.validation)
+
+
+def open_blocks(settings: FitSettings, model: TFPreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+    """The blocks that `prepare` has written, and blocks of `validation_file`, if that is given.
+
+    Raises:
+        InputError: they do not belong to the tokenizer or the settings, or there are none to train or validate on.
+    """
+    from tfclm import corpus
+
+    prepared = corpus.open_prepared(str(settings.blocks))
+    if prepared.tokenizer != corpus.tokenizer_digest(tokenizer):
+        raise InputError(
+            f"`blocks` {settings.blocks} were made with another tokenizer than that of {settings.model}: "
+            "prepare them with this `model`"
+        )
+    for name, value in (("block_size", settings.block_size), ("separator", settings.separator_ids(tokenizer))):
+        if prepared.settings[name] != value:
+            raise InputError(
+                f"`{name}` {getattr(settings, name)}, but `blocks` {settings.blocks} were made with "
+                f"{prepared.settings[name]}: leave it out, or prepare them again"
+            )
+    train = prepared.split("train")
+    if train is None:
+        raise InputError(f"`blocks` {settings.blocks} have less than one block to train on: prepare more text")
+    if settings.validation_file:
+        held_out = read_validation(settings)
+        validation = pack_split("validation", held_out.texts, tokenizer, settings)
+        about = {
+            "validation": "files " + ", ".join(held_out.description["source"]),
+            "validation_rows": len(held_out.texts),
+            "validation_dropped_rows": held_out.description["dropped_rows"],
+        }
+        blocks = Blocks(train, validation, prepared.description | about, held_out.texts)
+    else:
+        prepared_validation = prepared.split("validation")
+        if prepared_validation is None:
+            raise InputError(
+                f"`blocks` {settings.blocks} have no blocks to validate on: give `validation_file`, or prepare them "
+                "with a larger validation fraction"
+            )
+        blocks = Blocks(train, prepared_validation, prepared.description, None)
+    report_blocks(blocks.train, blocks.validation, model)
+    return blocks
+
+
+def read_validation(settings: FitSettings) -> Split:
+    """The documents of `validation_file`."""
+    from tfclm import corpus
+
+    try:
+        return corpus.read_split(files=settings.validation_file, text_column=settings.text_column)
+    except InputError as error:
+        raise error.renamed(file="validation_file") from error
 
 
 def read_texts(settings: FitSettings) -> Texts:
@@ -438,22 +539,30 @@ def pack_splits(
     texts: Texts, model: TFPreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: FitSettings
 ) -> tuple[Packed, Packed]:
     """The token blocks of the train and validation splits."""
+    train = pack_split("training", texts.train, tokenizer, settings)
+    validation = pack_split("validation", texts.validation, tokenizer, settings)
+    report_blocks(train, validation, model)
+    return train, validation
+
+
+def pack_split(name: str, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings: FitSettings) -> Packed:
+    """The token blocks of one split; `name` is its name in messages."""
     from tfclm import corpus
 
-    packed, prefix = [], corpus.prefix_ids(tokenizer)
-    for name, split in (("training", texts.train), ("validation", texts.validation)):
-        tokens = corpus.tokenize(split, tokenizer, settings.num_proc)
-        try:
-            packed.append(corpus.pack(tokens, settings.block_size, settings.separator_ids(tokenizer), prefix))
-        except InputError as error:
-            raise InputError(f"{name} split: {error}") from error
-    train, validation = packed
+    tokens = corpus.tokenize(texts, tokenizer, settings.num_proc)
+    separator, prefix = settings.separator_ids(tokenizer), corpus.prefix_ids(tokenizer)
+    try:
+        return corpus.pack(tokens, settings.block_size, separator, prefix)
+    except InputError as error:
+        raise InputError(f"{name} split: {error}") from error
+
+
+def report_blocks(train: Packed, validation: Packed, model: TFPreTrainedModel) -> None:
+    """Checks that the model has the blocks' token ids, and logs how many blocks there are."""
+    from tfclm import corpus
+
     corpus.check_vocabulary(max(train.largest_id, validation.largest_id), model.config.vocab_size)
-    log(
-        f"{len(train.blocks)} blocks of {settings.block_size} tokens to train on, "
-        f"{len(validation.blocks)} to validate on"
-    )
-    return train, validation
+    log(f"{len(train.blocks)} blocks of {train.block_size} tokens to train on, {len(validation.blocks)} to validate on")
 
 
 def main() -> None:

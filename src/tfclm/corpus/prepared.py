@@ -48,6 +48,22 @@ class PreparedBlocks:
         """The digest of the tokenizer that the blocks were made with, as `tokenizer_digest` gives it."""
         return str(self.manifest["plan"]["tokenizer"])
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """Where the documents come from, in the terms of `Texts.description`."""
+        plan, splits = self.manifest["plan"], self.manifest["splits"]
+        fraction, seed = self.settings["validation_fraction"], self.settings["seed"]
+        paths = [file["path"] for file in plan["inputs"]]
+        return {
+            "source": paths if len(paths) <= 10 else str(self.store),
+            "split": None,
+            "dropped_rows": self.manifest["dropped_rows"],
+            "text_column": self.settings["text_column"],
+            "validation": f"{fraction:g} of the documents, drawn with seed {seed}",
+            "train_rows": splits["train"]["documents"],
+            "validation_rows": splits["validation"]["documents"],
+        }
+
     def split(self, name: str) -> Packed | None:
         """The blocks of `train` or `validation`; None if there are none.
 

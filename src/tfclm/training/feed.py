@@ -84,8 +84,9 @@ def feed(
     import pyarrow as pa
 
     fetch = _Fetch(blocks)
-    order = np.arange(len(blocks)) if order is None else np.asarray(order, np.int64)
-    rows = datasets.Dataset(pa.table({"block": order})).with_transform(fetch)
+    order = np.arange(len(blocks)) if order is None else np.asarray(order)
+    # With a fingerprint, because datasets would compute one from a copy of the whole order.
+    rows = datasets.Dataset(pa.table({"block": order}), fingerprint="order").with_transform(fetch)
     fetched = int(np.sum(batch_size)) * max(FETCH_TOKENS // (int(np.sum(batch_size)) * fetch.block_size), 1)
     batches = model.prepare_tf_dataset(
         rows, batch_size=fetched, shuffle=False, drop_remainder=False, collate_fn=collator(tokenizer)
@@ -172,11 +173,14 @@ def _gather(chunks: list[np.ndarray[Any, Any]], indices: np.ndarray[Any, Any]) -
 
 
 def run_order(blocks: int, batch_size: int, epochs: int, seed: int) -> np.ndarray[Any, Any]:
-    """The order of blocks over a whole run: int64 [epochs * steps * batch].
+    """The order of blocks over a whole run: int32 [epochs * steps * batch], int64 from 2**31 blocks on.
 
     Each epoch is a permutation that depends on (seed, epoch) only, cut to whole batches, so each epoch leaves out
     other blocks. With fewer blocks than `batch_size`, a batch is all of them.
     """
     whole = blocks - blocks % min(batch_size, blocks)
-    epochs_order = [np.random.default_rng([seed, epoch]).permutation(blocks)[:whole] for epoch in range(epochs)]
-    return np.concatenate([np.empty(0, np.int64), *epochs_order])
+    numbers = np.arange(blocks, dtype=np.int32 if blocks < 2**31 else np.int64)
+    order = np.empty((epochs, whole), numbers.dtype)
+    for epoch in range(epochs):
+        order[epoch] = np.random.default_rng([seed, epoch]).permutation(numbers)[:whole]
+    return order.ravel()

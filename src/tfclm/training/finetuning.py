@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from tfclm.corpus import check_ids
+from tfclm.corpus import check_ids, content_digest
 from tfclm.errors import InputError
 from tfclm.metrics.perplexity import IGNORED
 from tfclm.terminal import log
@@ -235,7 +235,7 @@ def _run(
 
         loss = model.step_state.loss
         snapshots = Snapshots(output / "resume", model, optimizer, generators, loss, writes=workers.is_chief)
-        identity = _hash_run(settings, train, validation)
+        identity = hash_run(settings, train, validation)
         workers.check_equal(identity, "the blocks or settings")
         progress = _restore_progress(snapshots, identity, output)
         dropout = any(getattr(layer, "rate", 0.0) for layer in model.submodules)
@@ -373,12 +373,15 @@ def _make_record(progress: Progress, tokens: int, diverged: str | None) -> Train
     )
 
 
-def _hash_run(settings: TrainingSettings, *splits: datasets.Dataset) -> str:
+def hash_run(settings: TrainingSettings, *splits: datasets.Dataset) -> str:
     """A digest of everything that determines a run's weights: its settings, except `save_steps`, and its blocks."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainingSettings)}
     digest = hashlib.sha256(repr(fields | {"save_steps": None}).encode())
     for blocks in splits:
         digest.update(f"{len(blocks)} ".encode())
+        if name := content_digest(blocks):
+            digest.update(name.encode())
+            continue
         for batch in blocks.with_format("numpy").iter(batch_size=4096):
             digest.update(b"".join(batch[name].tobytes() for name in ("input_ids", "labels") if name in batch))
     return digest.hexdigest()
