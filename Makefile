@@ -32,9 +32,9 @@ families: $(INSTALLED)-dev  ## test each model type from checkpoint to export an
 	TFCLM_LONG_TESTS=1 $(BIN)/python -m pytest tests/models/test_families_table.py -k test_family; tested=$$?; \
 	$(BIN)/python tests/references/families_table.py && exit $$tested
 
-# The last two take one core each.
-lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## test the path from text to model on the lowest versions that pyproject.toml allows
-	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/checkpoint/test_checkpoint.py tests/savedmodel/tokenizer/test_detokenizer.py tests/savedmodel/graph/test_decoding.py tests/savedmodel/graph/test_products.py
+# The last two take one core each. Apache Beam is in this environment, because it needs older versions of others.
+lowest: $(INSTALLED)-dev .venv-lowest/.installed-dev  ## test the path from text to model on the lowest versions that pyproject.toml allows, and prepare with Apache Beam
+	.venv-lowest/bin/python $(PYTEST) -m "not slow" tests/test_fit.py tests/test_prepare.py tests/checkpoint/test_checkpoint.py tests/savedmodel/tokenizer/test_detokenizer.py tests/savedmodel/graph/test_decoding.py tests/savedmodel/graph/test_products.py
 	TFCLM_OLDER_PYTHON=.venv-lowest/bin/python $(BIN)/python -m pytest tests/savedmodel/test_elsewhere.py -k servers_tensorflow & other=$$!; \
 	.venv-lowest/bin/python -m pytest tests/server/test_hostile_requests.py && wait $$other
 
@@ -55,9 +55,11 @@ clean:  ## remove everything that make created
 	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache build site src/*.egg-info
 
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev
 
 # The lowest versions have a separate environment.
 .venv-lowest/.installed .venv-lowest/.installed-dev: CONSTRAINTS = constraints-lowest.txt
+.venv-lowest/.installed-dev: EXTRAS = dev,beam
 
 .PRECIOUS: %/.installed
 
@@ -68,5 +70,5 @@ CONSTRAINTS ?= constraints.txt
 	touch $@
 
 %/.installed-dev: %/.installed
-	$*/bin/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$*/bin/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@

@@ -9,7 +9,7 @@ from pathlib import Path
 import tfclm
 
 SOURCE = Path(tfclm.__file__).parent
-COMMANDS = {"fit", "launch", "evaluate", "generate", "export", "serve", "query", "push"}
+COMMANDS = {"fit", "prepare", "launch", "evaluate", "generate", "export", "serve", "query", "push"}
 LEAVES: dict[str, set[str]] = {
     "errors": set(),
     "settings": set(),

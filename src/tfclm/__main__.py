@@ -10,6 +10,7 @@ from tfclm import __version__
 from tfclm.terminal import log, prepare_streams
 
 COMMANDS = {
+    "prepare": "make token blocks of large texts with Apache Beam",
     "fit": "fine-tune a causal language model on text",
     "launch": "start several workers of fit on this machine",
     "evaluate": "measure the perplexity of a checkpoint",
