@@ -192,6 +192,28 @@ def test_ignored_labels_count_for_nothing():
     assert not losses.numpy()[~mask.numpy()].any()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_of_the_loss_is_that_of_tensorflow(compiled: bool):
+    """A gradient for labels of -100, for the last position, or of another scale."""
+    logits = 20 * tf.random.stateless_normal((2, 5, 9), seed=(1, 2))
+    labels = tf.constant([[1, 2, -100, 3, 8], [4, -100, -100, -100, 0]])
+
+    @tf.function(jit_compile=compiled)
+    def compute_gradient(logits):
+        with tf.GradientTape() as tape:
+            tape.watch(logits)
+            losses, _ = token_losses(logits, labels)
+            loss = tf.reduce_sum(losses * losses)
+        return tape.gradient(loss, logits)
+
+    with tf.GradientTape() as tape:
+        tape.watch(logits)
+        targets = tf.maximum(labels[:, 1:], 0)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits[:, :-1])
+        loss = tf.reduce_sum(tf.where(labels[:, 1:] == -100, 0.0, losses * losses))
+    np.testing.assert_allclose(compute_gradient(logits), tape.gradient(loss, logits), rtol=1e-5, atol=1e-6)
+
+
 def test_loss_of_bfloat16_logits_is_float32():
     """A loss in bfloat16 moves in steps of 1/16 near 10."""
     logits = tf.cast(tf.random.stateless_normal((1, 50, 40000), seed=(1, 2)), tf.bfloat16)

@@ -250,16 +250,28 @@ def test_blocks_left_out_are_reported(make_model, tokenizer, capfd: pytest.Captu
     assert (f"leaves out 15 of {count} blocks, because a step takes 16 (`batch_size` 8 x" in err) == said
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.long), "float16"])
 @pytest.mark.parametrize(
-    "architecture", ["gpt2", *(pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES if name != "gpt2")]
+    ("architecture", "precision", "jit_compile"),
+    [
+        ("gpt2", "float16", False),
+        ("mistral", "bfloat16", False),
+        pytest.param("mistral", "float16", True, marks=pytest.mark.slow),
+        pytest.param("mistral", "float16", False, marks=pytest.mark.long),
+        pytest.param("mistral", "bfloat16", True, marks=pytest.mark.long),
+        pytest.param("gpt2", "bfloat16", False, marks=pytest.mark.long),
+        pytest.param("opt", "float16", False, marks=pytest.mark.long),
+        pytest.param("opt", "bfloat16", False, marks=pytest.mark.long),
+    ],
 )
-def test_mixed_precision_learns_with_a_float32_loss(make_model, tokenizer, precision: str, architecture: str):
+def test_mixed_precision_learns_with_a_float32_loss(
+    make_model, tokenizer, architecture: str, precision: str, jit_compile: bool
+):
     """A loss reported in bfloat16 (steps of 1/32 here), variables that are not float32, or a type that cannot run."""
     tf_keras.mixed_precision.set_global_policy(f"mixed_{precision}")
     try:
         model = make_model(architecture)
-        settings = TrainingSettings(epochs=2, mixed_precision=precision, gradient_accumulation_steps=2, **FAST)
+        options = {"mixed_precision": precision, "jit_compile": jit_compile}
+        settings = TrainingSettings(epochs=2, gradient_accumulation_steps=2, **options, **FAST)
         done = finetune(model, tokenizer, blocks(64), blocks(9, 1), settings)
     finally:
         tf_keras.mixed_precision.set_global_policy("float32")
@@ -270,10 +282,11 @@ def test_mixed_precision_learns_with_a_float32_loss(make_model, tokenizer, preci
 
 
 @pytest.mark.slow
-def test_jit_compile_trains_the_same(make_model, tokenizer):
+@pytest.mark.parametrize(("architecture", "config"), [("gpt2", NO_DROPOUT), ("mistral", {})])
+def test_jit_compile_trains_the_same(make_model, tokenizer, architecture: str, config: dict):
     """A step that XLA compiles to something else; its sums are in another order, hence the tolerance."""
     settings = {"epochs": 2, **FAST, "learning_rate": 1e-3}
-    plain, compiled = make_model(**NO_DROPOUT), make_model(**NO_DROPOUT)
+    plain, compiled = make_model(architecture, **config), make_model(architecture, **config)
     one = finetune(plain, tokenizer, blocks(64), blocks(9, 1), TrainingSettings(**settings))
     other = finetune(compiled, tokenizer, blocks(64), blocks(9, 1), TrainingSettings(jit_compile=True, **settings))
     assert other.best_loss == pytest.approx(one.best_loss, rel=1e-4)

@@ -6,7 +6,7 @@ A mean of batch means would be wrong: a short last batch, or one with few labels
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,14 +61,38 @@ def token_losses(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Te
     Returns:
         losses float32 [B, L - 1] in nats, 0 where there is no target; mask bool [B, L - 1], True where there is one.
     """
-    targets = labels[:, 1:]
+    # The labels are shifted rather than the logits: a slice would copy [B, L, V], and so would its gradient.
+    targets = tf.pad(labels[:, 1:], [[0, 0], [0, 1]], constant_values=IGNORED)
     mask = tf.not_equal(targets, IGNORED)
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-        labels=tf.where(mask, targets, tf.zeros_like(targets)),
-        # In bfloat16, values near 10 have a resolution of 1/16.
-        logits=tf.cast(logits[:, :-1], tf.float32),
-    )
-    return tf.where(mask, losses, tf.zeros_like(losses)), mask
+    # In bfloat16, values near 10 have a resolution of 1/16.
+    losses = _cross_entropy(tf.cast(logits, tf.float32), tf.where(mask, targets, tf.zeros_like(targets)))
+    losses = tf.where(mask, losses, tf.zeros_like(losses))
+    return losses[:, :-1], mask[:, :-1]
+
+
+@tf.custom_gradient
+def _cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], Any]]:
+    """The cross-entropy [B, L] of logits float32 [B, L, V] and targets int [B, L].
+
+    Where operations have to be deterministic, `tf.nn.sparse_softmax_cross_entropy_with_logits` takes several times the
+    memory and time: it applies log_softmax, and keeps that and the logits for the gradient. Here, the gradient is the
+    only other tensor of this size.
+    """
+    highest = tf.reduce_max(logits, -1, keepdims=True)
+    exponentials = tf.exp(logits - highest)
+    total = tf.reduce_sum(exponentials, -1, keepdims=True)
+    chosen = tf.gather(logits, targets, batch_dims=2)
+    losses = tf.squeeze(tf.math.log(total) + highest, -1) - chosen
+
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, None]:
+        # Softmax minus the one-hot targets, times upstream.
+        shape = tf.shape(exponentials)
+        rows = tf.reshape(exponentials * (upstream[..., None] / total), [-1, shape[-1]])
+        flat = tf.reshape(targets, [-1])
+        places = tf.stack([tf.range(tf.size(flat), dtype=flat.dtype), flat], -1)
+        return tf.reshape(tf.tensor_scatter_nd_sub(rows, places, tf.reshape(upstream, [-1])), shape), None
+
+    return losses, gradient
 
 
 def sum_losses(losses: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:

@@ -110,7 +110,9 @@ class FinetuningStep:
         norm = tf.linalg.global_norm(gradients)
         if self.step_state.max_grad_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, self.step_state.max_grad_norm, use_norm=norm)
-        optimizer.apply_gradients(zip(gradients, variables, strict=True), experimental_aggregate_gradients=False)
+        # Weight decay needs no gradient. If it ran earlier, it would copy the weights that the gradient still needs.
+        with tf.control_dependencies([norm]):
+            optimizer.apply_gradients(zip(gradients, variables, strict=True), experimental_aggregate_gradients=False)
         return norm
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
