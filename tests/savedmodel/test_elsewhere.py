@@ -107,16 +107,10 @@ def answer_in_a_session():
 """
 
 TOOL = """
-import json, runpy, sys
+import runpy
 
-# One process for both: most of its time is the import of TensorFlow.
-script, shown, ran = sys.argv[1:]
-for words in (shown, ran):
-    sys.argv = [script, *json.loads(words)]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        assert not end.code, end.code
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 # Times ten requests per signature.
@@ -305,11 +299,13 @@ def run_tool(folder: Path, version: Version) -> tuple[str, Any]:
     """What saved_model_cli prints about the version, and the texts that it writes."""
     script = shutil.which("saved_model_cli", path=str(Path(sys.executable).parent))
     assert script is not None
-    common = ["--dir", str(version.folder), "--tag_set", "serve"]
+    tool = (sys.executable, "-I", "-c", REFUSE + TOOL, script)
+    common = ("--dir", version.folder, "--tag_set", "serve")
+    shown = run_command(folder, *tool, "show", *common)
     given = ";".join(f"{name}={value!r}" for name, value in REQUEST.items())
-    request = ["--signature_def", "generate", "--input_exprs", given, "--outdir", str(folder)]
-    words = (json.dumps(["show", *common]), json.dumps(["run", *common, *request]))
-    shown = run_command(folder, sys.executable, "-I", "-c", REFUSE + TOOL, script, *words)
+    run_command(
+        folder, *tool, "run", *common, "--signature_def", "generate", "--input_exprs", given, "--outdir", folder
+    )
     return shown, np.load(folder / "generated_text.npy", allow_pickle=True).tolist()
 
 
