@@ -49,6 +49,7 @@ benchmarks: $(INSTALLED)-dev  ## measure the figures of the documentation
 	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.serving
 
 clean:  ## remove everything that make created
