@@ -322,11 +322,11 @@ def test_the_commands_are_listed():
         code, out, err = shell(f'"$PYTHON" -m tfclm{given}')
         assert (code, err) == (0, "")
         listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-        assert listed == ["fit", "evaluate", "generate", "export", "serve", "query", "push"]
+        assert listed == ["prepare", "fit", "launch", "evaluate", "generate", "export", "serve", "query", "push"]
     assert shell(f"{program} --version") == (0, f"tfclm {tfclm.__version__}\n", "")
     code, out, err = shell(f"{program} serv")
     assert (code, out) == (2, "")
-    assert err.startswith("tfclm: there is no command serv (did you mean serve?): give fit, ")
+    assert err.startswith("tfclm: there is no command serv (did you mean serve?): give prepare, fit, ")
     assert "--no-deterministic" in shell('"$PYTHON" -m tfclm.fit --help')[1]
     assert shell(f"{program} query --nope")[2] == shell('"$PYTHON" -m tfclm.query --nope')[2]
 

@@ -19,7 +19,7 @@ from tfclm.corpus.settings import SourceSettings
 from tfclm.metrics.bits import bits_per_byte
 from tfclm.metrics.perplexity import Perplexity, TokenLoss, perplexity, sum_losses, token_losses
 
-TIMES = 16  # how much longer the longer text is whose memory is measured
+TIMES = 40  # how much longer the longer text is whose memory is measured
 
 
 def reference(model, windows) -> tuple[float, int, float]:
