@@ -91,7 +91,6 @@ def test_without_beam_one_line_says_what_to_install(console: Console, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--file"], "--file: expected at least one argument"),
         (["--model", "none"], "--model is missing"),
         (["--output", "none"], "--output is missing"),
         (["--validation-fraction", 1], "--validation-fraction 1.0: give a number from 0 to below 1"),
