@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -141,12 +142,11 @@ def test_a_portable_runner_writes_the_same_bytes(
     with log.open("w") as file, subprocess.Popen(server, stdout=file, stderr=file) as process:
         try:
             deadline = time.monotonic() + 300
-            while "Listening for jobs at" not in log.read_text():
+            while not (port := re.search(r"Listening for beam jobs on port (\d+)", log.read_text())):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
-            port = log.read_text().partition("Listening for jobs at ")[2].split()[0].rpartition(":")[2]
-            options = [f"job_endpoint=localhost:{port}", "environment_type=LOOPBACK"]
+            options = [f"job_endpoint=localhost:{port[1]}", "environment_type=LOOPBACK"]
             runner = ["--runner", "PortableRunner", "--beam-options", *options]
             code, _, err = console(*command(checkpoint, texts, tmp_path / "out", *runner))
         finally:
