@@ -6,8 +6,6 @@ import json
 import os
 import re
 import secrets
-import socket
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import tensorflow as tf
 from tfclm.disk import reason
 from tfclm.errors import InputError
 from tfclm.terminal import log
+from tfclm.training.startup import limit_startup
 
 _EXAMPLE = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
 # Another worker's file appears here later on network file systems.
@@ -41,8 +40,8 @@ def make_strategy(
         kind: "one" device; "mirrored" on all devices of this machine; "multi_worker" on all devices of several
             workers, which TF_CONFIG names, or else Slurm. That one has to be made before TensorFlow does anything else.
         communication: how workers exchange gradients.
-        startup_timeout: seconds to wait for all workers to start. If they have not, this process names those that are
-            missing and exits with code 1, because TensorFlow's own wait has no end.
+        startup_timeout: seconds to wait for all workers to start. If they have not, a line names those that are
+            missing, and this process exits with code 1, because TensorFlow's own wait has no end.
 
     Raises:
         InputError: TF_CONFIG is missing or wrong.
@@ -59,7 +58,7 @@ def make_strategy(
     resolver = find_cluster()
     implementation = tf.distribute.experimental.CommunicationImplementation[communication.upper()]
     options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
-    with _limit_startup(resolver, startup_timeout):
+    with limit_startup(_addresses(resolver), startup_timeout):
         strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
         # Waits for all workers, which making the strategy does not always do.
         Workers(strategy).wait()
@@ -261,33 +260,3 @@ def _find_slurm_step() -> tf.distribute.cluster_resolver.ClusterResolver:
         num_accelerators={"GPU": len(tf.config.list_physical_devices("GPU"))},
         rpc_layer="grpc",
     )
-
-
-@contextmanager
-def _limit_startup(resolver: tf.distribute.cluster_resolver.ClusterResolver, seconds: float) -> Iterator[None]:
-    """Ends the process if the block takes longer than this, with a line that names the workers that do not answer."""
-    started = threading.Event()
-
-    def watch() -> None:
-        if started.wait(seconds):
-            return
-        missing = [f"{name} ({address})" for name, address in _addresses(resolver).items() if not _answers(address)]
-        which = f"no answer from {', '.join(missing)}" if missing else "all of them answer, but not all take part"
-        log(f"not all workers have started within {seconds:g} seconds (`startup_timeout`): {which}")
-        os._exit(1)  # TensorFlow's wait cannot be interrupted
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        started.set()
-
-
-def _answers(address: str) -> bool:
-    """Whether something listens at an address, HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError:
-        return False
-    return True
