@@ -183,6 +183,15 @@ def test_feed_outlives_the_names_of_what_it_reads(make_model, tokenizer) -> None
         np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), rows)
 
 
+def test_a_strategy_of_one_replica_gets_the_same_batches(make_model, tokenizer) -> None:
+    """Catches all rows in one batch: TensorFlow's sharding for such a strategy leaves out `rebatch`."""
+    batches = feed(make_model(), make_blocks(45), tokenizer, batch_size=14)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    found = list(strategy.experimental_distribute_dataset(batches))
+    for (_, labels), (_, wanted) in zip(found, batches, strict=True):
+        np.testing.assert_array_equal(labels, wanted)
+
+
 def test_run_order_is_a_cut_permutation_each_epoch() -> None:
     """Catches a block seen twice in an epoch, and the same order or the same remainder in each."""
     order = run_order(23, 5, epochs=3, seed=1)

@@ -92,6 +92,10 @@ def feed(
         rows, batch_size=fetched, shuffle=False, drop_remainder=False, collate_fn=collator(tokenizer)
     )
     batches = batches.rebatch(batch_size, drop_remainder=drop_remainder)
+    # Each worker's feed has its own rows only. Besides, sharding removes `rebatch` where a strategy has one replica.
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    batches = batches.with_options(options)
     if not isinstance(batch_size, int):
         return batches.prefetch(tf.data.AUTOTUNE)
     count = len(order) // batch_size if drop_remainder else -(-len(order) // batch_size)

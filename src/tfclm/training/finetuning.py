@@ -344,6 +344,9 @@ def _fit(
             callbacks=callbacks,
             verbose=0,
         )
+        if not tracker.finished and not model.stop_training:
+            # Keras only warns if it gets fewer batches than it asked for.
+            raise RuntimeError(f"the batches ended after step {progress.steps} of {plan.total_steps}")
 
 
 def _count_predicted(blocks: datasets.Dataset, order: np.ndarray[Any, Any]) -> int:
