@@ -83,7 +83,7 @@ def guide_blocks(tokens: Any, num_proc: int | None) -> Any:
     """The guide's second map: concatenate with `sum`, drop the remainder of every batch, copy the labels."""
 
     def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        joined: dict[str, list[int]] = {name: sum(rows, []) for name, rows in examples.items()}  # noqa: RUF017
+        joined: dict[str, list[int]] = {name: sum(rows, []) for name, rows in examples.items()}  # noqa: RUF017 - slow, as the guide
         length = len(joined["input_ids"]) // BLOCK_SIZE * BLOCK_SIZE
         result = {name: [ids[i : i + BLOCK_SIZE] for i in range(0, length, BLOCK_SIZE)] for name, ids in joined.items()}
         result["labels"] = result["input_ids"].copy()

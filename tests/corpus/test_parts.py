@@ -53,7 +53,7 @@ def test_text_without_paragraphs_is_cut_at_lines_or_characters(tmp_path: Path, g
     text = "".join(f"Zeile {i} – äöü{gap}" for i in range(120_000))
     path.write_text(text, encoding="utf-8")
     parts = list(split_file(str(path), path.stat().st_size, 500_001))
-    found = ["".join(read_documents(part, "text")) for part in parts]  # type: ignore[arg-type]
+    found = ["".join(read_documents(part, "text")) for part in parts]
     assert "".join(found) == text
     assert len(parts) == 6
     assert all(found[:3])

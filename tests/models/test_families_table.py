@@ -16,21 +16,25 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import families_table
 import numpy as np
 import pytest
 import tensorflow as tf
+import test_families
+import test_tokenizer
+import test_tokenizer_kinds
 import tf_keras
 from conftest import documents
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from weights import reference_weight
 
 import tfclm
 from tfclm.checkpoint.configs import DECODERS, ENCODERS
@@ -40,15 +44,7 @@ from tfclm.savedmodel import saving
 from tfclm.savedmodel.graph.signatures import GenerationModule
 from tfclm.savedmodel.settings import ServableSettings
 
-TESTS = Path(__file__).parents[1]
-REFERENCES = TESTS / "references"
-sys.path[:0] = [str(REFERENCES), str(TESTS / "savedmodel" / "tokenizer")]
-import families_table  # noqa: E402 - of the references
-import test_families  # noqa: E402 - of the tokenizers
-import test_tokenizer  # noqa: E402
-import test_tokenizer_kinds  # noqa: E402
-from weights import reference_weight  # noqa: E402
-
+REFERENCES = Path(__file__).parents[1] / "references"
 # The case of tests/references for a type, if it has another name.
 CASES = {"falcon": "falcon_7b", "gpt_bigcode": "v5_gpt_bigcode", "gpt-sw3": "gpt2"}
 # The tokenizers of the published models of a type, as the tests of tokenizers call them.

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 # How far after the beginning of a part a paragraph is looked for: longer ones are cut anyway.
 PARAGRAPH_BYTES = 1 << 20
@@ -111,7 +111,7 @@ class _Limited(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: Any, /) -> int:
         size = len(buffer) if self._left is None else min(len(buffer), max(self._left, 0))
         piece = self._file.read(size)
         buffer[: len(piece)] = piece

@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import tensorflow as tf
 
 from tfclm.compat import get_tf_activation
-from tfclm.models.rope import Rope
+from tfclm.models.positions import Rotation, alibi_bias, attention_bias, counted, sinusoids
+from tfclm.models.shapes import sizes
 from tfclm.models.spec import Spec
 
 __all__ = ["Cache", "Decoded", "Weights", "decode_tokens", "head_logits", "layer_norm", "rms_norm"]
@@ -99,21 +99,23 @@ def decode_tokens(
         cache: keys and values of earlier tokens.
     """
     x = weights.embed(spec.names.embedding, ids) if embeddings is None else embeddings
-    length = _sizes(x)[1]
+    length = sizes(x)[1]
     slots = tf.range(length)[None] if cache is None else cache.slots
     keys = length if cache is None else cache.keys
     if positions is None:
         positions = slots
         if spec.positions_from_mask and mask is not None:
-            positions = tf.gather(_counted(mask), tf.broadcast_to(slots, tf.shape(x)[:2]), batch_dims=1)
+            positions = tf.gather(counted(mask), tf.broadcast_to(slots, tf.shape(x)[:2]), batch_dims=1)
         if spec.padding_id is not None and ids is not None:
             # These models do not count padding, wherever it is.
             positions = slots[:, :1] + tf.cumsum(tf.cast(ids != spec.padding_id, tf.int32), 1) - 1
     x = _embed(spec, weights, x, ids, positions)
-    rotation = _Rotation(spec, positions, lengths, x.dtype)
-    biases = {window: _bias(slots, keys, window, mask, x.dtype) for window in sorted(set(spec.windows), key=str)}
+    rotation = Rotation(spec, positions, lengths, x.dtype)
+    biases = {
+        window: attention_bias(slots, keys, window, mask, x.dtype) for window in sorted(set(spec.windows), key=str)
+    }
     if spec.alibi:
-        alibi = _alibi(spec, keys, mask, x.dtype)
+        alibi = alibi_bias(spec, keys, mask, x.dtype)
         biases = {window: bias + alibi for window, bias in biases.items()}
     if x.shape[1] == 1:
         # The heads of a group take the place of the queries.
@@ -189,12 +191,6 @@ def _gelu_tanh(inputs: Tensor) -> Tensor:
     return inputs * tf.sigmoid(inputs * (scale + 0.044715 * scale * tf.square(inputs)))
 
 
-def _counted(mask: Tensor) -> Tensor:
-    """The positions int32 [B, tokens] of tokens, padding not counted."""
-    present = tf.cast(mask, tf.int32)
-    return tf.maximum(tf.cumsum(present, 1) - 1, 0)
-
-
 def _embed(spec: Spec, weights: Weights, x: Tensor, ids: Tensor | None, positions: Tensor) -> Tensor:
     """What the first layer reads."""
     names = spec.names
@@ -219,134 +215,13 @@ def _add_positions(spec: Spec, weights: Weights, x: Tensor, ids: Tensor | None, 
         rows = tf.where(ids == spec.padding_id, spec.padding_id, rows)
     if spec.positions == "learned":
         return x + weights.embed(spec.names.position_embedding, rows)
-    table = _sinusoids(spec)
-    return x + tf.cast(tf.gather(tf.constant(table), rows), x.dtype)
-
-
-def _sinusoids(spec: Spec) -> np.ndarray[Any, Any]:
-    """Constant position embeddings float32 [rows, D]: sines in the first half, cosines in the second."""
-    size = spec.hidden_size
-    rows = np.arange((spec.context or 0) + spec.position_offset, dtype=np.float32)[:, None]
-    if spec.positions == "ctrl":
-        powers = 1 / np.power(np.float32(10000), 2 * np.arange(size // 2, dtype=np.float32) / np.float32(size))
-    else:
-        powers = np.exp(np.arange(size // 2, dtype=np.float32) * np.float32(-math.log(10000) / (size // 2 - 1)))
-    angles = rows * powers[None].astype(np.float32)
-    table = np.concatenate([np.sin(angles), np.cos(angles), np.zeros([len(rows), size % 2])], 1).astype(np.float32)
-    if spec.positions == "sinusoidal" and spec.padding_id is None and spec.position_offset:
-        table[1] = 0  # the padding's
-    return table
-
-
-def _bias(slots: Tensor, keys: Tensor, window: int | None, mask: Tensor | None, dtype: tf.DType) -> Tensor:
-    """What hides later tokens, padding and those before the window, added to the scores; [B or 1, 1, 1, L, keys]."""
-    key = tf.range(keys)[None, None]
-    visible = key <= slots[:, :, None]
-    if window is not None:
-        visible &= key > slots[:, :, None] - window
-    if mask is not None:
-        visible &= tf.cast(mask, tf.bool)[:, None]
-    # Half of the lowest number, because a score is added to it.
-    return tf.where(visible, tf.zeros([], dtype), tf.constant(dtype.min / 2, dtype))[:, None, None]
-
-
-def _alibi(spec: Spec, keys: Tensor, mask: Tensor | None, dtype: tf.DType) -> Tensor:
-    """What is added to the scores for the distance of keys, [B or 1, key-value heads, group, 1, keys].
-
-    It grows with the key's position: softmax is the same for scores that differ by a constant per query.
-    """
-    positions = tf.range(keys)[None] if mask is None else _counted(mask) * tf.cast(mask, tf.int32)
-    slopes = tf.constant(spec.alibi, tf.float32)
-    if spec.alibi_bfloat16:
-        product = tf.cast(slopes, tf.bfloat16)[None, :, None] * tf.cast(positions, tf.bfloat16)[:, None]
-        biases = tf.cast(product, tf.float32) * spec.attention_scale
-    else:
-        biases = slopes[None, :, None] * tf.cast(positions, tf.float32)[:, None]
-    shape = [tf.shape(positions)[0], spec.kv_heads, spec.heads // spec.kv_heads, 1, keys]
-    return tf.cast(tf.reshape(biases, shape), dtype)
-
-
-def _sizes(x: Tensor) -> list[Any]:
-    """The sizes of a tensor, to reshape others with: int where they are static, and -1 for a batch that alone is not.
-
-    In a decoding step, the ops that compute dynamic sizes would take more time than the reshaping.
-    """
-    first, *rest = x.shape
-    if None not in rest:
-        return [-1 if first is None else first, *rest]
-    dynamic = tf.unstack(tf.shape(x), len(x.shape))
-    return [size if static is None else static for size, static in zip(dynamic, x.shape, strict=True)]
-
-
-def _swap_heads(x: Tensor) -> Tensor:
-    """[B, L, heads, size] to [B, heads, L, size], or back."""
-    if 1 in x.shape[1:3]:
-        return tf.reshape(x, [_sizes(x)[number] for number in (0, 2, 1, 3)])
-    return tf.transpose(x, [0, 2, 1, 3])
-
-
-class _Rotation:
-    """The rotary position embeddings of one call, for all layers."""
-
-    def __init__(self, spec: Spec, positions: Tensor, lengths: Tensor | None, dtype: tf.DType) -> None:
-        self._interleaved = spec.interleaved
-        if lengths is None:
-            lengths = tf.reduce_max(positions, 1) + 1
-        self._angles = [
-            _angles(rope, _frequencies(rope, lengths), positions, dtype, spec.interleaved) for rope in spec.ropes
-        ]
-
-    def rotate(self, x: Tensor, rope: int | None) -> Tensor:
-        """Queries or keys [B, heads, L, head size] of the new tokens, rotated."""
-        return x if rope is None else _rotate(x, *self._angles[rope], self._interleaved)
-
-
-def _frequencies(rope: Rope, lengths: Tensor) -> Tensor:
-    """Radians per position, [1, pairs], or [B, pairs] if they depend on the lengths [B] of the texts."""
-    frequencies = tf.constant(rope.frequencies)[None]
-    if rope.long_frequencies is not None:
-        return tf.where(lengths[:, None] > rope.threshold, tf.constant(rope.long_frequencies)[None], frequencies)
-    if rope.dynamic is not None:
-        base, factor, context = rope.dynamic
-        size = 2 * len(rope.frequencies)
-        length = tf.cast(tf.maximum(lengths, context), tf.float32)[:, None]
-        base *= (factor * length / context - (factor - 1)) ** (size / (size - 2))
-        return 1 / base ** tf.constant(np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
-    return frequencies
-
-
-def _angles(rope: Rope, frequencies: Tensor, positions: Tensor, dtype: tf.DType, interleaved: bool) -> Pair:
-    """What numbers are multiplied by, and what the other ones of their pairs are; [B or 1, 1, L, 2 x pairs] each."""
-    angles = tf.cast(positions, tf.float32)[:, None, :, None] * frequencies[:, None, None]
-    cos, sin = tf.cos(angles), tf.sin(angles)
-    if rope.factor != 1:
-        cos, sin = cos * rope.factor, sin * rope.factor
-    if interleaved:
-        cos, sin = tf.repeat(cos, 2, -1), tf.reshape(tf.stack([-sin, sin], -1), [*_sizes(sin)[:3], 2 * sin.shape[-1]])
-    else:
-        cos, sin = tf.concat([cos, cos], -1), tf.concat([-sin, sin], -1)
-    return tf.cast(cos, dtype), tf.cast(sin, dtype)
-
-
-def _rotate(x: Tensor, own: Tensor, other: Tensor, interleaved: bool) -> Tensor:
-    """x [B, heads, L, size] with its first dimensions rotated."""
-    size, rest = own.shape[-1], None
-    if size < x.shape[-1]:
-        x, rest = tf.split(x, [size, x.shape[-1] - size], -1)
-    if interleaved:
-        pairs = tf.reshape(x, [*_sizes(x)[:3], size // 2, 2])
-        swapped = tf.reshape(tf.reverse(pairs, [-1]), _sizes(x))
-    else:
-        first, second = tf.split(x, 2, -1)
-        swapped = tf.concat([second, first], -1)
-    rotated = x * own + swapped * other
-    return rotated if rest is None else tf.concat([rotated, rest], -1)
+    return x + tf.cast(tf.gather(tf.constant(sinusoids(spec)), rows), x.dtype)
 
 
 class _Layer:
     """One layer: attention and feed-forward part with their norms and residuals."""
 
-    def __init__(self, spec: Spec, weights: Weights, index: int, rotation: _Rotation, bias: Tensor) -> None:
+    def __init__(self, spec: Spec, weights: Weights, index: int, rotation: Rotation, bias: Tensor) -> None:
         self._spec, self._weights, self._index, self._rotation, self._bias = spec, weights, index, rotation, bias
 
     def call(
@@ -401,7 +276,7 @@ class _Layer:
         self, x: Tensor, past: Pair | None, append: Callable[[Tensor, Tensor], Tensor] | None
     ) -> tuple[Tensor, Tensor, Pair]:
         spec, rotation, rope = self._spec, self._rotation, self._spec.layer_ropes[self._index]
-        batch, length, _ = _sizes(x)
+        batch, length, _ = sizes(x)
         q, k, v = self._split_heads(x, batch, length)
         q, k = rotation.rotate(q, rope), rotation.rotate(k, rope)
         if past is not None and append is not None:
@@ -409,7 +284,7 @@ class _Layer:
         pair = (k, v)
         scale = spec.attention_scale / (self._index + 1 if spec.attention_scale_by_layer else 1)
         # The heads that share keys and values are rows of one product, so that these are not repeated.
-        group, keys = spec.heads // spec.kv_heads, _sizes(k)[2]
+        group, keys = spec.heads // spec.kv_heads, sizes(k)[2]
         q = tf.reshape(q * tf.cast(scale, q.dtype), [batch, spec.kv_heads, group * length, spec.head_dim])
         scores = tf.matmul(q, k, transpose_b=True)
         if spec.attention_cap is not None:
@@ -456,3 +331,10 @@ class _Layer:
         if spec.qk_norm == "head":
             q, k = self._weights.norm(q_norm, q), self._weights.norm(k_norm, k)
         return q, k, v
+
+
+def _swap_heads(x: Tensor) -> Tensor:
+    """[B, L, heads, size] to [B, heads, L, size], or back."""
+    if 1 in x.shape[1:3]:
+        return tf.reshape(x, [sizes(x)[number] for number in (0, 2, 1, 3)])
+    return tf.transpose(x, [0, 2, 1, 3])

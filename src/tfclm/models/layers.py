@@ -9,6 +9,7 @@ import tf_keras
 
 from tfclm.compat import get_initializer
 from tfclm.models.decoder import layer_norm, rms_norm
+from tfclm.models.shapes import sizes
 from tfclm.models.spec import Module, Spec
 
 __all__ = ["Group", "make_layer", "product", "resize"]
@@ -181,6 +182,4 @@ def product(inputs: Tensor, matrix: Tensor, *, transposed: bool = False) -> Tens
     """Inputs [..., in] times a matrix [in, out], or [out, in] if `transposed`."""
     # As a product of two matrices: the gradient of a batched product would hold a matrix per row.
     rows = tf.matmul(tf.reshape(inputs, [-1, inputs.shape[-1]]), matrix, transpose_b=transposed)
-    outputs = tf.reshape(rows, tf.concat([tf.shape(inputs)[:-1], tf.shape(rows)[-1:]], 0))
-    outputs.set_shape([*inputs.shape[:-1], rows.shape[-1]])
-    return outputs
+    return tf.reshape(rows, [*sizes(inputs)[:-1], rows.shape[-1]])

@@ -14,6 +14,7 @@ from tfclm.errors import InputError
 from tfclm.models.decoder import Cache, Decoded, decode_tokens, head_logits, layer_norm, rms_norm
 from tfclm.models.families import FAMILIES, spec_of
 from tfclm.models.registration import decoder_class
+from tfclm.models.shapes import sizes
 from tfclm.models.spec import Module, Spec
 from tfclm.savedmodel.graph import key_value_cache
 from tfclm.savedmodel.graph.products import product
@@ -188,7 +189,7 @@ class _Products:
         outputs = self._multiply(rows, self._weights[f"{name}.weight"], transposed=self._transposed)
         if self._modules[name].bias:
             outputs = tf.nn.bias_add(outputs, tf.reshape(self._weights[f"{name}.bias"], [-1]))
-        return _unflatten(outputs, inputs, self._modules[name].outputs)
+        return tf.reshape(outputs, [*sizes(inputs)[:-1], self._modules[name].outputs])
 
     def _multiply(self, rows: Tensor, matrix: Tensor, *, transposed: bool) -> Tensor:
         return product(rows, matrix, transposed=transposed, small_batch=self._small_batch, compiled=self._xla)
@@ -211,21 +212,10 @@ class _Products:
         if self._xla:
             # Without the barrier, XLA may choose a layout of the logits that swaps the product's operands back.
             (logits,) = xla_optimization_barrier(input=[tf.reshape(logits, [-1])])
-        return _unflatten(logits, inputs, spec.vocab_size)
+        return tf.reshape(logits, [*sizes(inputs)[:-1], spec.vocab_size])
 
     def dropout(self, kind: str, inputs: Tensor) -> Tensor:
         return inputs
-
-
-def _unflatten(rows: Tensor, inputs: Tensor, size: int) -> Tensor:
-    """Rows [N, size] in the shape of the inputs [..., in] that they were computed from."""
-    *sizes, _ = inputs.shape
-    if sizes.count(None) == 1:
-        # In a decoding step, every op takes time.
-        return tf.reshape(rows, [*(-1 if each is None else each for each in sizes), size])
-    result = tf.reshape(rows, tf.concat([tf.shape(inputs)[:-1], [size]], 0))
-    result.set_shape([*sizes, size])
-    return result
 
 
 def _rounded(model: TFPreTrainedModel, dtype: tf.DType) -> TFPreTrainedModel:
