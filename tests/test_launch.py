@@ -212,17 +212,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, documen
 def launch(place: Path, *flags: str) -> subprocess.Popen[str]:
     """Starts two workers of a run in the directory."""
     settings = "--model base --train-file text.txt --output-dir run --block-size 32 --batch-size 8 --save-steps 2"
-    words = [
-        "-m",
-        "tfclm.launch",
-        "fit",
-        "--strategy",
-        "multi_worker",
-        *shlex.split(settings),
-        "--num-proc",
-        "1",
-        *flags,
-    ]
+    words = ["-m", "tfclm.launch", "fit", *shlex.split(settings), "--num-proc", "1", *flags]
     return subprocess.Popen(
         [sys.executable, *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

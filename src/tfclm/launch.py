@@ -1,4 +1,4 @@
-"""`python -m tfclm.launch`: starts several workers of a command on this machine, each with its own TF_CONFIG."""
+"""`python -m tfclm.launch [flags] fit ...`: starts several workers of `fit` on this machine, each with a TF_CONFIG."""
 
 from __future__ import annotations
 
@@ -162,9 +162,12 @@ def main() -> None:
     sys.argv = [sys.argv[0], *own]
 
     def launch(settings: LaunchSettings) -> int:
-        if rest[:1] != ["fit"]:
+        if not rest:
             raise InputError("the command to start is missing: give fit and its flags last")
-        return run(settings, rest)
+        if rest[0] != "fit":
+            raise InputError(f"{rest[0]} cannot be started as several workers: give fit and its flags last")
+        # Without the strategy, each worker would be a run of its own, in one directory.
+        return run(settings, ["fit", "--strategy", "multi_worker", *rest[1:]])
 
     command(LaunchSettings, launch, verb="launch", description=__doc__ or "", tensorflow=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -161,9 +162,9 @@ def split_inputs(files: list[dict[str, Any]], settings: PrepareSettings) -> list
 
     parts: list[FilePart] = []
     seen: set[str] = set()
-    paths = [file["path"] for file in files]
-    if twice := [path for path in paths if paths.count(path) > 1] if len(set(paths)) < len(paths) else []:
-        raise InputError(f"`file` names {twice[0]} twice: give each file once")
+    path, count = Counter(file["path"] for file in files).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"`file` names {path} twice: give each file once")
     for file in files:
         kind = FilePart(file["path"]).extension
         if kind not in READERS:
