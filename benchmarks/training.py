@@ -235,7 +235,7 @@ def make_checkpoint(folder: Path, size: str) -> None:
     checkpoint.save(model, PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>"), folder)
 
 
-def start(command: list[str], threads: int) -> str:
+def start(command: list[str], threads: int, program: str) -> str:
     """Runs this module in a new process on some CPUs; returns the last line of its output."""
     cpus = set(sorted(os.sched_getaffinity(0))[:threads])
     environment = {
@@ -243,6 +243,8 @@ def start(command: list[str], threads: int) -> str:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TRANSFORMERS_VERBOSITY": "error",
         "KERAS_BACKEND": "tensorflow",
+        # Else transformers imports both, where both are installed, and the peak holds the other one's libraries.
+        **({"USE_TORCH": "1"} if program == "torch" else {"USE_TF": "1"}),
     }
     # Importing tfclm sets it in this process; KerasHub needs Keras 3.
     environment.pop("TF_USE_LEGACY_KERAS", None)
@@ -267,7 +269,7 @@ def measure(names: list[str], folder: Path, options: argparse.Namespace, rows: i
             program = PROGRAMS[name][0]
             command = [pythons[program], "-m", "benchmarks.training", "--program", name, "--folder", str(folder)]
             command += ["--rows", str(rows), "--steps", str(options.steps)]
-            rounds[name].append(json.loads(start(command, options.threads)))
+            rounds[name].append(json.loads(start(command, options.threads, program)))
             one = rounds[name][-1]
             print(
                 f"{name:22s} {one['seconds']:8.3f} s  {one['cpu_seconds']:8.3f} CPU s  {one['peak_mib']:7.0f} MiB"

@@ -17,6 +17,7 @@ from tfclm.compat import (
 )
 from tfclm.models.decoder import Cache, decode_tokens, head_logits
 from tfclm.models.families import spec_of
+from tfclm.models.gradients import recomputed
 from tfclm.models.layers import Group, make_layer, product, resize
 from tfclm.models.rope import translate_rope
 from tfclm.models.spec import Spec
@@ -94,6 +95,7 @@ class DecoderStem(Group):
             mask=attention_mask,
             positions=None if position_ids is None else tf.cast(position_ids, tf.int32),
             cache=cache,
+            elementwise=recomputed,
         )
         result = TFBaseModelOutputWithPast(
             last_hidden_state=out.hidden,

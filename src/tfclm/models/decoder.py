@@ -20,6 +20,7 @@ __all__ = ["Cache", "Decoded", "Weights", "decode_tokens", "head_logits", "layer
 
 Tensor = Any
 Pair = tuple[Tensor, Tensor]
+Function = Callable[..., Tensor]
 
 
 class Weights(Protocol):
@@ -84,6 +85,7 @@ def decode_tokens(
     positions: Tensor | None = None,
     lengths: Tensor | None = None,
     cache: Cache | None = None,
+    elementwise: Callable[[Function], Function] = lambda function: function,
 ) -> Decoded:
     """Computes the hidden states of tokens that attend to themselves, earlier ones and the cache.
 
@@ -97,6 +99,7 @@ def decode_tokens(
         lengths: int32 [B], tokens of each text if they are padded on the right, for rotations that depend on the
             length; by default, that of the last position. The cache keeps the rotation that keys were computed with.
         cache: keys and values of earlier tokens.
+        elementwise: wraps the functions between dense layers, such as `tfclm.models.gradients.recomputed` for training.
     """
     x = weights.embed(spec.names.embedding, ids) if embeddings is None else embeddings
     length = sizes(x)[1]
@@ -124,7 +127,7 @@ def decode_tokens(
     for index in range(spec.layers):
         hidden_states.append(x)
         past = None if cache is None else cache.pairs[index]
-        layer = _Layer(spec, weights, index, rotation, biases[spec.windows[index]])
+        layer = _Layer(spec, weights, index, rotation, biases[spec.windows[index]], elementwise)
         x, attention, pair = layer.call(x, past, None if cache is None else cache.append)
         attentions.append(attention)
         pairs.append(pair)
@@ -168,7 +171,7 @@ def layer_norm(inputs: Tensor, weight: Tensor, bias: Tensor | None, eps: float) 
     return tf.cast(exact, inputs.dtype)
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
+def activation(name: str) -> Function:
     """The activation function that transformers calls by this name."""
     if name in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
         return _gelu_tanh
@@ -176,8 +179,9 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
         "gelu": lambda inputs: tf.nn.gelu(inputs, approximate=False),
         "relu": tf.nn.relu,
         "relu2": lambda inputs: tf.square(tf.nn.relu(inputs)),
-        "silu": tf.nn.silu,
-        "swish": tf.nn.silu,
+        # Not tf.nn.silu, whose gradient would compute the sigmoid once more.
+        "silu": lambda inputs: inputs * tf.sigmoid(inputs),
+        "swish": lambda inputs: inputs * tf.sigmoid(inputs),
     }
     if name in functions:
         return functions[name]
@@ -221,8 +225,17 @@ def _add_positions(spec: Spec, weights: Weights, x: Tensor, ids: Tensor | None, 
 class _Layer:
     """One layer: attention and feed-forward part with their norms and residuals."""
 
-    def __init__(self, spec: Spec, weights: Weights, index: int, rotation: Rotation, bias: Tensor) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        weights: Weights,
+        index: int,
+        rotation: Rotation,
+        bias: Tensor,
+        elementwise: Callable[[Function], Function],
+    ) -> None:
         self._spec, self._weights, self._index, self._rotation, self._bias = spec, weights, index, rotation, bias
+        self._elementwise = elementwise
 
     def call(
         self, x: Tensor, past: Pair | None, append: Callable[[Tensor, Tensor], Tensor] | None
@@ -261,14 +274,14 @@ class _Layer:
         function = activation(spec.activation)
         if not spec.gated:
             (up,) = self._dense([names.up], x)
-            inner = function(up)
+            inner = self._elementwise(function)(up)
         else:
             if spec.fused_gate_up:
                 (fused,) = self._dense([names.gate_up], x)
                 gate, up = tf.split(fused, 2, -1)
             else:
                 gate, up = self._dense([names.gate, names.up], x)
-            inner = function(gate) * up
+            inner = self._elementwise(lambda gate, up: function(gate) * up)(gate, up)
         (output,) = self._dense([names.down], self._weights.dropout("activation", inner))
         return output
 

@@ -9,6 +9,7 @@ import tf_keras
 
 from tfclm.compat import get_initializer
 from tfclm.models.decoder import layer_norm, rms_norm
+from tfclm.models.gradients import recomputed
 from tfclm.models.shapes import sizes
 from tfclm.models.spec import Module, Spec
 
@@ -56,11 +57,14 @@ class Embedding(_Weighted):
         if not self.built:
             self.built = True
             shape = (self._module.inputs, self._module.outputs)
-            self.weight = self.add_weight("weight", shape, initializer=self._initializer)
+            # Rows are gathered before they are cast.
+            self.weight = self.add_weight("weight", shape, initializer=self._initializer, experimental_autocast=False)
 
     def call(self, ids: Tensor) -> Tensor:
         """The embeddings [..., D] of ids [...]."""
-        return tf.gather(self.weight, ids)
+        # Once rows are gathered from a variable, TensorFlow copies it each time that all of it is read.
+        table = tf.convert_to_tensor(self.weight)
+        return tf.cast(tf.gather(table, ids), self.compute_dtype)
 
 
 class Norm(_Weighted):
@@ -80,9 +84,13 @@ class Norm(_Weighted):
 
     def call(self, inputs: Tensor) -> Tensor:
         """The normalized inputs [..., D]."""
+        weights = [tf.convert_to_tensor(each) for each in (self.weight, self.bias) if each is not None]
+        return recomputed(self._normalize)(inputs, *weights)
+
+    def _normalize(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._kind == "layer":
-            return layer_norm(inputs, self.weight, self.bias, self._eps)
-        return rms_norm(inputs, self.weight, self._eps, plus_one=self._kind == "rms_plus_one")
+            return layer_norm(inputs, weight, bias, self._eps)
+        return rms_norm(inputs, weight, self._eps, plus_one=self._kind == "rms_plus_one")
 
 
 class Bias(_Weighted):
