@@ -33,4 +33,5 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
         return function(*inputs), gradient
 
-    return call
+    wrapped: Callable[..., Tensor] = call
+    return wrapped
