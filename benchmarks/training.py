@@ -128,7 +128,7 @@ def train_tfclm(folder: Path, rows: int, steps: int, bfloat16: bool, jit_compile
     import tf_keras
 
     import tfclm
-    from tfclm.training.feed import run_order
+    from tfclm.training.order import RunOrder
 
     settings = tfclm.TrainingSettings(
         epochs=1,
@@ -144,7 +144,8 @@ def train_tfclm(folder: Path, rows: int, steps: int, bfloat16: bool, jit_compile
     model, tokenizer = tfclm.load(str(folder))
     batches = read_blocks(folder, rows, steps)
     # Placed so that the run's order gives the batches of the other programs.
-    order, blocks = run_order(rows * steps, rows, 1, settings.seed), np.concatenate(batches)
+    order = RunOrder(rows * steps, rows, 1, settings.seed)[np.arange(rows * steps)]
+    blocks = np.concatenate(batches)
     shuffled = np.empty_like(blocks)
     shuffled[order] = blocks
     train, validation = (

@@ -13,7 +13,8 @@ import tensorflow as tf
 from transformers import DataCollatorForLanguageModeling
 
 from tfclm.corpus import pack
-from tfclm.training.feed import collator, feed, run_order
+from tfclm.training.feed import collator, feed
+from tfclm.training.order import RunOrder, WorkerOrder
 
 
 @pytest.fixture(autouse=True)
@@ -103,12 +104,13 @@ def test_feed_of_a_selection_of_blocks(kind: str, make_model, tokenizer) -> None
 def test_resumed_order_continues_where_the_run_stopped(make_model, tokenizer) -> None:
     """Catches a resumed run that sees other batches than the uninterrupted one."""
     model, blocks = make_model(), make_blocks(21)
-    order = run_order(21, 4, epochs=3, seed=5)
-    whole = list(feed(model, blocks, tokenizer, batch_size=4, order=order, drop_remainder=True))
-    rest = list(feed(model, blocks, tokenizer, batch_size=4, order=order[7 * 4 :], drop_remainder=True))
-    assert len(whole) == 15
+    all_batches, rest = (
+        list(feed(model, blocks, tokenizer, batch_size=4, order=RunOrder(21, 4, 3, 5, start), drop_remainder=True))
+        for start in (0, 7 * 4)
+    )
+    assert len(all_batches) == 15
     assert len(rest) == 8
-    for (_, one), (_, other) in zip(whole[7:], rest, strict=True):
+    for (_, one), (_, other) in zip(all_batches[7:], rest, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -165,7 +167,7 @@ def test_model_trains_on_the_feed(make_model, tokenizer) -> None:
     """Catches a structure that Keras takes for something else than inputs and labels, or an unknown number of steps."""
     model, blocks = make_model("gpt2", context=16), make_blocks(12)
     model.compile(optimizer="sgd")
-    order = run_order(12, 4, epochs=2, seed=0)
+    order = RunOrder(12, 4, epochs=2, seed=0)
     batches = feed(model, blocks, tokenizer, batch_size=4, order=order, drop_remainder=True)
     history = model.fit(batches, epochs=2, steps_per_epoch=3, verbose=0)
     assert len(history.history["loss"]) == 2
@@ -192,10 +194,14 @@ def test_a_strategy_of_one_replica_gets_the_same_batches(make_model, tokenizer) 
         np.testing.assert_array_equal(labels, wanted)
 
 
+def whole(order: RunOrder) -> np.ndarray:
+    """All of an order."""
+    return order[np.arange(len(order))]
+
+
 def test_run_order_is_a_cut_permutation_each_epoch() -> None:
     """Catches a block seen twice in an epoch, and the same order or the same remainder in each."""
-    order = run_order(23, 5, epochs=3, seed=1)
-    epochs = order.reshape(3, 20)
+    epochs = whole(RunOrder(23, 5, epochs=3, seed=1)).reshape(3, 20)
     for epoch in epochs:
         assert len(set(epoch)) == 20
         assert set(epoch) <= set(range(23))
@@ -205,14 +211,37 @@ def test_run_order_is_a_cut_permutation_each_epoch() -> None:
 
 
 def test_run_order_depends_on_seed_and_epoch_alone() -> None:
-    """Catches an order that a longer run, a resumed run or NumPy's global state would change."""
-    order = run_order(23, 5, epochs=3, seed=1)
+    """Catches an order that a longer run, a resumed run, another version or NumPy's global state would change."""
+    order = whole(RunOrder(23, 5, epochs=3, seed=1))
     np.random.seed(99)
-    np.testing.assert_array_equal(run_order(23, 5, epochs=5, seed=1)[:60], order)
-    assert not np.array_equal(run_order(23, 5, epochs=3, seed=2), order)
-    assert run_order(23, 5, epochs=0, seed=1).shape == (0,)
+    np.testing.assert_array_equal(whole(RunOrder(23, 5, epochs=5, seed=1))[:60], order)
+    np.testing.assert_array_equal(whole(RunOrder(23, 5, epochs=3, seed=1, start=27)), order[27:])
+    assert not np.array_equal(whole(RunOrder(23, 5, epochs=3, seed=2)), order)
+    assert len(RunOrder(23, 5, epochs=0, seed=1)) == 0
+    # States that were saved by earlier versions resume in this order.
+    generators = [np.random.default_rng([1, epoch]) for epoch in range(3)]
+    permutations = [generator.permutation(np.arange(23, dtype=np.int32))[:20] for generator in generators]
+    np.testing.assert_array_equal(order, np.concatenate(permutations))
 
 
 def test_run_order_of_fewer_blocks_than_a_batch() -> None:
     """Catches an epoch of no steps when the text is small."""
-    assert sorted(run_order(3, 16, epochs=1, seed=0)) == [0, 1, 2]
+    assert sorted(whole(RunOrder(3, 16, epochs=1, seed=0))) == [0, 1, 2]
+
+
+def test_run_order_ends() -> None:
+    """Catches a feed that goes on with epochs that the run does not have."""
+    order = RunOrder(23, 5, epochs=3, seed=1, start=20)
+    for positions in ([39, 40], [-1, 0]):
+        with pytest.raises(IndexError, match="an order of 40 blocks"):
+            order[np.array(positions)]
+
+
+@pytest.mark.parametrize(("first", "rows"), [(0, 3), (3, 2), (5, 2)])
+@pytest.mark.parametrize("count", [21, 24, 27])
+def test_part_of_a_worker(first: int, rows: int, count: int) -> None:
+    """Catches rows of another worker's part, or of a short last batch that has less or nothing for this one."""
+    order = np.random.default_rng(0).permutation(count)
+    own = WorkerOrder(order, 7, first, rows)
+    batches = [order[start : start + 7][first : first + rows] for start in range(0, count, 7)]
+    np.testing.assert_array_equal(own[np.arange(len(own))], np.concatenate(batches))

@@ -419,14 +419,14 @@ def _report_on_two_devices(connection, folder: Path, tokenizer_dir: Path) -> Non
 
     from tfclm.checkpoint import create
     from tfclm.metrics.perplexity import token_losses
-    from tfclm.training.feed import run_order
+    from tfclm.training.order import RunOrder
 
     device = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(device, [tf.config.LogicalDeviceConfiguration()] * 2)
     # What the first step should report, but for dropout.
     tf_keras.utils.set_random_seed(0)
     model = create(tiny_config("gpt2"))
-    ids = tf.constant([make_blocks(32)[int(row)]["input_ids"] for row in run_order(32, 6, 1, 0)[:6]])
+    ids = tf.constant([make_blocks(32)[int(row)]["input_ids"] for row in RunOrder(32, 6, 1, 0)[np.arange(6)]])
     with tf.GradientTape() as tape:
         loss = tf.reduce_mean(token_losses(model(input_ids=ids).logits, ids)[0])
     gradients = tape.gradient(loss, model.trainable_variables)

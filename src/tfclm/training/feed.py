@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import tensorflow as tf
 from transformers import DataCollatorForLanguageModeling
 
 from tfclm.compat import is_selection
+from tfclm.training.order import RunOrder, WorkerOrder
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase, TFPreTrainedModel
 
     from tfclm.training.workers import Workers
 
+Order: TypeAlias = np.ndarray[Any, Any] | RunOrder | WorkerOrder
 # Tokens per Python call: a call costs nearly the same for one row and for a thousand.
 FETCH_TOKENS = 1 << 16
 
@@ -59,7 +62,7 @@ def feed(
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int | Sequence[int],
-    order: np.ndarray[Any, Any] | None = None,
+    order: Order | None = None,
     drop_remainder: bool = False,
 ) -> tf.data.Dataset:
     """Makes batches for `model.fit`.
@@ -73,24 +76,20 @@ def feed(
             it.
         tokenizer: the model's tokenizer.
         batch_size: rows per batch; or several sizes, which the batches have in turn.
-        order: indices into `blocks`, of all rows of a run; a resumed run passes `order[done:]`. If None, every block
-            once.
+        order: indices into `blocks`, of all rows of a run. If None, every block once.
         drop_remainder: leave out a short last batch.
 
     Returns:
         Batches ({"input_ids" [B, L], "attention_mask" [B, L]}, labels [B, L]), all int64.
     """
-    import datasets
-    import pyarrow as pa
-
     fetch = _Fetch(blocks)
-    order = np.arange(len(blocks)) if order is None else np.asarray(order)
-    # With a fingerprint, because datasets would compute one from a copy of the whole order.
-    rows = datasets.Dataset(pa.table({"block": order}), fingerprint="order").with_transform(fetch)
+    order = np.arange(len(blocks)) if order is None else order
+    rows = _Rows(len(order), fetch)
     fetched = int(np.sum(batch_size)) * max(FETCH_TOKENS // (int(np.sum(batch_size)) * fetch.block_size), 1)
     batches = model.prepare_tf_dataset(
         rows, batch_size=fetched, shuffle=False, drop_remainder=False, collate_fn=collator(tokenizer)
     )
+    rows.order = order
     batches = batches.rebatch(batch_size, drop_remainder=drop_remainder)
     # Each worker's feed has its own rows only. Besides, sharding removes `rebatch` where a strategy has one replica.
     options = tf.data.Options()
@@ -108,7 +107,7 @@ def worker_feed(
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int,
-    order: np.ndarray[Any, Any],
+    order: RunOrder | np.ndarray[Any, Any],
     workers: Workers,
     endless: bool = False,
 ) -> tf.data.Dataset | tf.distribute.DistributedDataset:
@@ -119,7 +118,7 @@ def worker_feed(
         blocks: a dataset as for `feed`.
         tokenizer: the model's tokenizer.
         batch_size: rows per batch, over all replicas of all workers.
-        order: indices into `blocks` for the batches of all workers.
+        order: indices into `blocks`, for the batches of all workers.
         workers: the workers of the run; with one, this is `feed`.
         endless: repeat at the end, so that the workers need not agree before each batch whether there is one.
     """
@@ -127,14 +126,29 @@ def worker_feed(
         return feed(model, blocks, tokenizer, batch_size=batch_size, order=order)
     own, sizes = workers.share(order, batch_size)
     # Where a short batch leaves nothing for this worker, its dataset has the types of one that is not empty.
-    batches = feed(model, blocks, tokenizer, batch_size=sizes, order=own if len(own) else order[:1])
+    batches = feed(model, blocks, tokenizer, batch_size=sizes, order=own if len(own) else np.zeros(1, np.int64))
     batches = batches if len(own) else batches.take(0)
     batches = batches.repeat() if endless else batches
     return workers.strategy.distribute_datasets_from_function(lambda context: batches)
 
 
+class _Rows(datasets.Dataset):
+    """The rows of a run by their positions. The table, which takes no memory, only says how many there are."""
+
+    def __init__(self, count: int, fetch: _Fetch) -> None:
+        super().__init__(pa.table({"position": pa.nulls(count)}), fingerprint="rows")
+        self._fetch = fetch
+        # `prepare_tf_dataset` looks at 200 random rows for their types. Until this is set, these are one block.
+        self.order: Order | None = None
+        self.set_transform(fetch)  # else `to_tf_dataset` would convert the table
+
+    def __getitem__(self, key: Any) -> Any:
+        positions = np.arange(key.start, key.stop) if isinstance(key, slice) else np.asarray(key)
+        return self._fetch(np.zeros_like(positions) if self.order is None else self.order[positions])
+
+
 class _Fetch:
-    """Replaces block indices by token ids and labels, read from the memory-mapped Arrow buffers.
+    """Reads the token ids and labels of blocks from the memory-mapped Arrow buffers.
 
     `blocks.select(order)` does the same, but runs Python code for every row and would be the slowest part of the feed.
     """
@@ -160,8 +174,7 @@ class _Fetch:
         # datasets hashes this object by its pickle: that should hold file names, not gigabytes.
         return _Fetch, (self._blocks,)
 
-    def __call__(self, rows: dict[str, list[int]]) -> dict[str, np.ndarray[Any, Any]]:
-        indices = np.asarray(rows["block"])
+    def __call__(self, indices: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
         return {name: _gather(chunks, indices) for name, chunks in self._chunks.items()}
 
 
@@ -174,17 +187,3 @@ def _gather(chunks: list[np.ndarray[Any, Any]], indices: np.ndarray[Any, Any]) -
         rows_here = chunk_of == number
         rows[rows_here] = chunks[number][indices[rows_here] - starts[number]]
     return rows
-
-
-def run_order(blocks: int, batch_size: int, epochs: int, seed: int) -> np.ndarray[Any, Any]:
-    """The order of blocks over a whole run: int32 [epochs * steps * batch], int64 from 2**31 blocks on.
-
-    Each epoch is a permutation that depends on (seed, epoch) only, cut to whole batches, so each epoch leaves out
-    other blocks. With fewer blocks than `batch_size`, a batch is all of them.
-    """
-    whole = blocks - blocks % min(batch_size, blocks)
-    numbers = np.arange(blocks, dtype=np.int32 if blocks < 2**31 else np.int64)
-    order = np.empty((epochs, whole), numbers.dtype)
-    for epoch in range(epochs):
-        order[epoch] = np.random.default_rng([seed, epoch]).permutation(numbers)[:whole]
-    return order.ravel()

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
@@ -22,8 +22,9 @@ from tfclm.errors import InputError
 from tfclm.metrics.perplexity import IGNORED
 from tfclm.terminal import log
 from tfclm.training.callbacks import Diverged, EventLog, ProgressBar, RunTracker
-from tfclm.training.feed import run_order, worker_feed
+from tfclm.training.feed import worker_feed
 from tfclm.training.optimizer import make_optimizer
+from tfclm.training.order import RunOrder
 from tfclm.training.resume import Progress, Snapshots, seed_dropout, stop_signals
 from tfclm.training.settings import TrainingSettings
 from tfclm.training.step import finetuning_step
@@ -252,8 +253,8 @@ def _run(
 
         def train_feed() -> tf.data.Dataset:
             """The batches that are left."""
-            order = run_order(len(train), plan.step_rows, plan.epochs, settings.seed)
-            order = order[progress.steps * plan.step_rows :]
+            taken = progress.steps * plan.step_rows
+            order = RunOrder(len(train), plan.step_rows, plan.epochs, settings.seed, taken)
             return worker_feed(
                 model, train, tokenizer, batch_size=plan.step_rows, order=order, workers=workers, endless=True
             )
@@ -279,8 +280,8 @@ def _run(
         workers.wait()  # until the best weights are written
         snapshots.restore_best(progress)
         workers.wait()  # until all have read them, because the caller may remove the state
-    order = run_order(len(train), plan.step_rows, plan.epochs, settings.seed)[: progress.steps * plan.step_rows]
-    return _make_record(progress, _count_predicted(train, order), diverged)
+    order = RunOrder(len(train), plan.step_rows, plan.epochs, settings.seed)
+    return _make_record(progress, _count_predicted(train, order, progress.steps * plan.step_rows), diverged)
 
 
 def _restore_progress(snapshots: Snapshots, identity: str, output: Path) -> Progress:
@@ -349,15 +350,18 @@ def _fit(
             raise RuntimeError(f"the batches ended after step {progress.steps} of {plan.total_steps}")
 
 
-def _count_predicted(blocks: datasets.Dataset, order: np.ndarray[Any, Any]) -> int:
-    """Number of tokens that are predicted in the blocks with these indices."""
+def _count_predicted(blocks: datasets.Dataset, order: RunOrder, taken: int) -> int:
+    """Number of tokens that are predicted in the first `taken` blocks of a run."""
     if "labels" not in blocks.column_names:
-        return len(order) * (len(blocks[0]["input_ids"]) - 1)
-    counts = [
-        np.count_nonzero(batch["labels"][:, 1:] != IGNORED, axis=1)
-        for batch in blocks.with_format("numpy").iter(batch_size=4096)
-    ]
-    return int(np.concatenate(counts)[order].sum())
+        return taken * (len(blocks[0]["input_ids"]) - 1)
+    counts = np.concatenate(
+        [
+            np.count_nonzero(batch["labels"][:, 1:] != IGNORED, axis=1)
+            for batch in blocks.with_format("numpy").iter(batch_size=4096)
+        ]
+    )
+    parts = range(0, taken, 1 << 20)
+    return sum(int(counts[order[np.arange(part, min(part + parts.step, taken))]].sum()) for part in parts)
 
 
 def _make_record(progress: Progress, tokens: int, diverged: str | None) -> TrainingRecord:

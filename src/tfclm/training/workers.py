@@ -18,6 +18,7 @@ import tensorflow as tf
 from tfclm.disk import reason
 from tfclm.errors import InputError
 from tfclm.terminal import log
+from tfclm.training.order import RunOrder, WorkerOrder
 from tfclm.training.startup import limit_startup
 
 _EXAMPLE = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
@@ -115,7 +116,7 @@ class Workers:
         """Waits until every worker has called this."""
         self.gather([0.0])
 
-    def share(self, order: np.ndarray[Any, Any], batch_size: int) -> tuple[np.ndarray[Any, Any], list[int]]:
+    def share(self, order: RunOrder | np.ndarray[Any, Any], batch_size: int) -> tuple[WorkerOrder, list[int]]:
         """This worker's part of the batches of a run, the same rows as `MirroredStrategy` would give its replicas.
 
         Args:
@@ -129,10 +130,8 @@ class Workers:
         sizes = [batch_size // replicas + (replica < batch_size % replicas) for replica in range(replicas)]
         local = replicas // self.count
         first = self.index * local
-        start, own = sum(sizes[:first]), sizes[first : first + local]
-        batches = -(-len(order) // batch_size)
-        positions = (np.arange(batches)[:, None] * batch_size + np.arange(start, start + sum(own))).ravel()
-        return order[positions[positions < len(order)]], own
+        own = sizes[first : first + local]
+        return WorkerOrder(order, batch_size, sum(sizes[:first]), sum(own)), own
 
     def check_equal(self, digest: str, what: str) -> None:
         """Raises `InputError` on all workers if a digest, hexadecimal, differs between them."""
