@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tfclm.cli.arguments import parse
-from tfclm.cli.command import command
+from tfclm.cli.command import command, sigterm_interrupts
 from tfclm.cli.evaluation import prefix_entry
 from tfclm.cli.hub_target import Card, HubTarget
 from tfclm.cli.release import Release
@@ -176,15 +176,16 @@ def run(settings: FitSettings) -> int:
         return lead(settings)
     from tfclm.training.workers import Workers, WorkersLost
 
-    workers = Workers(set_up(settings))
     try:
+        workers = Workers(set_up(settings))
         with workers.explain_loss():
             code = lead(settings, workers) if workers.is_chief else follow(settings, workers)
             # All end together, with the chief's code, when it has exported and pushed.
             return int(workers.gather([code])[0, 0])
-    except WorkersLost as error:
-        log(f"tfclm.fit: {error}; start all workers again to resume the run")
-        # At once: TensorFlow's own shutdown would talk to the worker that is lost.
+    except (WorkersLost, KeyboardInterrupt) as error:
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        log(f"tfclm.fit: {what}; start all workers again to resume the run")
+        # At once: TensorFlow's own shutdown would wait for the other workers, or talk to the one that is lost.
         os._exit(1)
 
 
@@ -382,7 +383,8 @@ def set_up(settings: FitSettings) -> tf.distribute.Strategy:
 
 def main() -> None:
     """The command."""
-    command(FitSettings, run, verb="fit", description=__doc__ or "", preset=preset)
+    with sigterm_interrupts():
+        command(FitSettings, run, verb="fit", description=__doc__ or "", preset=preset)
 
 
 if __name__ == "__main__":

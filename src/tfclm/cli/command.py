@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from tfclm.cli.arguments import flag, parse
@@ -75,6 +80,28 @@ def command(
         sys.exit(1)
     finally:
         rewrite_lines(str)
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Lets SIGTERM interrupt this process as Ctrl-C does, so that a command ends with code 1 and a line."""
+    owner, previous = os.getpid(), signal.getsignal(signal.SIGTERM)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+        # A process that was forked from this one, such as a worker of datasets, is ended by its pool in this way.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can handle signals
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def name_flags(message: str, settings: type, flag: Callable[[str], str] = flag) -> str:

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,11 +61,26 @@ def make_strategy(
     resolver = find_cluster()
     implementation = tf.distribute.experimental.CommunicationImplementation[communication.upper()]
     options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
-    with limit_startup(_addresses(resolver), startup_timeout):
+    with limit_startup(_addresses(resolver), startup_timeout), _keep_sigterm():
         strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
         # Waits for all workers, which making the strategy does not always do.
         Workers(strategy).wait()
     return strategy
+
+
+@contextmanager
+def _keep_sigterm() -> Iterator[None]:
+    """Delays SIGTERM until the block has ended: TensorFlow's cluster takes it over when it starts, and ignores it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can handle signals
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 class Workers:
