@@ -13,15 +13,11 @@ import numpy as np
 import pytest
 import tf_keras
 import yaml
-from conftest import put_bos, tiny_config
+from conftest import prepare_blocks, put_bos, tiny_config
 
 from tfclm import fit
 from tfclm.checkpoint import create, load, save
-from tfclm.corpus import open_prepared, prefix_ids, tokenizer_digest
-from tfclm.corpus.parts import split_file
-from tfclm.corpus.shards import Recipe, begin, finish, plan_of, prepare_part
-from tfclm.corpus.store import Store
-from tfclm.corpus.tokenizing import encoder_arguments
+from tfclm.corpus import open_prepared
 from tfclm.training import TrainingSettings, finetune
 from tfclm.training.resume import Interrupted
 
@@ -67,19 +63,6 @@ def validation_text(tmp_path: Path, documents: list[str]) -> Path:
     return path
 
 
-def prepare(folder: Path, text: Path, tokenizer, fraction: float = 0.0, part_bytes: int = 10**9) -> Path:
-    """What `prepare` writes."""
-    encoder, prefix = encoder_arguments(tokenizer), tuple(prefix_ids(tokenizer))
-    recipe = Recipe("text", BLOCK_SIZE, (tokenizer.eos_token_id,), prefix, encoder, fraction, 0)
-    parts, store = list(split_file(str(text), text.stat().st_size, part_bytes)), Store(str(folder))
-    plan = plan_of(recipe, [{"path": str(text)}], tokenizer_digest(tokenizer))
-    begin(store, plan)
-    for index, part in enumerate(parts):
-        prepare_part(index, part, recipe, store)
-    finish(store, plan, len(parts), recipe)
-    return folder
-
-
 def run(console: Console, model: Path, output: Path, *options: object) -> dict:
     """A short run; gives its results."""
     short = ["--max-steps", 4, "--batch-size", 4, "--learning-rate", 1e-3]
@@ -92,7 +75,7 @@ def test_blocks_train_as_their_text_does(
     console: Console, tmp_path: Path, checkpoint: Path, tokenizer, text: Path, validation_text: Path
 ):
     """Blocks that teach something else than the text they were made of."""
-    blocks = prepare(tmp_path / "blocks", text, tokenizer)
+    blocks = prepare_blocks(tmp_path / "blocks", text, tokenizer)
     files = ["--validation-file", validation_text]
     prepared = run(console, checkpoint, tmp_path / "a", "--blocks", blocks, *files)
     plain = run(console, checkpoint, tmp_path / "b", "--train-file", text, "--block-size", BLOCK_SIZE, *files)
@@ -108,7 +91,7 @@ def test_blocks_train_as_their_text_does(
 
 def test_documents_that_prepare_held_out(console: Console, tmp_path: Path, checkpoint: Path, tokenizer, text: Path):
     """A run on blocks that is validated on what it trains on."""
-    blocks = prepare(tmp_path / "blocks", text, tokenizer, fraction=0.3, part_bytes=900)
+    blocks = prepare_blocks(tmp_path / "blocks", text, tokenizer, fraction=0.3, part_bytes=900)
     results = run(console, checkpoint, tmp_path / "out", "--blocks", blocks)
     manifest = json.loads((blocks / "manifest.json").read_text())
     validation = manifest["splits"]["validation"]
@@ -126,7 +109,7 @@ def test_an_interrupted_run_resumes_exactly(tmp_path: Path, checkpoint: Path, to
             if batch == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    folder = prepare(tmp_path / "blocks", text, tokenizer, fraction=0.3, part_bytes=900)
+    folder = prepare_blocks(tmp_path / "blocks", text, tokenizer, fraction=0.3, part_bytes=900)
     settings = TrainingSettings(max_steps=5, batch_size=4, learning_rate=1e-3)
 
     def train(output: Path, folder: Path = folder, **options) -> list[np.ndarray]:
@@ -138,7 +121,7 @@ def test_an_interrupted_run_resumes_exactly(tmp_path: Path, checkpoint: Path, to
 
     with pytest.raises(Interrupted):
         train(tmp_path / "a", callbacks=[Stop()])
-    other = prepare(tmp_path / "other", text, tokenizer, fraction=0.3)
+    other = prepare_blocks(tmp_path / "other", text, tokenizer, fraction=0.3)
     with pytest.raises(ValueError, match="text or settings have changed"):
         train(tmp_path / "a", other)
     for resumed, whole in zip(train(tmp_path / "a"), train(tmp_path / "b"), strict=True):
@@ -147,8 +130,8 @@ def test_an_interrupted_run_resumes_exactly(tmp_path: Path, checkpoint: Path, to
 
 def test_blocks_that_do_not_fit_are_refused(console: Console, tmp_path: Path, checkpoint: Path, tokenizer, text: Path):
     """Blocks of another tokenizer or block size that train a model, or errors of many lines."""
-    blocks = prepare(tmp_path / "blocks", text, tokenizer)
-    others = prepare(tmp_path / "others", text, put_bos(tokenizer), fraction=0.3)
+    blocks = prepare_blocks(tmp_path / "blocks", text, tokenizer)
+    others = prepare_blocks(tmp_path / "others", text, put_bos(tokenizer), fraction=0.3)
     (tmp_path / "empty").mkdir()
     for options, message in [
         (["--blocks", others], "made with another tokenizer"),

@@ -15,10 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worker_runs import CASES, work
+from conftest import prepare_blocks
+from transformers import AutoTokenizer
+from worker_runs import CASES, fit, make_config, work
 
+from tfclm.checkpoint import create, save
 from tfclm.errors import InputError
 from tfclm.launch import free_ports, worker_config
+from tfclm.training.startup import answers
 from tfclm.training.workers import find_cluster
 
 pytestmark = pytest.mark.slow
@@ -82,9 +86,14 @@ def assert_same(runs: Runs, one: str, other: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, documents: list[str]) -> Runs:
     """Every case but XLA's on two workers, and those that are compared with it on one process."""
     made = Runs(tmp_path_factory.mktemp("workers"), tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    save(create(make_config("gpt2", 0.0)), tokenizer, made.folder / "model")
+    text = made.folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document[:300]}) + "\n" for document in documents[:12]))
+    prepare_blocks(made.folder / "prepared", text, tokenizer, fraction=0.3, part_bytes=900)
     cases = {name: case for name, case in CASES.items() if name != "jit"}
     made.finish([cases, cases], [0, 0])
     alone = made.begin(None, "alone", {name: case for name, case in cases.items() if name != "dropout"})
@@ -93,10 +102,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Runs:
     return made
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "stopping"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "stopping", "blocks"])
 def test_two_workers_equal_two_devices(runs: Runs, name: str):
     """Rows that two workers share or leave out, sums that are added up twice, or workers that drift apart."""
-    assert_same(runs, f"{name}-worker0", f"{name}-worker1")
+    if name != "blocks":  # there, the command that every worker but the chief runs returns no weights
+        assert_same(runs, f"{name}-worker0", f"{name}-worker1")
     (found, weights), (other, other_weights) = runs.found(f"{name}-worker0"), runs.found(f"{name}-mirrored")
     assert found["reports"] == other["reports"]
     for values, other_values in zip(weights, other_weights, strict=True):
@@ -223,6 +233,31 @@ def test_a_worker_that_does_not_start_is_named(tmp_path: Path, tokenizer_dir: Pa
         f"not all workers have started within 2 seconds (`startup_timeout`): no answer from worker 1 ({missing})"
         in (done.stderr)
     )
+
+
+def test_a_worker_that_is_told_to_end_before_training(own_runs: Runs):
+    """SIGTERM that TensorFlow swallows while workers wait for each other, so that the run goes on and is killed."""
+    ports = free_ports(2)
+    flags = "--strategy multi_worker --communication ring --train-file none.txt --output-dir"
+    arguments = [*flags.split(), str(own_runs.folder / "run")]
+
+    def start(index: int) -> Any:
+        given = worker_config(ports, index), own_runs.folder / f"{index}.log", arguments
+        process = SERVER.Process(target=fit, args=given)
+        process.start()
+        return process
+
+    first = start(0)
+    until = time.monotonic() + 60
+    while not answers(f"127.0.0.1:{ports[0]}") and time.monotonic() < until:
+        time.sleep(0.1)
+    os.kill(first.pid, signal.SIGTERM)
+    processes = [first, start(1)]
+    join(processes, 60)
+    assert [process.exitcode for process in processes] == [1, 1]
+    assert own_runs.log("0") == "tfclm.fit: interrupted; start all workers again to resume the run\n"
+    assert "tfclm.fit: worker 0 has ended" in own_runs.log("1")
+    assert "Traceback" not in own_runs.log("1")
 
 
 CLUSTER = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}

@@ -22,6 +22,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "stopping": {"epochs": 6, "early_stopping_patience": 1, "learning_rate": 9.0},
     "dropout": {"dropout": 0.1, "save_steps": 2, "gradient_accumulation_steps": 2, "batch_size": 7, "epochs": 3},
+    # Trains as `fit --blocks` does; `Runs` has made the model and the blocks.
+    "blocks": {"blocks": "prepared", "model": "model", "batch_size": 9, "epochs": 2, "max_steps": 6},
     "jit": {"jit_compile": True, "max_steps": 3},
 }
 SOME = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 2}
@@ -58,7 +60,42 @@ def run(folder: Path, tokenizer_dir: Path, strategy, *, architecture="gpt2", dro
     from transformers import AutoTokenizer
 
     from tfclm.checkpoint import create
-    from tfclm.training import TrainingSettings, finetune
+    from tfclm.training import TrainingSettings
+
+    chosen = TrainingSettings(**SOME | settings)
+    tf_keras.mixed_precision.set_global_policy(chosen.policy)
+    tf_keras.utils.set_random_seed(0)
+    with strategy.scope():
+        model = create(make_config(architecture, dropout))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    return train(model, tokenizer, make_blocks(45, 0), make_blocks(11, 1), chosen, folder, strategy, end)
+
+
+def run_blocks(folder: Path, strategy, **settings):
+    """What `run` returns, for a run of `fit --blocks`; a worker that is not the chief follows it and returns None."""
+    import tf_keras
+
+    from tfclm.cli.run_data import load_model_and_blocks
+    from tfclm.fit import FitSettings, begin_together, follow
+    from tfclm.training.workers import Workers
+
+    paths = {name: str(folder.parent / settings[name]) for name in ("model", "blocks")}
+    chosen = FitSettings(**SOME | settings | paths, block_size=16, output_dir=str(folder)).resolved()
+    tf_keras.utils.set_random_seed(0)
+    workers = Workers(strategy)
+    if not workers.is_chief:
+        assert follow(chosen, workers) == 0
+        return None
+    begin_together(workers, folder)
+    model, tokenizer, data = load_model_and_blocks(chosen, strategy, chosen.seed)
+    return train(model, tokenizer, data.train.blocks, data.validation.blocks, chosen, folder, strategy, None)
+
+
+def train(model, tokenizer, blocks, validation, settings, folder: Path, strategy, end):
+    """What `run` returns."""
+    import tf_keras
+
+    from tfclm.training import finetune
 
     class Reports(tf_keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -67,17 +104,12 @@ def run(folder: Path, tokenizer_dir: Path, strategy, *, architecture="gpt2", dro
                 os.kill(os.getpid(), end[1])
 
     reports: list[list[float]] = []
-    chosen = TrainingSettings(**SOME | settings)
-    tf_keras.mixed_precision.set_global_policy(chosen.policy)
-    tf_keras.utils.set_random_seed(0)
-    with strategy.scope():
-        model = create(make_config(architecture, dropout))
     record = finetune(
         model,
-        AutoTokenizer.from_pretrained(tokenizer_dir),
-        make_blocks(45, 0),
-        make_blocks(11, 1),
-        chosen,
+        tokenizer,
+        blocks,
+        validation,
+        settings,
         output_dir=folder,
         callbacks=[Reports()],
         strategy=strategy,
@@ -96,9 +128,7 @@ def work(config: str | None, log: Path, folder: Path, tokenizer_dir: Path, cases
 
     Without it: each case on one device and on two.
     """
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    redirect(log)
     # The place of the tests, as for pytest.
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import tensorflow as tf
@@ -118,5 +148,27 @@ def work(config: str | None, log: Path, folder: Path, tokenizer_dir: Path, cases
         for kind, strategy in strategies.items():
             place = folder / (name if config else f"{name}-{kind}")
             place.mkdir(parents=True, exist_ok=True)
-            found = run(place, tokenizer_dir, strategy or tf.distribute.get_strategy(), **settings)
-            keep(folder / f"{name}-{kind}.npz", found)
+            chosen = strategy or tf.distribute.get_strategy()
+            if "blocks" in settings:
+                found = run_blocks(place, chosen, **settings)
+            else:
+                found = run(place, tokenizer_dir, chosen, **settings)
+            if found is not None:
+                keep(folder / f"{name}-{kind}.npz", found)
+
+
+def fit(config: str, log: Path, arguments: list[str]) -> None:
+    """The command `fit` with these arguments, as a worker of TF_CONFIG."""
+    redirect(log)
+    from tfclm.fit import main
+
+    os.environ["TF_CONFIG"] = config
+    sys.argv = ["tfclm", *arguments]
+    main()
+
+
+def redirect(log: Path) -> None:
+    """Appends what this process prints to a file."""
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
