@@ -64,6 +64,79 @@ def test_jobs_are_valid(version: str):
             validate.validate(resource, version, strict=True)
 
 
+# The fields that the custom resources may use, down to the Job, whose own schema is checked above. Each
+# has a type, a choice of values, or fields; a list has those of its items. Read from the openAPIV3Schema of
+# config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml in kubernetes-sigs/jobset (commit 08dfbdf), and of
+# manifests/base/crds/trainer.kubeflow.org_{trainingruntimes,trainjobs}.yaml in kubeflow/trainer (commit 8c0f505).
+METADATA = {"name": str, "labels": dict}
+JOBSET = {
+    "network": {"enableDNSHostnames": bool, "subdomain": str, "publishNotReadyAddresses": bool},
+    "failurePolicy": {
+        "maxRestarts": int,
+        "rules": [
+            {
+                "name": str,
+                "action": {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"},
+                "onJobFailureReasons": [{"BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy"}],
+            }
+        ],
+    },
+    "replicatedJobs": [{"name": str, "replicas": int, "template": {"metadata": {"labels": dict}, "spec": dict}}],
+}
+RESOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "JobSet": ("jobset.x-k8s.io/v1alpha2", JOBSET),
+    "TrainingRuntime": (
+        "trainer.kubeflow.org/v1alpha1",
+        {"mlPolicy": {"numNodes": int}, "template": {"spec": JOBSET}},
+    ),
+    "TrainJob": (
+        "trainer.kubeflow.org/v1alpha1",
+        {"runtimeRef": {"apiGroup": str, "kind": str, "name": str}, "trainer": {"numNodes": int}},
+    ),
+}
+
+
+def check_fields(value: Any, schema: Any, path: str) -> None:
+    """Asserts that a value has no other fields than these, of these types."""
+    if isinstance(schema, set):
+        assert value in schema, path
+    elif isinstance(schema, type):
+        assert type(value) is schema, path
+    elif isinstance(schema, list):
+        assert isinstance(value, list), path
+        for each in value:
+            check_fields(each, schema[0], f"{path}[]")
+    else:
+        assert isinstance(value, dict), path
+        for name, inner in value.items():
+            assert name in schema, f"{path}.{name}"
+            check_fields(inner, schema[name], f"{path}.{name}")
+
+
+def test_custom_resources_are_valid():
+    """A field that JobSet or Kubeflow Trainer does not know or that has another type, and is dropped or refused."""
+    found = [each for path in MANIFESTS for each in documents(path) if each["kind"] not in ("Job", "Service")]
+    assert sorted(each["kind"] for each in found) == sorted(RESOURCES)
+    for each in found:
+        version, spec = RESOURCES[each["kind"]]
+        check_fields(
+            each, {"apiVersion": {version}, "kind": str, "metadata": METADATA, "spec": spec}, f"{each['kind']} "
+        )
+        assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", each["metadata"]["name"])
+
+
+@pytest.mark.parametrize("name", ["job", "jobset", "trainjob"])
+def test_wrong_settings_are_not_tried_again(name: str):
+    """Twenty starts of a run that cannot work."""
+    rules = jobs()[name]["spec"]["podFailurePolicy"]["rules"]
+    assert rules[0] == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
+    if name != "job":
+        (document,) = (each for each in documents(LAUNCH / "kubernetes" / f"{name}.yaml") if each["kind"] != "TrainJob")
+        spec = document["spec"] if name == "jobset" else document["spec"]["template"]["spec"]
+        (rule,) = spec["failurePolicy"]["rules"]
+        assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
 def run_with_printer(tmp_path: Path, command: list[str], **environment: str) -> tuple[int, dict[str, Any]]:
     """The exit code of a command, and what the `python` that it calls gets: its TF_CONFIG and its arguments."""
     printer = tmp_path / "python"
