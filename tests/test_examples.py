@@ -97,27 +97,36 @@ class Reference:
         return self.perplexity([self.tokenizer(text)["input_ids"]])
 
 
-@pytest.fixture(scope="module")
-def step(workplace: Path) -> dict:
-    """What the pipeline step gives back: the version that it has pushed is the one that the others use."""
-    flags = ["--block-size", "64", "--epochs", "3", "--batch-size", "8", "--learning-rate", "3e-3"]
-    printed = run(workplace, "tfx_style_step.py", "notes.txt", "base", "trained", "serving/notes", "500", *flags)
-    return json.loads(printed)
+FLAGS = ["--block-size", "64", "--epochs", "3", "--batch-size", "8", "--learning-rate", "3e-3"]
+
+
+def pipeline(limit: str, *flags: str) -> list[str]:
+    """The command that runs the pipeline's steps."""
+    places = ["notes.txt", "base", "trained", "serving/notes"]
+    return [sys.executable, str(EXAMPLES / "kubeflow_pipeline.py"), "run", *places, limit, *(flags or FLAGS)]
 
 
 @pytest.fixture(scope="module")
-def trained(workplace: Path, step: dict) -> Reference:
-    """The model that the pipeline step has trained."""
-    return Reference(workplace / step["model"])
+def pushed(workplace: Path) -> str:
+    """The version that the pipeline has pushed, of the model that it has trained: the others use it."""
+    done = subprocess.run(pipeline("500"), cwd=workplace, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def address(workplace: Path, step: dict) -> Iterator[str]:
+def trained(workplace: Path, pushed: str) -> Reference:
+    """The model that the pipeline has trained."""
+    return Reference(workplace / "trained")
+
+
+@pytest.fixture(scope="module")
+def address(workplace: Path, pushed: str) -> Iterator[str]:
     """Where the pushed version is served over gRPC."""
     from tfclm.server.server import Server
     from tfclm.server.settings import ServeSettings
 
-    base_path = str(workplace / Path(step["pushed_model"]).parent)
+    base_path = str(workplace / Path(pushed).parent)
     # In this process, which has TensorFlow already.
     server = Server(ServeSettings(model_name="notes", model_base_path=base_path, port=-1, rest_api_port=0))
     try:
@@ -141,41 +150,36 @@ def test_own_loop_trains(workplace: Path):
 
 
 @pytest.mark.slow
-def test_step_pushes_what_it_has_trained(workplace: Path, step: dict):
+def test_pipeline_pushes_what_it_has_trained(workplace: Path, pushed: str):
     """A version of another model than the one in the output, or without its perplexity."""
-    assert step["model"] == "trained"
-    assert step["pushed_model"] == "serving/notes/1"
+    assert pushed == "serving/notes/1"
     results = json.loads((workplace / "trained" / "results.json").read_text())
-    record = json.loads((workplace / "serving/notes/1/assets.extra/tfclm.json").read_text())
-    assert step["perplexity"] == results["perplexity"] == record["perplexity"]
-    assert step["perplexity"] < 0.8 * results["initial_perplexity"]
+    record = json.loads((workplace / pushed / "assets.extra/tfclm.json").read_text())
+    assert record["perplexity"] == results["perplexity"] < 0.8 * results["initial_perplexity"]
 
 
 @pytest.mark.slow
-def test_step_does_not_push_a_bad_model(workplace: Path, step: dict):
-    """A limit that is ignored; or a second run that trains again."""
+@pytest.mark.parametrize(
+    ("limit", "flags", "code", "said"),
+    [("2", FLAGS, 1, "not published: perplexity"), ("500", ["--epochs", "0"], 2, "--epochs 0: give 1 or more")],
+)
+def test_pipeline_ends_where_a_step_fails(
+    workplace: Path, pushed: str, limit: str, flags: list[str], code: int, said: str
+):
+    """A refused model that is pushed, a run that is trained again, or an exit code that is not that of the step."""
     weights = (workplace / "trained" / "model.safetensors").stat()
-    flags = ["--block-size", "64", "--epochs", "3", "--batch-size", "8", "--learning-rate", "3e-3"]
-    again = run(workplace, "tfx_style_step.py", "notes.txt", "base", "trained", "serving/notes", "2", *flags)
-    assert json.loads(again) == {**step, "pushed_model": None}
+    words = pipeline(limit, *flags)
+    done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
     assert [path.name for path in (workplace / "serving/notes").glob("[0-9]*")] == ["1"]
     assert (workplace / "trained" / "model.safetensors").stat() == weights
 
 
 @pytest.mark.slow
-def test_step_fails_where_fit_does(workplace: Path, step: dict):
-    """A failure that is taken for a refusal, because an earlier run has left a perplexity above the limit."""
-    words = [sys.executable, str(EXAMPLES / "tfx_style_step.py"), "notes.txt", "base", "trained", "serving/notes", "2"]
-    done = subprocess.run([*words, "--epochs", "0"], cwd=workplace, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "--epochs 0: give 1 or more" in done.stderr
-
-
-@pytest.mark.slow
-def test_another_app_gets_the_models_text(workplace: Path, step: dict, trained: Reference):
+def test_another_app_gets_the_models_text(workplace: Path, pushed: str, trained: Reference):
     """A text or a perplexity that is not the checkpoint's; an example that is not TensorFlow alone."""
-    printed = run_here(workplace, "load_in_another_app.py", step["pushed_model"], PROMPT)
+    printed = run_here(workplace, "load_in_another_app.py", pushed, PROMPT)
     text, _, score = printed.rstrip("\n").rpartition("\nperplexity ")
     assert text == trained.greedy(PROMPT, NEW_TOKENS)
     assert float(score) == pytest.approx(trained.perplexity_of_text(text), rel=1e-4)
@@ -184,7 +188,7 @@ def test_another_app_gets_the_models_text(workplace: Path, step: dict, trained: 
 
 
 @pytest.mark.slow
-def test_grpc_gives_the_models_text(workplace: Path, step: dict, trained: Reference, address: str):
+def test_grpc_gives_the_models_text(workplace: Path, pushed: str, trained: Reference, address: str):
     """Rows that share one temperature, or an answer that is not the checkpoint's."""
     greedy, sampled, scores = run(workplace, "ask_over_grpc.py", address, "notes", PROMPT).splitlines()
     assert greedy == f"{trained.greedy(PROMPT, 20).removeprefix(PROMPT)!r} length"

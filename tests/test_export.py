@@ -417,6 +417,9 @@ REFUSED = [
     ("--serving-dir NEW --from-hub me/x --model NEW", "leave out --model"),
     ("--serving-dir NEW --from-hub me/x --file NEW --max-perplexity 30", "leave out --file"),
     ("--serving-dir NEW --from-hub me/x --compile xla", "leave out --compile"),
+    ("--serving-dir NEW --exported NEW --model NEW", "already exported: leave out --model"),
+    ("--serving-dir NEW --exported NEW --revision main", "leave out --revision"),
+    ("--serving-dir NEW --exported NEW", "holds no saved_model.pb: give a version"),
     ("--serving-dir NEW --model NEW --max-new-tokens 0", "--max-new-tokens 0: give 1 or more"),
     ("--serving-dir NEW --model NEW --max-batch-size 5000", "--max-batch-size 5000: give at most 4096"),
     (

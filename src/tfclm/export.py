@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tfclm.cli.command import command
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tfclm.savedmodel.publishing.gate import PerplexityResult
 
 # What applies to a model that is already exported.
-HUB_FLAGS = {"from_hub", "revision", "serving_dir", "version", "keep_versions", "max_perplexity", "max_regression"}
+EXPORTED_FLAGS = {"serving_dir", "version", "keep_versions", "max_perplexity", "max_regression"}
 
 # What applies only where the perplexity is measured on a text.
 TEXT_FLAGS = ("dataset_config", "dataset_revision", "text_column", "separator", "split")
@@ -52,6 +53,9 @@ class ExportSettings(ServableSettings, SourceSettings):
         "Hub repository with an exported model, which becomes the next version here",
         metavar="REPO",
     )
+    exported: str | None = setting(
+        None, "directory of a version that is already exported, which becomes the next version here", metavar="DIR"
+    )
     rollback: bool = setting(False, "remove the newest version, so that a server returns to the previous one")
 
 
@@ -73,7 +77,12 @@ def run(settings: ExportSettings) -> int:
     from tfclm.savedmodel.publishing.gate import GateFailed
 
     try:
-        exported = import_from_hub(settings) if settings.from_hub is not None else export_checkpoint(settings)
+        if settings.from_hub is not None:
+            exported = import_from_hub(settings)
+        elif settings.exported is not None:
+            exported = import_version(settings)
+        else:
+            exported = export_checkpoint(settings)
     except (GateFailed, CanaryFailed) as error:
         log(f"tfclm.export: {error}")
         return 1
@@ -102,22 +111,38 @@ def export_checkpoint(settings: ExportSettings) -> Exported:
 def import_from_hub(settings: ExportSettings) -> Exported:
     """Publishes the exported model that a Hub repository holds, if gate and canary pass it."""
     from tfclm.hub import fetch_servable
-    from tfclm.savedmodel.exporting import publish_exported
 
-    # Settings for building or measuring a model would have no effect.
+    release = open_import(settings, "from_hub", "revision")
+    (version,) = fetch_servable(str(settings.from_hub), revision=settings.revision).iterdir()
+    return publish(version, release, {"hub": settings.from_hub, "hub_revision": settings.revision})
+
+
+def import_version(settings: ExportSettings) -> Exported:
+    """Publishes a version that was exported to another directory, if gate and canary pass it."""
+    path = Path(str(settings.exported))
+    release = open_import(settings, "exported")
+    if not (path / "saved_model.pb").is_file():
+        raise InputError(f"`exported` {path} holds no saved_model.pb: give a version, such as serving_models/eli5/3")
+    return publish(path, release, {"exported": str(path)})
+
+
+def open_import(settings: ExportSettings, *names: str) -> Release:
+    """Where a model that is already exported is published; settings for making or measuring one are refused."""
     for field in dataclasses.fields(ExportSettings):
-        if field.name not in HUB_FLAGS and getattr(settings, field.name) != field.default:
-            raise InputError(f"`from_hub` takes a model that is already exported: leave out `{field.name}`")
+        if field.name not in EXPORTED_FLAGS.union(names) and getattr(settings, field.name) != field.default:
+            raise InputError(f"`{names[0]}` takes a model that is already exported: leave out `{field.name}`")
     release = open_release(settings)
     release.check(None)
-    (version,) = fetch_servable(str(settings.from_hub), revision=settings.revision).iterdir()
+    return release
+
+
+def publish(version: Path, release: Release, source: dict[str, str | None]) -> Exported:
+    """Publishes a version that is already exported."""
+    from tfclm.savedmodel.exporting import publish_exported
+
+    directory = release.directory
     return publish_exported(
-        version,
-        release.directory,
-        version=release.directory.version,
-        limits=release.limits,
-        source={"hub": settings.from_hub, "hub_revision": settings.revision},
-        log=log,
+        version, directory, version=directory.version, limits=release.limits, source=source, log=log
     )
 
 
