@@ -123,6 +123,7 @@ def test_workers_write_the_same_bytes(console: Console, tmp_path: Path, checkpoi
     two = tmp_path / "two"
     code, _, err = console(*command(checkpoint, texts, two, "--workers", 2))
     assert code == 0, err
+    assert len(err.splitlines()) == 3, err  # none of Beam's
     assert content(two) == content(prepared)
     # Killed while it wrote: shards without records, no manifest.
     for name in ("manifest.json", "parts/00002.json", "train-00002.arrow", "train-rest.arrow"):

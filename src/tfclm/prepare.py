@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import logging
+import os
+import re
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,12 +121,38 @@ def run(settings: PrepareSettings) -> int:
         from tfclm.corpus.pipeline import run_pipeline
     finally:
         logging.disable(logging.NOTSET)
-    run_pipeline(parts, recipe, store, settings.options())
+    with drop_worker_logs() if settings.workers > 1 else contextlib.nullcontext():
+        run_pipeline(parts, recipe, store, settings.options())
     splits = finish(store, plan, len(parts), recipe)["splits"]
     for name, split in splits.items():
         log(f"{name}: {split['documents']} documents, {split['tokens']} tokens, {split['blocks']} blocks")
     print_result(output)
     return 0
+
+
+@contextlib.contextmanager
+def drop_worker_logs() -> Iterator[None]:
+    """Leaves out what Beam's worker processes log below the level of an error.
+
+    They write it to the stderr of this process, and the local runner does not pass them the log level.
+    """
+    stderr, (reading, writing) = os.dup(2), os.pipe()
+
+    def copy() -> None:
+        with os.fdopen(reading, "rb") as lines, os.fdopen(stderr, "wb", 0) as output:
+            for line in lines:
+                if not re.match(rb"(INFO|WARNING):(root|__main__|apache_beam[.\w]*):", line):
+                    output.write(line)
+
+    os.dup2(writing, 2)
+    os.close(writing)
+    copying = threading.Thread(target=copy, daemon=True)
+    copying.start()
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        copying.join(10)  # ends with the last worker, which has the pipe too
 
 
 def find_inputs(patterns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
