@@ -237,11 +237,16 @@ def test_run_order_ends() -> None:
             order[np.array(positions)]
 
 
-@pytest.mark.parametrize(("first", "rows"), [(0, 3), (3, 2), (5, 2)])
-@pytest.mark.parametrize("count", [21, 24, 27])
-def test_part_of_a_worker(first: int, rows: int, count: int) -> None:
-    """Catches rows of another worker's part, or of a short last batch that has less or nothing for this one."""
+@pytest.mark.parametrize("count", [21, 22, 27])
+def test_parts_of_workers(count: int) -> None:
+    """Catches rows that two workers share or leave out, also in a short last batch, which may leave one without any."""
     order = np.random.default_rng(0).permutation(count)
-    own = WorkerOrder(order, 7, first, rows)
-    batches = [order[start : start + 7][first : first + rows] for start in range(0, count, 7)]
-    np.testing.assert_array_equal(own[np.arange(len(own))], np.concatenate(batches))
+    parts = [WorkerOrder(order, 7, replicas=3, first=first, local=local) for first, local in ((0, 1), (1, 2))]
+    taken = [part[np.arange(len(part))] for part in parts]
+    for start in range(0, count, 7):
+        batch = order[start : start + 7]
+        own = [len(each) for each in np.array_split(batch, 3)]
+        for part, rows in enumerate((own[0], own[1] + own[2])):
+            found, taken[part] = taken[part][:rows], taken[part][rows:]
+            np.testing.assert_array_equal(found, batch[:rows] if part == 0 else batch[-rows:] if rows else [])
+    assert [len(each) for each in taken] == [0, 0]

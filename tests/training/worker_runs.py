@@ -20,7 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
         "batch_size": 9,
         "mixed_precision": "bfloat16",
     },
-    "stopping": {"epochs": 6, "early_stopping_patience": 1, "learning_rate": 9.0},
+    "stopping": {"batch_size": 10, "epochs": 6, "early_stopping_patience": 1, "learning_rate": 9.0},
     "dropout": {"dropout": 0.1, "save_steps": 2, "gradient_accumulation_steps": 2, "batch_size": 7, "epochs": 3},
     # Trains as `fit --blocks` does; `Runs` has made the model and the blocks.
     "blocks": {"blocks": "prepared", "model": "model", "batch_size": 9, "epochs": 2, "max_steps": 6},

@@ -63,27 +63,48 @@ class RunOrder:
         return last[1]
 
 
+def split_rows(rows: int, replicas: int) -> list[int]:
+    """The rows of a batch that each replica takes.
+
+    Example:
+        >>> split_rows(9, 2)
+        [5, 4]
+    """
+    return [rows // replicas + (replica < rows % replicas) for replica in range(replicas)]
+
+
 @dataclass(frozen=True)
 class WorkerOrder:
-    """The part of an order that one worker takes: the same rows of each batch.
+    """The part of an order that one worker takes: of every batch the rows of its replicas.
 
     Attributes:
         order: indices of rows, in the order of the batches of all workers.
         batch_size: rows per batch, over all workers.
-        first: the worker's first row in a batch.
-        rows: how many rows of a batch it takes; a short last batch may have fewer for it, or none.
+        replicas: number of replicas of all workers.
+        first: the worker's first replica.
+        local: number of its replicas.
     """
 
     order: RunOrder | np.ndarray[Any, Any]
     batch_size: int
+    replicas: int
     first: int
-    rows: int
+    local: int
 
     def __len__(self) -> int:
         batches, rest = divmod(len(self.order), self.batch_size)
-        return batches * self.rows + min(max(rest - self.first, 0), self.rows)
+        return batches * self._part(self.batch_size)[1] + self._part(rest)[1]
 
     def __getitem__(self, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Indices of rows [N] at these positions [N] of the worker's part."""
-        batches, rows = np.divmod(positions, self.rows)
-        return self.order[batches * self.batch_size + self.first + rows]
+        start, rows = self._part(self.batch_size)
+        whole, rest = divmod(len(self.order), self.batch_size)
+        batches, row = np.divmod(positions, rows)
+        # A short last batch is divided like the others.
+        starts = np.where(batches < whole, start, self._part(rest)[0])
+        return self.order[batches * self.batch_size + starts + row]
+
+    def _part(self, rows: int) -> tuple[int, int]:
+        """Its first row in a batch of so many rows, and the number of its rows."""
+        sizes = split_rows(rows, self.replicas)
+        return sum(sizes[: self.first]), sum(sizes[self.first : self.first + self.local])

@@ -20,7 +20,7 @@ import tensorflow as tf
 from tfclm.disk import reason
 from tfclm.errors import InputError
 from tfclm.terminal import log
-from tfclm.training.order import RunOrder, WorkerOrder
+from tfclm.training.order import RunOrder, WorkerOrder, split_rows
 from tfclm.training.startup import limit_startup
 
 _EXAMPLE = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
@@ -134,7 +134,7 @@ class Workers:
         self.gather([0.0])
 
     def share(self, order: RunOrder | np.ndarray[Any, Any], batch_size: int) -> tuple[WorkerOrder, list[int]]:
-        """This worker's part of the batches of a run, the same rows as `MirroredStrategy` would give its replicas.
+        """This worker's part of the batches of a run. Two replicas have the rows that `MirroredStrategy` gives them.
 
         Args:
             order: indices of rows, in the order of the batches.
@@ -144,11 +144,10 @@ class Workers:
             The indices of the rows of this worker, and the rows per batch of each of its replicas.
         """
         replicas = self.strategy.num_replicas_in_sync
-        sizes = [batch_size // replicas + (replica < batch_size % replicas) for replica in range(replicas)]
         local = replicas // self.count
         first = self.index * local
-        own = sizes[first : first + local]
-        return WorkerOrder(order, batch_size, sum(sizes[:first]), sum(own)), own
+        own = split_rows(batch_size, replicas)[first : first + local]
+        return WorkerOrder(order, batch_size, replicas, first, local), own
 
     def check_equal(self, digest: str, what: str) -> None:
         """Raises `InputError` on all workers if a digest, hexadecimal, differs between them."""
