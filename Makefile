@@ -46,6 +46,7 @@ help:  ## list these targets
 
 benchmarks: $(INSTALLED)-dev  ## measure the figures of the documentation
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.decoding
