@@ -6,6 +6,8 @@ INSTALLED = $(VENV)/.installed
 # The tests of a file share fixtures that are slow to make, so they run in one process; tests/conftest.py orders them.
 # "logical", because "auto" would count cores and not their threads.
 PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Without bytecode, which containers often turn off, every process that imports TensorFlow compiles its sources again.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help fit smollm2 test check long families lowest docs benchmarks clean
 
