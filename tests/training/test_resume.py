@@ -113,6 +113,35 @@ def assert_same_result(runs: Runs, name: str) -> None:
     assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in one.iterdir())
 
 
+def end_by(runs: Runs, name: str, number: signal.Signals, pattern: str, later: float = 0.0) -> int | None:
+    """The exit code of a run that gets a signal so many seconds after a file of that pattern is there."""
+    process = runs.start(name)
+    assert runs.wait_for(name, pattern, process), runs.log(name)
+    process.join(later)
+    if process.is_alive():
+        os.kill(process.pid, number)
+    process.join(60)
+    assert not (runs.folder / name / "results.json").exists(), "it ended before the signal"
+    return process.exitcode
+
+
+def test_stopped_and_killed(runs: Runs):
+    """What a stop or a kill loses: a step, dropout, the data's order, moments, or a save that is half done.
+
+    One run has them all, because each of its starts takes seconds.
+    """
+    assert end_by(runs, "ended", signal.SIGTERM, "resume/state/ckpt-2.index") == 1
+    assert "the same command resumes the run" in runs.log("ended")
+    assert "Traceback" not in runs.log("ended")
+    moments = random.Random(7)
+    assert end_by(runs, "ended", signal.SIGKILL, "resume/state/ckpt-4*", moments.uniform(0.0, 1.0)) == -signal.SIGKILL
+    # A folder with a model is not yet that of a complete run.
+    assert end_by(runs, "ended", signal.SIGKILL, "model.safetensors") == -signal.SIGKILL
+    assert runs.finish("ended") == 0, runs.log("ended")
+    assert_same_result(runs, "ended")
+
+
+@pytest.mark.long
 def test_killed_at_random_moments(runs: Runs):
     """Dropout, data order, moments or the schedule that do not go on where they were, in or between epochs."""
     moments = random.Random(7)
@@ -132,40 +161,24 @@ def test_killed_at_random_moments(runs: Runs):
     assert_same_result(runs, "killed")
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        pytest.param("resume/state/ckpt-2*", marks=pytest.mark.long),
-        pytest.param("resume/state/ckpt-3*", marks=pytest.mark.long),
-        pytest.param("resume/best-[1-9]*.index", marks=pytest.mark.long),
-        "model.safetensors",
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("moment", ["resume/state/ckpt-2*", "resume/state/ckpt-3*", "resume/best-[1-9]*.index"])
 def test_killed_during_a_save(runs: Runs, moment: str):
     """A half-written snapshot that is taken for whole, or a model folder that is taken for a complete run."""
     name = "save-" + "".join(filter(str.isalnum, moment))
-    process = runs.start(name)
-    assert runs.wait_for(name, moment, process), runs.log(name)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert not (runs.folder / name / "results.json").exists()
+    end_by(runs, name, signal.SIGKILL, moment)
     assert runs.finish(name) == 0, runs.log(name)
     assert_same_result(runs, name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
-def test_signal_saves_and_exits(runs: Runs, number: signal.Signals):
+@pytest.mark.long
+def test_ctrl_c_saves_and_exits(runs: Runs):
     """A traceback, a lost step, or an exit code that says done."""
-    name = f"signal-{number.name}"
-    process = runs.start(name)
-    assert runs.wait_for(name, "resume/state/ckpt-2.index", process), runs.log(name)
-    os.kill(process.pid, number)
-    process.join(60)
-    assert process.exitcode == 1
-    assert "the same command resumes the run" in runs.log(name)
-    assert "Traceback" not in runs.log(name)
-    assert runs.finish(name) == 0, runs.log(name)
-    assert_same_result(runs, name)
+    assert end_by(runs, "ctrl-c", signal.SIGINT, "resume/state/ckpt-2.index") == 1
+    assert "the same command resumes the run" in runs.log("ctrl-c")
+    assert "Traceback" not in runs.log("ctrl-c")
+    assert runs.finish("ctrl-c") == 0, runs.log("ctrl-c")
+    assert_same_result(runs, "ctrl-c")
 
 
 def test_a_complete_run_is_not_run_again(runs: Runs):
@@ -273,9 +286,10 @@ def event_steps(folder: Path, name: str) -> list[int]:
     [
         pytest.param(press_ctrl_c, 1, 1, {}, marks=pytest.mark.long),
         pytest.param(press_ctrl_c, 2, 1, {}, marks=pytest.mark.long),
-        (kill, 2, 1, {"save_steps": 1}),
-        (press_ctrl_c, 1, 3, {}),
-        (press_ctrl_c, 2, 2, {"mixed_precision": "float16"}),
+        pytest.param(kill, 2, 1, {"save_steps": 1}, marks=pytest.mark.long),
+        (kill, 1, 1, {"save_steps": 1}),
+        pytest.param(press_ctrl_c, 1, 3, {}, marks=pytest.mark.long),
+        (press_ctrl_c, 2, 3, {"mixed_precision": "float16"}),
     ],
 )
 def test_stopped_while_an_epoch_is_validated(
