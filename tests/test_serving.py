@@ -115,8 +115,9 @@ def start(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
             path = tmp_path_factory.mktemp("config") / "models.config"
             assert 'base_path: "/models/' in config
             path.write_text(config.replace("/models/", f"{root}/"))
+            # Warm-up would take seconds, and most servers here are asked for their states alone.
             given = {"port": -1, "rest_api_port": -1, "shutdown_grace_seconds": 5.0, **flags}
-            server = Server(ServeSettings(model_config_file=str(path), **given))
+            server = Server(ServeSettings(model_config_file=str(path), enable_model_warmup=False, **given))
             stack.callback(server.stop)
             server.start()
             return server

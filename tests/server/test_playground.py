@@ -48,7 +48,9 @@ def start(
 
         def start(**flags: Any) -> Any:
             flags = {"port": 0, "rest_api_port": -1, "model_name": "a<b", "shutdown_grace_seconds": 5.0, **flags}
-            server = Server(ServeSettings(**{"model_base_path": str(folder), **flags}))
+            # Most servers here answer one request, or none: warm-up would take seconds for each.
+            flags = {"model_base_path": str(folder), "enable_model_warmup": False, **flags}
+            server = Server(ServeSettings(**flags))
             stack.callback(server.stop)
             server.start()
             server.url = f"http://127.0.0.1:{server.rest_port}"
@@ -62,6 +64,12 @@ def start(
 def server(start) -> Any:
     """A server with the page."""
     return start(playground=True)
+
+
+@pytest.fixture(scope="module")
+def closed(start) -> Any:
+    """A server as it is by default: without the page, and for pages of its own address alone."""
+    return start()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +159,7 @@ def page(driver, server) -> Iterator[Page]:
     assert not [line for line in said if "Failed to load resource" not in line and "blocked by CORS" not in line]
 
 
-def test_page_is_whole_and_only_where_it_is_asked_for(start, server):
+def test_page_is_whole_and_only_where_it_is_asked_for(closed, server):
     """A page that loads something from elsewhere, runs what a name holds, or is there without the flag."""
     import requests
 
@@ -163,7 +171,7 @@ def test_page_is_whole_and_only_where_it_is_asked_for(start, server):
     assert "default-src 'none'" in policy
     assert not re.findall(r"https?://|@import|\burl\(|<script src|<iframe", reply.text)
     assert 'id="served">["a\\u003cb"]<' in reply.text
-    assert requests.get(start().url, timeout=10).status_code == 404
+    assert requests.get(closed.url, timeout=10).status_code == 404
 
 
 @pytest.mark.slow
@@ -243,9 +251,9 @@ def test_wrong_parameters(page, asked, params, said):
 
 
 @pytest.mark.slow
-def test_servers_elsewhere(page, start, server):
+def test_servers_elsewhere(page, start, closed, server):
     """A page that can ask no other server, as one in a container, or does not say what is missing there."""
-    open_to_all, closed = start(rest_api_enable_cors_support=True), start()
+    open_to_all = start(rest_api_enable_cors_support=True)
     page.fill(url=open_to_all.url, prompt="The", temperature="0")
     page.submit("generate")
     with Client(open_to_all.url, "a<b") as client:
