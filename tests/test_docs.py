@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 from conftest import tiny_config
+from server.processes import launcher
 
 import tfclm
 from tfclm.__main__ import COMMANDS
@@ -201,16 +204,13 @@ def exported(workplace: Path) -> Path:
 def ports(workplace: Path, exported: Path) -> Iterator[tuple[str, str]]:
     """Where the journey's server listens, for REST and gRPC: on free ports, as the documentation's may be taken."""
     metrics = f"--monitoring_config_file={ROOT / 'serving' / 'monitoring.config'}"
-    words = [sys.executable, *shlex.split(JOURNEY[2])[1:], "--port=-1", "--rest_api_port=-1", metrics]
-    with subprocess.Popen(words, cwd=workplace, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            found = next(filter(None, (re.search(r"gRPC (\d+), REST (\d+)", line) for line in process.stderr)))
-            yield f"127.0.0.1:{found[2]}", f"127.0.0.1:{found[1]}"
-        finally:
-            process.terminate()
-            process.communicate(timeout=60)
-    assert process.returncode == 0
+    module, *flags = TFCLM[JOURNEY[2]]
+    assert module == "tfclm.serve"
+    with launcher() as launch:
+        server = launch(*flags, metrics, first=partial(os.chdir, workplace)).listens()
+        yield f"127.0.0.1:{server.rest_port}", f"127.0.0.1:{server.grpc_port}"
+        server.terminate()
+        assert server.ends(60) == 0
 
 
 @pytest.mark.slow

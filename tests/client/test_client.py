@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from conftest import SERVED, SERVED_CONTEXT
 
+from tfclm import query as query_command
 from tfclm.client import Client, Completion, ServerError, messages
 from tfclm.errors import InputError
 
@@ -485,14 +486,19 @@ def test_grpc_asks_again_where_unavailable(code: str):
 # The command
 
 
+def arguments(served, *flags: str, grpc: bool = False) -> list[str]:
+    """The arguments of a command that asks the server."""
+    port = ["--grpc", "--url", served.urls["grpc"].removeprefix("grpc://")] if grpc else ["--url", served.urls["rest"]]
+    return ["--model-name", "tiny", *port, *flags]
+
+
 def query(served, *flags: str, stdin: bytes = b"", grpc: bool = False) -> Any:
     """The command in a process of its own, where TensorFlow cannot be imported."""
-    port = ["--grpc", "--url", served.urls["grpc"].removeprefix("grpc://")] if grpc else ["--url", served.urls["rest"]]
     program = (
         "import sys; sys.modules.update(dict.fromkeys(('tensorflow', 'transformers', 'datasets'))); "
         "from tfclm.query import main; main()"
     )
-    command = [sys.executable, "-c", program, "--model-name", "tiny", *port, *flags]
+    command = [sys.executable, "-c", program, *arguments(served, *flags, grpc=grpc)]
     return subprocess.run(command, input=stdin, capture_output=True, timeout=60)
 
 
@@ -555,15 +561,24 @@ def test_a_batch(served):
         (["--prompt=a", "--url=http://127.0.0.1:9"], 1, "no server answers at http://127.0.0.1:9: start one"),
     ],
 )
-def test_the_command_says_what_is_wrong(served, flags: list[str], code: int, line: str):
+def test_the_command_says_what_is_wrong(
+    served,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    flags: list[str],
+    code: int,
+    line: str,
+):
     """A traceback, two lines, or another exit code."""
-    run = query(served, *flags)
-    said = run.stderr.decode()
-    assert run.returncode == code, said
+    monkeypatch.setattr(sys, "argv", ["tfclm.query", *arguments(served, *flags)])
+    with pytest.raises(SystemExit) as end:
+        query_command.main()
+    out, said = capfd.readouterr()
+    assert end.value.code == code, said
     assert said.startswith("tfclm.query: ")
     assert line in said
     assert said.count("\n") == 1
-    assert run.stdout == b""
+    assert out == ""
 
 
 def test_tokens_and_other_signatures(served, signatures):

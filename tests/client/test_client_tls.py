@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import socket
 import ssl
 import subprocess
@@ -13,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -372,12 +372,12 @@ def commands() -> list[str]:
 @pytest.mark.slow
 def test_the_commands_of_the_readme(tmp_path: Path):
     """Commands that make files which the server or the client cannot read, or flags that are none."""
+    import tensorflow as tf
+    from server.processes import launcher
+    from server.serving_models import Text
+
     make, start, make_client, ask_as_client, ask_over_rest = commands()
     serve, ask = start.splitlines()
-    program = "from server.serving_models import Text, tf; module = Text(); "
-    program += (
-        "tf.saved_model.save(module, 'serving_models/quickstart/1', signatures={'serving_default': module.complete})"
-    )
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
 
     def shell(script: str, port: int = 0) -> subprocess.CompletedProcess[str]:
@@ -386,22 +386,9 @@ def test_the_commands_of_the_readme(tmp_path: Path):
         given = ["bash", "-euc", script]
         return subprocess.run(given, cwd=tmp_path, env=here, capture_output=True, text=True, timeout=120)
 
-    @contextmanager
-    def serving() -> Iterator[int]:
-        line = [sys.executable, *serve.split()[1:], "--port=-1", "--rest_api_port=0"]
-        with subprocess.Popen(line, cwd=tmp_path, env=here, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            try:
-                for logged in process.stderr:
-                    if "listening" in logged:
-                        yield int(re.search(r"gRPC (\d+)", logged)[1])
-                        return
-                raise AssertionError("the server ended")
-            finally:
-                process.terminate()
-                process.stderr.read()
-
-    assert shell(f"{sys.executable} -c {shlex.quote(program)}").returncode == 0
+    module = Text()
+    signatures = {"serving_default": module.complete}
+    tf.saved_model.save(module, str(tmp_path / "serving_models" / "quickstart" / "1"), signatures=signatures)
     done = shell(make)
     assert done.returncode == 0, done.stderr
     # The server's own reading of the file; a second server would take its time.
@@ -411,7 +398,10 @@ def test_the_commands_of_the_readme(tmp_path: Path):
         assert shell(ask, port).stdout == "The é\n"
     done = shell(make.partition("\n\n")[2] + make_client)
     assert done.returncode == 0, done.stderr
-    with serving() as port:
+    python, flag, verb, *flags = serve.split()
+    assert (python, flag, verb) == ("python", "-m", "tfclm.serve")
+    with launcher() as launch:
+        port = launch(*flags, first=partial(os.chdir, tmp_path)).listens().grpc_port
         # The model has one signature.
         done = shell(ask_as_client.rstrip() + " --signature serving_default", port)
         assert (done.stdout, done.stderr) == ("The import world\n", "")

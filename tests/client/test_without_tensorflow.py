@@ -51,7 +51,8 @@ PRINTED = [
 
 def plain_environment() -> dict[str, str]:
     """This process's environment, without what would show the child the packages of this one."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    return kept | {"PIP_NO_COMPILE": "1"}  # most of the modules are never imported
 
 
 @pytest.fixture(scope="module")
