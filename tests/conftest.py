@@ -9,6 +9,7 @@ import pydoc_data.topics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,12 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 # Commands in processes of their own are forked from one that has all of this imported and has computed nothing:
 # the import of TensorFlow takes longer than the rest of a start.
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["tfclm.training.finetuning", "tfclm.savedmodel.exporting", "tfclm.fit", "tfclm.export", "tfclm.server.server"]
-)
+PRELOADED = [
+    *("tfclm.fit", "tfclm.export", "tfclm.training.finetuning", "tfclm.savedmodel.exporting"),
+    *("tfclm.server.server", "tfclm.runs.card", "tfclm.runs.curve"),
+    *("datasets", "tensorboard", "transformers.models.gpt2.modeling_tf_gpt2"),
+]
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 # TensorFlow's graphs are millions of Python objects, which the collector would walk time and again.
 gc.set_threshold(200_000, 20, 100)
@@ -128,6 +132,19 @@ def smollm2_dir() -> Path:
     return folder
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that all workers of the tests share: the first one to need it makes it, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    complete = base / f"{name}-is-complete"
+    with FolderLock(base, LOCK_TIMEOUT):
+        if not complete.exists():
+            make(base / name)
+            complete.touch()
+    return base / name
+
+
 # Settings of the model that most tests of clients and servers share; none of them is the default.
 SERVED = {"max_new_tokens": 9, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
 SERVED_CONTEXT = 128
@@ -135,10 +152,7 @@ SERVED_CONTEXT = 128
 
 @pytest.fixture(scope="session")
 def servable_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
-    """A version of a tiny GPT-2, exported with the settings `SERVED`; to be copied or served, not changed.
-
-    Tracing takes seconds, so all workers share the first one's.
-    """
+    """A version of a tiny GPT-2, exported with the settings `SERVED`; to be copied or served, not changed."""
     import tf_keras
     from transformers import AutoTokenizer
 
@@ -147,19 +161,14 @@ def servable_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) 
     from tfclm.savedmodel.graph.signatures import GenerationModule
     from tfclm.savedmodel.settings import ServableSettings
 
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    folder = base / "servable"
-    with FolderLock(base, LOCK_TIMEOUT):
-        if not folder.exists():
-            tf_keras.utils.set_random_seed(0)
-            model = create(tiny_config("gpt2", context=SERVED_CONTEXT))
-            module = GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings(**SERVED))
-            saving.write(module, base / "unfinished")
-            warmup.write(module, base / "unfinished")
-            (base / "unfinished").rename(folder)
-    return folder
+    def make(folder: Path) -> None:
+        tf_keras.utils.set_random_seed(0)
+        model = create(tiny_config("gpt2", context=SERVED_CONTEXT))
+        module = GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings(**SERVED))
+        saving.write(module, folder)
+        warmup.write(module, folder)
+
+    return shared_folder(tmp_path_factory, "servable", make)
 
 
 ARCHITECTURES = ["gpt2", "opt", "mistral"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import shared_folder
 
 ELSEWHERE = os.environ.get("TFCLM_TF_SERVING_URL")
 
@@ -71,12 +72,15 @@ class Client:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every test model, and the config that serves them."""
+    """A folder with every test model, and the configs that serve them; not to be changed."""
     from server.serving_models import export_all
 
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "models.config").write_text(export_all(folder))
-    return folder
+    def make(folder: Path) -> None:
+        config = export_all(folder)
+        (folder / "models.config").write_text(config)
+        (folder / "monitoring.config").write_text("prometheus_config { enable: true }")
+
+    return shared_folder(tmp_path_factory, "models", make)
 
 
 @contextmanager
@@ -108,7 +112,6 @@ def server(models: Path) -> Iterator:
     """The server that most tests ask. There is none here if they ask one elsewhere."""
     if ELSEWHERE:
         pytest.skip("this test looks into a server of its own")
-    (models / "monitoring.config").write_text("prometheus_config { enable: true }")
     with _servers() as start:
         yield start(
             model_config_file=str(models / "models.config"),
