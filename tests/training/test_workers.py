@@ -7,12 +7,11 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from conftest import prepare_blocks
@@ -223,8 +222,7 @@ def test_a_worker_that_does_not_start_is_named(tmp_path: Path, tokenizer_dir: Pa
     """A worker that waits for the others for ever, without a word."""
     program = "from tfclm.training.workers import make_strategy; make_strategy('multi_worker', 'auto', 2)"
     config = worker_config(free_ports(2), 0)
-    environment = {**os.environ, "TF_CONFIG": config, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
+    done = forked.run(program, TF_CONFIG=config)
     assert done.returncode == 1
     missing = json.loads(config)["cluster"]["worker"][1]
     assert (

@@ -26,6 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "blocks": {"blocks": "prepared", "model": "model", "batch_size": 9, "epochs": 2, "max_steps": 6},
     "jit": {"jit_compile": True, "max_steps": 3},
 }
+# What is compared with a run on one device, too.
+ON_ONE_DEVICE = {"gpt2"}
 SOME = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 2}
 
 
@@ -126,7 +128,7 @@ def keep(path: Path, found: tuple[dict[str, Any], list[np.ndarray]]) -> None:
 def work(config: str | None, log: Path, folder: Path, tokenizer_dir: Path, cases: dict[str, dict[str, Any]]) -> None:
     """What one process does: the cases, one after the other, as a worker of TF_CONFIG.
 
-    Without it: each case on one device and on two.
+    Without it: each case on two devices, and on one if that is compared.
     """
     redirect(log)
     # The place of the tests, as for pytest.
@@ -146,6 +148,8 @@ def work(config: str | None, log: Path, folder: Path, tokenizer_dir: Path, cases
         strategies = {f"worker{Workers(strategy).index}": strategy}
     for name, settings in cases.items():
         for kind, strategy in strategies.items():
+            if kind == "one" and name not in ON_ONE_DEVICE:
+                continue
             place = folder / (name if config else f"{name}-{kind}")
             place.mkdir(parents=True, exist_ok=True)
             chosen = strategy or tf.distribute.get_strategy()
