@@ -131,7 +131,7 @@ def test_cache(reference: Reference):
     spec, ids = reference.model.spec, tf.constant(reference.numbers["ids"], tf.int32)
     weights = reference.model.weights_by_name
     # One row is longer than the windows, which are 8 tokens; the other exceeds them after two steps.
-    lengths, steps = np.array([11, 6], np.int32), 12 if LONG else 4
+    lengths, steps = np.array([11, 6], np.int32), 12 if LONG else 3
     if spec.depends_on_length:
         # One row on either side of the length that changes the rotation, or both in the context.
         lengths, steps = np.array([17 if spec.threshold else 8, 4], np.int32), 7 if LONG else 3

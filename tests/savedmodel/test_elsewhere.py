@@ -106,11 +106,17 @@ def answer_in_a_session():
     return [[text.decode() for text in texts], [row[: count + 1].tolist() for row, count in zip(ids, counts)]]
 """
 
+# Runs the tool once for each of some lists of arguments.
 TOOL = """
-import runpy
+import json, runpy
 
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+script, calls = sys.argv[1:]
+for arguments in json.loads(calls):
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
 """
 
 # Times ten requests per signature.
@@ -299,13 +305,11 @@ def run_tool(folder: Path, version: Version) -> tuple[str, Any]:
     """What saved_model_cli prints about the version, and the texts that it writes."""
     script = shutil.which("saved_model_cli", path=str(Path(sys.executable).parent))
     assert script is not None
-    tool = (sys.executable, "-I", "-c", REFUSE + TOOL, script)
-    common = ("--dir", version.folder, "--tag_set", "serve")
-    shown = run_command(folder, *tool, "show", *common)
+    common = ("--dir", str(version.folder), "--tag_set", "serve")
     given = ";".join(f"{name}={value!r}" for name, value in REQUEST.items())
-    run_command(
-        folder, *tool, "run", *common, "--signature_def", "generate", "--input_exprs", given, "--outdir", folder
-    )
+    asked = ("--signature_def", "generate", "--input_exprs", given, "--outdir", str(folder))
+    calls = json.dumps([["show", *common], ["run", *common, *asked]])
+    shown = run_command(folder, sys.executable, "-I", "-c", REFUSE + TOOL, script, calls)
     return shown, np.load(folder / "generated_text.npy", allow_pickle=True).tolist()
 
 

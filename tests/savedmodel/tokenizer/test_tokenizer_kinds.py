@@ -161,10 +161,15 @@ MODELS = ["bert-uncased", "llama", "unigram", "case-folded"]
 
 
 @functools.cache
+def make(kind: str) -> PreTrainedTokenizerFast:
+    """A kind of tokenizer."""
+    return KINDS[kind]()
+
+
+@functools.cache
 def both(kind: str) -> tuple[PreTrainedTokenizerFast, Encode]:
     """A kind of tokenizer, and the same in the graph."""
-    tokenizer = KINDS[kind]()
-    return tokenizer, in_graph(tokenizer)
+    return make(kind), in_graph(make(kind))
 
 
 @pytest.fixture(
@@ -322,7 +327,7 @@ def test_runs_of_a_character(seed: int) -> None:
         assert time.perf_counter() - start < 20
 
 
-@pytest.mark.parametrize("seed", range(100 if LONG else 4))
+@pytest.mark.parametrize("seed", range(100 if LONG else 2))
 def test_scores_that_tie(seed: int) -> None:
     """The wrong one of two segmentations with equal scores; sums in another order, which are rounded differently."""
     rng = random.Random(seed)
@@ -368,9 +373,9 @@ def test_what_cannot_be_exact_is_refused() -> None:
 )
 def test_exported_signatures(kind: str, tmp_path: Path, documents: list[str]) -> None:
     """A missing signature; text or scores that differ from those of the model and tokenizer in Python."""
-    tokenizer, _ = both(kind)
+    tokenizer = make(kind)
     sizes: dict[str, Any] = {
-        **{"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
         **{"max_position_embeddings": 96, "eos_token_id": tokenizer.eos_token_id},
     }
     tf_keras.utils.set_random_seed(1)
