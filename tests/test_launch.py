@@ -277,7 +277,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, documen
     from tfclm.checkpoint import create, save
 
     folder = tmp_path_factory.mktemp("launch")
-    save(create(tiny_config("gpt2")), AutoTokenizer.from_pretrained(tokenizer_dir), folder / "base")
+    save(create(tiny_config("gpt2", context=40)), AutoTokenizer.from_pretrained(tokenizer_dir), folder / "base")
     (folder / "text.txt").write_text("\n\n".join(" ".join(text.split())[:400] for text in documents[:30]))
     return folder
 
@@ -300,7 +300,7 @@ def processes_of(parent: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_leader_is_killed_and_the_run_resumes(place: Path):
     """Workers that outlive the one that is killed, a traceback in place of a line, or a run that begins anew."""
-    first = launch(place, "--epochs", "12")
+    first = launch(place, "--epochs", "6")
     until = time.monotonic() + 300
     while not (place / "run" / "resume" / "state" / "ckpt-3.index").exists() and first.poll() is None:
         assert time.monotonic() < until
@@ -315,11 +315,11 @@ def test_leader_is_killed_and_the_run_resumes(place: Path):
     assert "Traceback" not in out
     assert not (place / "run" / "results.json").exists()
     # The same run with fewer epochs would be another one.
-    second = launch(place, "--epochs", "12")
+    second = launch(place, "--epochs", "6")
     out, _ = second.communicate(timeout=600)
     assert second.returncode == 0, out
     results = json.loads((place / "run" / "results.json").read_text())
-    assert len(results["train"]["epochs"]) == 12
+    assert len(results["train"]["epochs"]) == 6
     assert results["perplexity"] < results["initial_perplexity"]
     assert not (place / "run" / "resume").exists()
     assert not list((place / "run").glob(".worker*"))
