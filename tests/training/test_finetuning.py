@@ -282,7 +282,9 @@ def test_mixed_precision_learns_with_a_float32_loss(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "config"), [("gpt2", NO_DROPOUT), ("mistral", {})])
+@pytest.mark.parametrize(
+    ("architecture", "config"), [("gpt2", NO_DROPOUT), pytest.param("mistral", {}, marks=pytest.mark.long)]
+)
 def test_jit_compile_trains_the_same(make_model, tokenizer, architecture: str, config: dict):
     """A step that XLA compiles to something else; its sums are in another order, hence the tolerance."""
     settings = {"epochs": 2, **FAST, "learning_rate": 1e-3}
