@@ -77,14 +77,14 @@ class Runs:
 
     def finish(self, name: str) -> int:
         process = self.start(name)
-        process.join(120)
+        process.join(300)
         assert process.exitcode is not None, "the run did not end"
         return process.exitcode
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
-    def wait_for(self, name: str, pattern: str, process, seconds: float = 90) -> bool:
+    def wait_for(self, name: str, pattern: str, process, seconds: float = 300) -> bool:
         """Waits until a file of that pattern is in the run's folder; False if the run ended first."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and process.is_alive():
