@@ -43,7 +43,9 @@ def console(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 def checkpoint(tmp_path: Path, tokenizer) -> Path:
     """A tiny model without dropout, with its tokenizer."""
     tf_keras.utils.set_random_seed(0)
-    save(create(tiny_config("gpt2", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)), tokenizer, tmp_path / "model")
+    # The sample at the end of a run fills the context.
+    config = tiny_config("gpt2", context=BLOCK_SIZE + 4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    save(create(config), tokenizer, tmp_path / "model")
     return tmp_path / "model"
 
 

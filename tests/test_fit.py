@@ -162,7 +162,7 @@ def evaluate_validation(output: Path, text: Path):
 @pytest.mark.slow
 def test_fit_with_a_bos_is_measured_as_evaluate_measures(console: Console, tmp_path: Path, tokenizer, documents):
     """Blocks that begin with the BOS in the run, but not when its checkpoint is evaluated, or the reverse."""
-    save(create(tiny_config("mistral", vocab_size=513)), put_bos(tokenizer), tmp_path / "base")
+    save(create(tiny_config("mistral", vocab_size=513, context=CONTEXT)), put_bos(tokenizer), tmp_path / "base")
     for name, some in (("train", documents[:9]), ("validation", documents[9:12])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text[:900]}) + "\n" for text in some))
     output, validation = tmp_path / "run", tmp_path / "validation.jsonl"
