@@ -438,7 +438,7 @@ def main() -> None:
                 profile(record, 8, 16)
             gc.collect()
         if parts & {"compiled", "own"}:
-            settings = {"compile": "xla", "max_batch_size": 8, "buckets": (32, 512), "max_new_tokens_limit": NEW}
+            settings = {"compile": "xla", "max_batch_size": 8, "buckets": (128, 640), "max_new_tokens_limit": NEW}
             xla = write(folder, Path(work) / "xla", settings)
             if "compiled" in parts:
                 bfloat16 = write(folder, Path(work) / "bfloat16", settings | {"weights": "bfloat16"})

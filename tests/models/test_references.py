@@ -145,8 +145,8 @@ def test_cache(reference: Reference):
     pairs = [tuple(key_value_cache.allocate(part, 24) for part in pair) for pair in out.pairs]
     for step in range(steps):
         positions = tf.constant(lengths + step)
-        append = key_value_cache.Writer(pairs[0][0], positions).write
-        cache = Cache(pairs, positions[:, None], tf.constant(24), append)
+        append = key_value_cache.Writer(pairs[0][0], positions[:, None]).write
+        cache = Cache(pairs, positions[:, None], tf.range(24)[None], append)
         tokens = tf.gather(ids, positions, batch_dims=1)[:, None]
         out = decode_tokens(spec, weights, tokens, positions=positions[:, None], cache=cache)
         pairs = out.pairs

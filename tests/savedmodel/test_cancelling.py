@@ -42,9 +42,7 @@ def version(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     model.set_weights([3 * weight for weight in model.get_weights()])
     model.generation_config.eos_token_id = None
     folder = tmp_path_factory.mktemp("version")
-    saving.write(
-        GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings(batch_timeout=2)), folder
-    )
+    saving.write(GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), ServableSettings()), folder)
     return folder
 
 

@@ -253,15 +253,6 @@ def test_each_signature_is_warmed_up(texts: Path):
         assert set(outputs) == set(SIGNATURES[name][1])
 
 
-def test_xla_warms_up_every_size(tmp_path: Path):
-    """A batch size or prompt length that is compiled while somebody waits."""
-    settings = ServableSettings(compile="xla", max_batch_size=3, buckets=(16,), max_new_tokens_limit=2)
-    servable = GenerationModule(make_model(), make_wordpiece(), settings)
-    assert warmup.write(servable, tmp_path) == 6
-    sizes = {inputs["input_ids"].shape for _, inputs in replay(tmp_path)}
-    assert sizes == {(rows, length) for rows in (1, 2, 3) for length in (16, 63)}
-
-
 @pytest.mark.slow
 def test_canary_passes_what_is_whole(tokens: tuple[Path, list[canary.Prompt]]):
     """A check that refuses a good version, or says nothing of what it cost."""

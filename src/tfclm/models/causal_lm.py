@@ -84,7 +84,7 @@ class DecoderStem(Group):
         if past_key_values and past_key_values[0] is not None:
             length = tf.shape(input_ids if inputs_embeds is None else inputs_embeds)[1]
             past = tf.shape(past_key_values[0][0])[2]
-            cache = Cache(past_key_values, (past + tf.range(length))[None], past + length, _concatenate)
+            cache = Cache(past_key_values, (past + tf.range(length))[None], tf.range(past + length)[None], _concatenate)
         if position_ids is not None and len(position_ids.shape) == 1:
             position_ids = position_ids[None]
         out = decode_tokens(

@@ -48,15 +48,15 @@ class Cache(NamedTuple):
     Attributes:
         pairs: keys and values of each layer, [B, key-value heads, capacity, head size].
         slots: int32 [B, L] or [1, L], the slots of the new tokens; a token attends to its own slot and earlier ones.
-        keys: int32 [], the number of slots once the new tokens are in the cache.
+        key_slots: int32 [B, keys] or [1, keys], the slots of all keys once the new tokens are in the cache.
         append: takes such a buffer and the new keys or values [B, key-value heads, L, head size]; returns the buffer
-            that holds both.
+            that holds both, or a tuple of buffers that hold them together.
     """
 
     pairs: Sequence[Pair]
     slots: Tensor
-    keys: Tensor
-    append: Callable[[Tensor, Tensor], Tensor]
+    key_slots: Tensor
+    append: Callable[[Any, Tensor], Any]
 
 
 class Decoded(NamedTuple):
@@ -104,7 +104,7 @@ def decode_tokens(
     x = weights.embed(spec.names.embedding, ids) if embeddings is None else embeddings
     length = sizes(x)[1]
     slots = tf.range(length)[None] if cache is None else cache.slots
-    keys = length if cache is None else cache.keys
+    key_slots = slots if cache is None else cache.key_slots
     if positions is None:
         positions = slots
         if spec.positions_from_mask and mask is not None:
@@ -115,10 +115,10 @@ def decode_tokens(
     x = _embed(spec, weights, x, ids, positions)
     rotation = Rotation(spec, positions, lengths, x.dtype)
     biases = {
-        window: attention_bias(slots, keys, window, mask, x.dtype) for window in sorted(set(spec.windows), key=str)
+        window: attention_bias(slots, key_slots, window, mask, x.dtype) for window in sorted(set(spec.windows), key=str)
     }
     if spec.alibi:
-        alibi = alibi_bias(spec, keys, mask, x.dtype)
+        alibi = alibi_bias(spec, key_slots, mask, x.dtype)
         biases = {window: bias + alibi for window, bias in biases.items()}
     if x.shape[1] == 1:
         # The heads of a group take the place of the queries.
@@ -297,19 +297,19 @@ class _Layer:
         pair = (k, v)
         scale = spec.attention_scale / (self._index + 1 if spec.attention_scale_by_layer else 1)
         # The heads that share keys and values are rows of one product, so that these are not repeated.
-        group, keys = spec.heads // spec.kv_heads, sizes(k)[2]
+        group, keys = spec.heads // spec.kv_heads, sum(sizes(part)[2] for part in _parts(k))
         q = tf.reshape(q * tf.cast(scale, q.dtype), [batch, spec.kv_heads, group * length, spec.head_dim])
-        scores = tf.matmul(q, k, transpose_b=True)
+        scores = _joined([tf.matmul(q, part, transpose_b=True) for part in _parts(k)])
         if spec.attention_cap is not None:
             scores = spec.attention_cap * tf.tanh(scores / spec.attention_cap)
         if x.shape[1] != 1:
             scores = tf.reshape(scores, [batch, spec.kv_heads, group, length, keys])
         scores += self._bias
-        attention = tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), v.dtype)
+        attention = tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), q.dtype)
         attention = self._weights.dropout("attention", attention)
         if x.shape[1] != 1:
             attention = tf.reshape(attention, [batch, spec.kv_heads, group * length, keys])
-        mixed = tf.matmul(attention, v)
+        mixed = _mixed(attention, _parts(v))
         mixed = _swap_heads(tf.reshape(mixed, [batch, spec.heads, length, spec.head_dim]))
         (output,) = self._dense([spec.names.o], tf.reshape(mixed, [batch, length, spec.heads * spec.head_dim]))
         return output, tf.reshape(attention, [batch, spec.heads, length, keys]), pair
@@ -344,6 +344,22 @@ class _Layer:
         if spec.qk_norm == "head":
             q, k = self._weights.norm(q_norm, q), self._weights.norm(k_norm, k)
         return q, k, v
+
+
+def _parts(buffers: Any) -> tuple[Tensor, ...]:
+    return buffers if isinstance(buffers, tuple) else (buffers,)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else tf.concat(parts, -1)
+
+
+def _mixed(attention: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """The values [B, heads, keys, size], in parts, weighted by the attention [B, heads, L, keys]."""
+    if len(values) == 1:
+        return tf.matmul(attention, values[0])
+    weights = tf.split(attention, [sizes(part)[2] for part in values], -1)
+    return tf.add_n([tf.matmul(weight, part) for weight, part in zip(weights, values, strict=True)])
 
 
 def _swap_heads(x: Tensor) -> Tensor:

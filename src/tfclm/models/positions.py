@@ -39,9 +39,11 @@ def sinusoids(spec: Spec) -> np.ndarray[Any, Any]:
     return table
 
 
-def attention_bias(slots: Tensor, keys: Tensor, window: int | None, mask: Tensor | None, dtype: tf.DType) -> Tensor:
+def attention_bias(
+    slots: Tensor, key_slots: Tensor, window: int | None, mask: Tensor | None, dtype: tf.DType
+) -> Tensor:
     """What hides later tokens, padding and those before the window, added to the scores; [B or 1, 1, 1, L, keys]."""
-    key = tf.range(keys)[None, None]
+    key = key_slots[:, None]
     visible = key <= slots[:, :, None]
     if window is not None:
         visible &= key > slots[:, :, None] - window
@@ -51,19 +53,19 @@ def attention_bias(slots: Tensor, keys: Tensor, window: int | None, mask: Tensor
     return tf.where(visible, tf.zeros([], dtype), tf.constant(dtype.min / 2, dtype))[:, None, None]
 
 
-def alibi_bias(spec: Spec, keys: Tensor, mask: Tensor | None, dtype: tf.DType) -> Tensor:
+def alibi_bias(spec: Spec, key_slots: Tensor, mask: Tensor | None, dtype: tf.DType) -> Tensor:
     """What is added to the scores for the distance of keys, [B or 1, key-value heads, group, 1, keys].
 
     It grows with the key's position: softmax is the same for scores that differ by a constant per query.
     """
-    positions = tf.range(keys)[None] if mask is None else counted(mask) * tf.cast(mask, tf.int32)
+    positions = key_slots if mask is None else counted(mask) * tf.cast(mask, tf.int32)
     slopes = tf.constant(spec.alibi, tf.float32)
     if spec.alibi_bfloat16:
         product = tf.cast(slopes, tf.bfloat16)[None, :, None] * tf.cast(positions, tf.bfloat16)[:, None]
         biases = tf.cast(product, tf.float32) * spec.attention_scale
     else:
         biases = slopes[None, :, None] * tf.cast(positions, tf.float32)[:, None]
-    shape = [tf.shape(positions)[0], spec.kv_heads, spec.heads // spec.kv_heads, 1, keys]
+    shape = [sizes(positions)[0], spec.kv_heads, spec.heads // spec.kv_heads, 1, sizes(positions)[1]]
     return tf.cast(tf.reshape(biases, shape), dtype)
 
 

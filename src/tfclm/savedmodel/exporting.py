@@ -109,6 +109,8 @@ def export_saved_model(
     if servable.tokenizer_problem is not None:
         log(f"generate_tokens alone is exported: {servable.tokenizer_problem}")
         texts = None
+    megabytes = servable.cached_tokens * servable.network.bytes_per_token / 1e6
+    log(f"keys and values of at most {servable.cached_tokens} tokens are kept, {megabytes:.0f} MB (cache_tokens)")
     perplexities = _measure(model, servable, recorded, measure or _measure_nothing)
     verdict = gate.decide(_decided_by_records(limits, texts), perplexities.exported, served)
     verdicts.require(verdict)
@@ -332,6 +334,7 @@ def _describe(
         "max_new_tokens_limit": servable.limit,
         "max_request_tokens": servable.max_request_tokens,
         "context": servable.network.context,
+        "cache_tokens": servable.cached_tokens,
         "buckets": servable.buckets,
     }
 

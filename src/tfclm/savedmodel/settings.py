@@ -20,6 +20,7 @@ RANGES = {
     "max_new_tokens_limit": (1, INT32),
     "top_k": (0, INT32),
     "max_batch_size": (1, 4096),
+    "cache_tokens": (1, 2**31 - 1),
     "max_request_rows": (1, 2**20),
     "max_request_tokens": (1, 2**24),
 }
@@ -42,7 +43,12 @@ class ServableSettings:
         False, "cut long prompts on the left, so that `max_new_tokens` more tokens fit into the context"
     )
     max_batch_size: int = setting(8, "maximum number of rows decoded together, from one or several requests")
-    batch_timeout: float = setting(30.0, "milliseconds that a request waits for others to join its batch")
+    cache_tokens: int | None = setting(
+        None,
+        "maximum number of tokens whose keys and values are kept, of rows that are decoded and in the prefix cache; by "
+        "default as many as take the memory of the weights, at least two contexts",
+    )
+    prefix_cache: bool = setting(True, "start from the keys and values of earlier rows that begin with the same tokens")
     max_request_rows: int = setting(4096, "maximum number of rows per request")
     max_request_tokens: int | None = setting(
         None,
@@ -53,7 +59,7 @@ class ServableSettings:
         "none", "xla is faster, but only servers started with --xla_cpu_compilation_enabled can run it"
     )
     buckets: tuple[int, ...] = setting(
-        (), "with xla, the prompt lengths that are compiled; by default 32, 128, 512 and so on"
+        (), "with xla, the sizes of the key-value cache in tokens that are compiled; by default 256, 512 and so on"
     )
     weights: Literal["float32", "bfloat16"] = setting(
         "float32", "type in which the weights are stored; bfloat16 needs xla"
@@ -73,10 +79,8 @@ class ServableSettings:
             raise InputError(f"`top_p` {self.top_p}: give 1.2e-38 to 1 (1 = off)")
         if self.repetition_penalty is not None and not SMALLEST <= self.repetition_penalty <= LARGEST:
             raise InputError(f"`repetition_penalty` {self.repetition_penalty}: give 1.2e-38 to 3.4e38 (1 = off)")
-        if not 0 <= self.batch_timeout <= 60_000:
-            raise InputError(f"`batch_timeout` {self.batch_timeout}: give 0 to 60000 milliseconds")
         if self.buckets and self.compile != "xla":
-            raise InputError("`buckets` requires `compile` xla: without it, prompts are not padded to buckets")
+            raise InputError("`buckets` requires `compile` xla: without it, the key-value cache may have any size")
         if any(size < 1 for size in self.buckets):
             raise InputError(f"`buckets` {' '.join(map(str, self.buckets))}: give numbers of tokens, 1 or more")
         if self.weights != "float32" and self.compile != "xla":

@@ -21,7 +21,7 @@ EXTRA_TOKENS = 4  # that a tokenizer may add to a prompt: special tokens, a lead
 
 
 def requests(module: GenerationModule) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Signature and inputs of each record: every signature, and with XLA every size that is compiled."""
+    """Signature and inputs of each record, one for every signature. With XLA, the first one compiles all sizes."""
     params = {
         "max_new_tokens": np.array([min(4, module.limit)], np.int32),
         "temperature": np.array([1], np.float32),
@@ -30,12 +30,8 @@ def requests(module: GenerationModule) -> Iterator[tuple[str, dict[str, Any]]]:
         "repetition_penalty": np.array([1.1], np.float32),
         "seed": np.array([0], np.int64),
     }
-    sizes = [
-        (rows, min(length, module.network.context - 1)) for rows in module.batch_sizes() for length in module.buckets
-    ]
-    for rows, length in sizes or [(1, min(8, module.network.context - 1))]:
-        ids = np.zeros([rows, length], np.int32)
-        yield "generate_tokens", {"input_ids": ids, "attention_mask": np.ones_like(ids), **params}
+    ids = np.zeros([1, min(8, module.network.context - 1)], np.int32)
+    yield "generate_tokens", {"input_ids": ids, "attention_mask": np.ones_like(ids), **params}
     if module.tokenizer_problem is None:
         # A token has at least one byte. A prompt that does not fit into the context would be refused.
         prompts = [prompt[: max(1, module.network.context - EXTRA_TOKENS)] for prompt in PROMPTS]

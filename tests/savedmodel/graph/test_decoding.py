@@ -1,4 +1,4 @@
-"""The decoding loop compared with transformers' `generate`, row by row, for every architecture of the tests."""
+"""The engine compared with transformers' `generate`, row by row, for every architecture of the tests."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import tensorflow as tf
 from conftest import ARCHITECTURES, LONG
 
-from tfclm.savedmodel.graph.decoding import Decoded, decode
+from tfclm.savedmodel.graph.engine import Completions, Engine, EngineLimits
 from tfclm.savedmodel.graph.network import Network
-from tfclm.savedmodel.graph.sampling import SamplingParams, uniform_samples
+from tfclm.savedmodel.graph.sampling import PARAM_TYPES, SamplingParams
 
 CONTEXT = 64
 NEW = 14 if LONG else 10
@@ -27,10 +27,10 @@ SOME = 72 if LONG else 48  # prompts with parameters per row, and for architectu
 
 
 class Loop(NamedTuple):
-    """A model, its decoding loop, and prompts of mixed lengths."""
+    """A model, its engine, and prompts of mixed lengths."""
 
     model: Any
-    decode: Callable[..., Decoded]
+    complete: Callable[..., Completions]
     prompts: list[list[int]]
 
 
@@ -39,7 +39,7 @@ class Loop(NamedTuple):
     params=[name if name == "gpt2" else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES],
 )
 def loop(request: pytest.FixtureRequest) -> Loop:
-    """A tiny model and its decoding loop, traced once."""
+    """A tiny model and its engine, traced once."""
     from conftest import tiny_config
     from tf_keras.utils import set_random_seed
 
@@ -49,23 +49,17 @@ def loop(request: pytest.FixtureRequest) -> Loop:
     model = create(tiny_config(request.param, context=CONTEXT, layers=2))
     # Initial weights are so small that all logits are nearly equal.
     model.set_weights([3 * weight for weight in model.get_weights()])
-    network = Network(model)
+    engine = Engine(Network(model), EngineLimits(8, NEW, 16 * CONTEXT), eos_ids=EOS, pad_id=PAD)
 
     @tf.function(
         input_signature=[
             tf.TensorSpec([None, None], tf.int32),
             tf.TensorSpec([None], tf.int32),
-            SamplingParams(
-                *(
-                    tf.TensorSpec([None], kind)
-                    for kind in (tf.int32, "float32", tf.int32, "float32", "float32", "int64")
-                )
-            ),
+            SamplingParams(*(tf.TensorSpec([None], kind) for kind in PARAM_TYPES)),
         ]
     )
-    def traced(ids: tf.Tensor, lengths: tf.Tensor, params: SamplingParams) -> Decoded:
-        numbers = uniform_samples(params.seed, NEW)
-        return decode(network, ids, lengths, params, numbers, eos_ids=EOS, pad_id=PAD, limit=NEW)
+    def traced(ids: tf.Tensor, lengths: tf.Tensor, params: SamplingParams) -> Completions:
+        return engine.complete(ids, lengths, params)
 
     rng = random.Random(1)
     prompts = [[rng.randrange(512) for _ in range(LENGTHS[i % len(LENGTHS)])] for i in range(PROMPTS)]
@@ -84,12 +78,10 @@ def run(loop: Loop, prompts: list[list[int]], params: list[dict[str, float]]) ->
         "repetition_penalty": 1.0,
         "seed": 0,
     }
-    kinds = (tf.int32, tf.float32, tf.int32, tf.float32, tf.float32, tf.int64)
     ids = tf.ragged.constant(prompts, tf.int32).to_tensor(default_value=9)
-    columns = (
-        tf.constant([(default | row)[name] for row in params], kind) for name, kind in zip(default, kinds, strict=True)
-    )
-    out = loop.decode(ids, tf.constant([len(prompt) for prompt in prompts]), SamplingParams(*columns))
+    kinds = zip(default, PARAM_TYPES, strict=True)
+    columns = (tf.constant([(default | row)[name] for row in params], kind) for name, kind in kinds)
+    out = loop.complete(ids, tf.constant([len(prompt) for prompt in prompts]), SamplingParams(*columns))
     for row, count, stopped in zip(out.output_ids.numpy(), out.count.numpy(), out.stopped.numpy(), strict=True):
         assert (row[count:] == PAD).all()
         assert stopped == (row[count - 1] in EOS)

@@ -1,4 +1,4 @@
-"""The architectures that can be exported, called through `Network` as the decoding loop does."""
+"""The architectures that can be exported, called through `Network` as the engine does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from transformers import (
 
 from tfclm.checkpoint import context_size, create
 from tfclm.errors import InputError
-from tfclm.savedmodel.graph.decoding import Decoded, decode
+from tfclm.savedmodel.graph.engine import Completions, Engine, EngineLimits
 from tfclm.savedmodel.graph.network import Network
 from tfclm.savedmodel.graph.sampling import SamplingParams
 
@@ -76,7 +76,10 @@ def test_the_context_excludes_reserved_positions() -> None:
     network = Network(model)
     assert network.context == context_size(model) == 22
     ids = tf.random.stateless_uniform([1, 22], [0, 1], 2, 300, tf.int32)
-    logits, _ = network.prefill(ids, tf.constant([22]), 22, network.weights())
+    weights = network.weights()
+    zero, count, length = map(tf.constant, (0, 21, 22))
+    _, buffers = network.extend(ids[0], zero, count, length, network.buffers(1, 22), weights)
+    logits, _ = network.step(ids[:, 21], tf.constant([21]), buffers, weights)
     np.testing.assert_allclose(logits, model(ids).logits[:, -1], atol=1e-4)
     with pytest.raises(tf.errors.InvalidArgumentError):
         model(tf.concat([ids, ids[:, :1]], 1))
@@ -88,15 +91,21 @@ def test_padding_ids_within_a_text_are_not_counted() -> None:
     network = Network(model)
     ids = np.array([[5, 1, 1, 7, 8, 1], [9, 8, 7, 6, 5, 4]], np.int32)
     weights = network.weights()
-    out = network.hidden(tf.constant(ids), weights)
-    logits = network.logits(out, weights, small_batch=False)
-    np.testing.assert_allclose(logits, model(ids).logits, atol=1e-4)
+    zero, six = tf.constant(0), tf.constant(6)
+    for row, expected in zip(tf.constant(ids), model(ids).logits, strict=True):
+        hidden, _ = network.extend(row, zero, six, six, network.buffers(1, 6), weights)
+        logits = network.logits(hidden[0], weights, small_batch=False)
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
     # With a cache, the next token's position is the text's length.
     cached = model(ids[:, :5], use_cache=True).past_key_values
     own = model(ids[:, 5:], past_key_values=cached).logits[:, 0]
-    _, buffers = network.prefill(tf.constant(ids[:, :5]), tf.constant([5, 5]), 7, weights)
-    after, _ = network.step(tf.constant(ids[:, 5]), tf.constant([5, 5]), buffers, weights)
-    np.testing.assert_allclose(after, own, atol=1e-4)
+    for row, expected in zip(tf.constant(ids), own, strict=True):
+        buffers = network.buffers(1, 7)
+        for start, count in ((0, 2), (2, 3)):
+            start, count = tf.constant(start), tf.constant(count)
+            _, buffers = network.extend(row[:5], start, count, tf.constant(5), buffers, weights)
+        after, _ = network.step(row[5:6], tf.constant([5]), buffers, weights)
+        np.testing.assert_allclose(after[0], expected, atol=1e-4)
 
 
 # RemBERT's table of positions is BERT's, and CamemBERT's that of RoBERTa.
@@ -116,10 +125,12 @@ def test_rows_of_any_length_reach_the_end_of_the_context(architecture: str) -> N
     ids = tf.random.stateless_uniform([2, context - 3], [0, 2], 2, 300, tf.int32)
     lengths = tf.constant([context - 3, 5])
 
-    def traced(ids: tf.Tensor, lengths: tf.Tensor) -> Decoded:
+    engine = Engine(network, EngineLimits(2, 20, 2 * context), eos_ids=[], pad_id=0)
+
+    def traced(ids: tf.Tensor, lengths: tf.Tensor) -> Completions:
         ones, no = tf.ones([2]), tf.zeros([2], tf.int32)
         params = SamplingParams(tf.constant([9, 20]), 0 * ones, no, ones, ones, tf.zeros([2], tf.int64))
-        return decode(network, ids, lengths, params, tf.zeros([2, 20], tf.float64), eos_ids=[], pad_id=0, limit=20)
+        return engine.complete(ids, lengths, params)
 
     specs = [tf.TensorSpec([2, None], tf.int32), tf.TensorSpec([2], tf.int32)]
     decoded = tf.function(traced, autograph=False, input_signature=specs)(ids, lengths)

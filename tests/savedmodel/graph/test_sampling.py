@@ -83,7 +83,7 @@ def test_frequencies(temperature: float, top_k: int, top_p: float, xla: bool) ->
     logits = np.random.default_rng(4).normal(0, 1.5, 40).astype(np.float32)
     expected = warped(logits, temperature, top_k, top_p) * DRAWS
     # Uniform samples as in requests, of many seeds and many steps.
-    uniform = sampling.uniform_samples(tf.range(100, dtype=tf.int64), DRAWS // 100).numpy().reshape(-1)
+    uniform = sampling.uniform_samples(tf.range(100, dtype=tf.int64), tf.range(100), DRAWS // 100).numpy().reshape(-1)
     settings = params([temperature] * DRAWS, [top_k] * DRAWS, [top_p] * DRAWS)
     tokens = sample_tokens(np.tile(logits, [DRAWS, 1]), settings, uniform, xla=xla)
     counts = np.bincount(tokens, minlength=40)
@@ -204,17 +204,23 @@ def test_seeds() -> None:
     """Repeated samples: the same for all steps, for other rows, or for every request with seed -1."""
     # As in the process of `fit`, where most random ops refuse to run without a seed.
     tf.config.experimental.enable_op_determinism()
-    seeds = tf.constant([5, 6, 2**63 - 1, -1, -1, 5], tf.int64)
-    numbers = sampling.uniform_samples(seeds, 50).numpy()
+    given = tf.constant([5, 6, 2**63 - 1, -1, -1, 5], tf.int64)
+    seeds, zeros = sampling.resolve_seeds(given), tf.zeros([6], tf.int32)
+    numbers = sampling.uniform_samples(seeds, zeros, 50).numpy()
     assert (numbers[0] == numbers[5]).all()
     assert len(np.unique(numbers[:5])) == 5 * 50
     assert ((numbers >= 0) & (numbers < 1)).all()
-    again = tf.function(sampling.uniform_samples)(seeds, 50).numpy()
+    traced = tf.function(lambda: sampling.uniform_samples(sampling.resolve_seeds(given), zeros, 50))
+    again = traced().numpy()
     assert (again[:3] == numbers[:3]).all()
     assert not np.isin(again[3:5], numbers).any()
-    # They do not depend on the number of steps or on the row's place in the batch.
-    assert (sampling.uniform_samples(tf.constant([6], tf.int64), 20).numpy()[0] == numbers[1, :20]).all()
-    many = sampling.uniform_samples(tf.range(500, dtype=tf.int64), 80).numpy()
+    # They do not depend on where a call begins, on the number of tokens or on the row's place in the batch.
+    one = sampling.uniform_samples(tf.constant([6], tf.int64), tf.constant([0]), 200).numpy()[0]
+    assert (one[:50] == numbers[1]).all()
+    for begin, count in ((7, 20), (63, 2), (64, 100), (130, 64)):
+        part = sampling.uniform_samples(seeds[:2], tf.constant([3, begin]), count).numpy()
+        assert (part[1] == one[begin : begin + count]).all()
+    many = sampling.uniform_samples(tf.range(500, dtype=tf.int64), tf.zeros([500], tf.int32), 80).numpy()
     # 5 standard errors of a correlation.
     assert np.abs(np.corrcoef(many, rowvar=False) - np.eye(80)).max() < 5 / math.sqrt(500)
     assert abs(np.corrcoef(many[:-1].reshape(-1), many[1:].reshape(-1))[0, 1]) < 5 / math.sqrt(40_000)

@@ -34,7 +34,6 @@ pytestmark = pytest.mark.slow
 CONTEXT = 96
 EOS = [0, 40, 80, 120, 160]
 LIMIT = 20  # max_new_tokens_limit of the compiled export
-BATCH_SECONDS = 4  # batch timeout of the export of the batching tests
 TYPES = {
     "max_new_tokens": tf.int32,
     "temperature": tf.float32,
@@ -116,7 +115,7 @@ def export(
 @pytest.fixture(scope="module")
 def exported(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Default settings, except that a request waits only 2 ms for others."""
-    return export(tmp_path_factory.mktemp("default"), tokenizer, 1, batch_timeout=2)
+    return export(tmp_path_factory.mktemp("default"), tokenizer, 1)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,6 @@ def compiled(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Export
         "buckets": (8,),
         "max_batch_size": 2,
         "max_new_tokens_limit": LIMIT,
-        "batch_timeout": 2,
     }
     folder = tmp_path_factory.mktemp("xla")
     return export(folder, tokenizer, 2, layers=1, **settings)
@@ -678,32 +676,14 @@ def test_concurrent_requests(exported: Export, rows: list[Row], alone: list[dict
 
 @pytest.fixture(scope="module")
 def batching(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """An export with a long batch timeout, which samples by default and truncates prompts."""
-    settings: dict[str, Any] = {"temperature": 1.5, "max_batch_size": 5, "batch_timeout": 1000 * BATCH_SECONDS}
+    """An export that samples by default and truncates prompts."""
+    settings: dict[str, Any] = {"temperature": 1.5, "max_batch_size": 5}
     return export(tmp_path_factory.mktemp("batching"), tokenizer, 1, layers=1, truncate_prompts=True, **settings)
 
 
-def test_concurrent_requests_become_one_batch(batching: Export, rows: list[Row]) -> None:
-    """Requests that wait for each other without being decoded together, or that differ too much to be."""
-    some = [rows[number] for number in range(5)]
-    assert len({(len(row["prompt"]), row["max_new_tokens"], row["temperature"]) for row in some}) == 5
-    batching.generate(some)  # a full batch, as a warm-up
-
-    def seconds(requests: list[list[Row]]) -> float:
-        began = time.perf_counter()
-        with ThreadPoolExecutor(len(requests)) as pool:
-            list(pool.map(batching.generate, requests))
-        return time.perf_counter() - began
-
-    # A request waits for the whole batch timeout, or until the batch is full.
-    assert seconds([some[:1]]) >= BATCH_SECONDS
-    assert seconds([[row] for row in some]) < BATCH_SECONDS
-    assert seconds([some[:2], some[2:]]) < BATCH_SECONDS
-
-
 def test_settings_are_in_the_graph(batching: Export, exported: Export) -> None:
-    """A queue with another `max_batch_size` or `batch_timeout` than in the settings."""
-    for one, size, wait in ((exported, 8, 2_000), (batching, 5, 1_000_000 * BATCH_SECONDS)):
+    """Turns of several requests in one batch, which are cancelled together, or a queue without limit."""
+    for one in (exported, batching):
         nodes = [
             node
             for function in ops_and_functions(one.folder)[1]
@@ -712,8 +692,9 @@ def test_settings_are_in_the_graph(batching: Export, exported: Export) -> None:
         ]
         assert nodes
         for node in nodes:
-            assert node.attr["batch_timeout_micros"].i == wait
-            assert list(node.attr["allowed_batch_sizes"].list.i) == list(range(1, size + 1))
+            assert node.attr["max_batch_size"].i == 1
+            assert node.attr["num_batch_threads"].i == 1
+            assert node.attr["max_enqueued_batches"].i == 1024
 
 
 def test_defaults_and_truncated_prompts_of_texts(batching: Export, tokenizer: Any, documents: list[str]) -> None:
@@ -871,9 +852,9 @@ def test_no_request_compiles(compiled: Export, rows: list[Row], tmp_path: Path) 
     run = forked.run(COMPILED, compiled.folder, tmp_path, stdin=json.dumps(requests), XLA_FLAGS=" ".join(flags))
     assert run.returncode == 0, run.stderr
     loaded, warm, asked = json.loads(run.stdout.splitlines()[-1])
-    # Two buckets times two batch sizes.
+    # Steps for two buckets times two batch sizes, and pieces of prompts for two buckets.
     assert loaded == 0
-    assert warm >= 4
+    assert warm >= 6
     assert asked == warm
 
 

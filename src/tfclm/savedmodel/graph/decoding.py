@@ -1,4 +1,4 @@
-"""The decoding loop: prompts in, tokens out, with a cache and sampling parameters per row, for every architecture."""
+"""The decoding loop: rows go on by one token per step, with a cache and sampling parameters per row."""
 
 from __future__ import annotations
 
@@ -9,184 +9,191 @@ from typing import Any, NamedTuple, cast
 import tensorflow as tf
 
 from tfclm.compat import xla_optimization_barrier
+from tfclm.savedmodel.graph import key_value_cache
 from tfclm.savedmodel.graph.network import Network, Weights
 from tfclm.savedmodel.graph.sampling import SamplingParams, sample_next_token
 from tfclm.savedmodel.graph.stopping import Stop, StopFinder
 
-__all__ = ["Decoded", "decode"]
+__all__ = ["CompiledDecoder", "Decoder", "DecodingRows"]
 
 Tensor = Any
 
-FILLER_ID = 0  # token id fed for finished rows; a padding id may have no embedding
 
+class DecodingRows(NamedTuple):
+    """Rows that are decoded together. The keys and values of all their tokens except the last one are in the cache."""
 
-class Decoded(NamedTuple):
-    """The generated tokens of each row."""
-
-    output_ids: Tensor  # int32 [B, limit], padded on the right
-    count: Tensor  # int32 [B], tokens, including an EOS and a stop string's
+    tokens: Tensor  # int32 [B, capacity + 1], prompt and generated tokens
+    length: Tensor  # int32 [B], their number
+    finished: Tensor  # bool [B]
     stopped: Tensor  # bool [B], whether an EOS or a stop string ended the row
-    length_in_bytes: Tensor  # int32 [B], bytes of the text before the stop string; -1 if none was found
-
-
-class _State(NamedTuple):
-    """The loop variables."""
-
-    step: Tensor  # int32 [], tokens chosen so far
-    token: Tensor  # int32 [B], the last one
-    tokens: (
-        Tensor  # int32 [B, capacity + 1], prompt and generated tokens, without gaps; finished rows write to the last
-    )
-    count: Tensor  # int32 [B], generated tokens
-    running: Tensor  # bool [B]
-    stopped: Tensor  # bool [B]
     stop: Stop
-    buffers: Sequence[Tensor]  # the key-value cache
+    buffers: tuple[Tensor, ...]  # the key-value cache, [B, key-value heads, capacity, head size] each
 
 
-def decode(
-    network: Network,
-    ids: Tensor,
-    lengths: Tensor,
-    params: SamplingParams,
-    uniform: Tensor,
-    *,
-    eos_ids: Sequence[int],
-    pad_id: int,
-    limit: int,
-    finder: StopFinder | None = None,
-    stop: Stop | None = None,
-    xla: bool = False,
-) -> Decoded:
-    """Continues each prompt until an EOS, its stop string, its max_new_tokens or the end of the context.
+class Decoder:
+    """Decodes rows step by step.
 
     Args:
         network: the model.
-        ids: int32 [B, L], padded on the right.
-        lengths: int32 [B], tokens of each prompt, 1 to the context size - 1.
-        params: [B] each.
-        uniform: float64 [B, limit], samples in [0, 1), one column per step.
         eos_ids: tokens that end a row.
-        pad_id: fills a row after its last token.
-        limit: the largest max_new_tokens.
-        finder: finds stop strings; required if `stop` is given.
-        stop: the search state of the rows' stop strings, from `finder.begin`.
-        xla: XLA compiles the function; the cache then always has the capacity for `limit` tokens.
+        finder: finds stop strings; None if there are none.
     """
-    weights = network.weights()
-    loop = _Loop(network, ids, lengths, params, uniform, eos_ids=eos_ids, limit=limit, finder=finder, xla=xla)
-    state = loop.run(loop.start(ids, stop, weights), weights)
-    # The tokens may be narrower than the limit.
-    padded = tf.pad(state.tokens, [[0, 0], [0, limit]], constant_values=pad_id)
-    output = tf.gather(padded, lengths[:, None] + tf.range(limit), batch_dims=1)
-    output = tf.where(tf.range(limit) < state.count[:, None], output, pad_id)
-    return Decoded(output, state.count, state.stopped, tf.where(state.stop.found, state.stop.length, -1))
 
+    def __init__(self, network: Network, eos_ids: Sequence[int], finder: StopFinder | None) -> None:
+        self._network, self._eos, self._finder = network, list(eos_ids), finder
 
-class _Loop:
-    """The steps of `decode`, and the values that they share."""
-
-    def __init__(
+    def run(
         self,
-        network: Network,
-        ids: Tensor,
-        lengths: Tensor,
+        rows: DecodingRows,
         params: SamplingParams,
+        end: Tensor,
         uniform: Tensor,
-        *,
-        eos_ids: Sequence[int],
-        limit: int,
-        finder: StopFinder | None,
-        xla: bool,
-    ) -> None:
-        self._network, self._lengths, self._params, self._uniform = network, lengths, params, uniform
-        self._finder, self._xla = finder, xla
-        batch, width = tf.unstack(tf.shape(ids))
-        self._batch = batch if ids.shape[0] is None else ids.shape[0]
-        self._width = width if ids.shape[1] is None else ids.shape[1]
-        # Tokens that each row may generate: none beyond the context, or that the cache is of no use for.
-        threshold = network.spec.threshold
-        end = tf.where(lengths <= threshold, min(threshold, network.context), network.context)
-        self._remaining = tf.minimum(params.max_new_tokens, end - lengths)
-        longest = limit if xla else tf.reduce_max(self._remaining)
-        self._capacity = tf.minimum(self._width + longest, network.context)
-        # Traced once for the first token and the further ones.
-        self._sample = tf.function(partial(sample_next_token, xla=xla), autograph=False)
-        self._eos = tf.constant(list(eos_ids), tf.int32)
-        self._rows = tf.range(self._batch)
+        weights: Weights,
+        go_on: Callable[[Tensor], Tensor],
+    ) -> DecodingRows:
+        """Continues all rows by the same number of tokens: until one of them is finished, or `go_on` is false.
 
-    def start(self, ids: Tensor, stop: Stop | None, weights: Weights) -> _State:
-        """Reads the prompts and chooses the first tokens."""
-        logits, buffers = self._network.prefill(ids, self._lengths, self._capacity, weights, xla=self._xla)
-        no = tf.zeros_like(self._lengths, tf.bool)
-        state = _State(
-            step=tf.constant(0),
-            token=tf.zeros_like(self._lengths),
-            tokens=tf.pad(ids, [[0, 0], [0, self._capacity + 1 - self._width]]),
-            count=tf.zeros_like(self._lengths),
-            running=self._remaining > 0,
-            stopped=no,
-            # Without stop strings, only `found` and `length` are read.
-            stop=stop
-            if stop is not None
-            else Stop(self._rows, self._rows, self._rows, no, tf.zeros_like(self._lengths)),
-            buffers=buffers,
-        )
-        return self._choose(state, logits)
+        At least by one. A row is finished at an EOS, its stop string or its last token.
 
-    def run(self, state: _State, weights: Weights) -> _State:
-        """All further steps."""
+        Args:
+            rows: none is finished; the capacity of the cache is enough for the steps that `go_on` allows.
+            params: [B] each.
+            end: int32 [B], the length at which a row is finished.
+            uniform: float64 [B, steps], samples in [0, 1), one column per step.
+            weights: of the network.
+            go_on: takes the number of steps so far, 1 or more.
+        """
+        choose = self._chooser(rows, params, uniform, xla=False)
 
-        def loop(read_weights: Callable[[Tensor], Weights]) -> _State:
-            """Runs with the weights that `read_weights` returns at each step, given the last tokens."""
-            (last,) = tf.while_loop(
-                lambda state: tf.reduce_any(state.running),
-                lambda state: (self._step(state, read_weights(state.token)),),
-                (state,),
+        def step(number: Tensor, rows: DecodingRows) -> tuple[Tensor, DecodingRows]:
+            last = tf.gather(rows.tokens, rows.length - 1, batch_dims=1)
+            logits, buffers = self._network.step(last, rows.length - 1, rows.buffers, weights)
+            rows = choose(number, rows._replace(buffers=tuple(buffers)), logits)
+            return number + 1, rows._replace(finished=rows.stopped | (rows.length >= end))
+
+        def again(number: Tensor, rows: DecodingRows) -> Tensor:
+            return (number == 0) | (~tf.reduce_any(rows.finished) & go_on(number))
+
+        return cast("DecodingRows", tf.while_loop(again, step, (tf.constant(0), rows), parallel_iterations=1)[1])
+
+    def _chooser(
+        self, rows: DecodingRows, params: SamplingParams, uniform: Tensor, *, xla: bool
+    ) -> Callable[[Tensor, DecodingRows, Tensor], DecodingRows]:
+        """Returns a function that adds one token to each row, given the number of the step and the logits [B, V]."""
+        sample = tf.function(partial(sample_next_token, xla=xla), autograph=False)
+        positions = tf.range(tf.shape(rows.tokens)[1])[None]
+        indices = tf.range(tf.shape(rows.length)[0])
+        all_rows = tf.ones_like(rows.finished)
+
+        def choose(number: Tensor, rows: DecodingRows, logits: Tensor) -> DecodingRows:
+            known = positions < rows.length[:, None]
+            token = sample(logits, rows.tokens, known, params, tf.gather(uniform, number, axis=1))
+            stop = self._finder.find(rows.stop, token, all_rows) if self._finder is not None else rows.stop
+            stopped = stop.found
+            if self._eos:
+                stopped |= tf.reduce_any(token[:, None] == tf.constant(self._eos, tf.int32)[None], 1)
+            tokens = tf.tensor_scatter_nd_update(rows.tokens, tf.stack([indices, rows.length], 1), token)
+            return rows._replace(tokens=tokens, length=rows.length + 1, stop=stop, stopped=stopped)
+
+        return choose
+
+
+class CompiledDecoder(Decoder):
+    """The same, compiled by XLA, for which buffers have one of a few sizes.
+
+    XLA would copy buffers that it writes to. So it only reads them, for a few steps at a time, and the keys and values
+    of these steps are written afterwards.
+    """
+
+    STEPS = 4
+
+    def __init__(self, network: Network, eos_ids: Sequence[int], finder: StopFinder | None) -> None:
+        super().__init__(network, eos_ids, finder)
+        self._compiled = tf.function(self._run_compiled, autograph=False, jit_compile=True)
+
+    def run(
+        self,
+        rows: DecodingRows,
+        params: SamplingParams,
+        end: Tensor,
+        uniform: Tensor,
+        weights: Weights,
+        go_on: Callable[[Tensor], Tensor],
+    ) -> DecodingRows:
+        """See `Decoder.run`; rows whose `end` is 0 only fill the batch, and are never finished."""
+        uniform = tf.pad(uniform, [[0, 0], [0, self.STEPS]])
+        capacity = tf.shape(rows.buffers[0])[2]
+
+        def few_steps(number: Tensor, rows: DecodingRows) -> tuple[Tensor, DecodingRows]:
+            remaining = capacity + 1 - tf.reduce_max(rows.length)
+            drawn = tf.ensure_shape(uniform[:, number : number + self.STEPS], [None, self.STEPS])
+            taken, after, recent = self._compiled(rows, params, end, drawn, tf.minimum(remaining, self.STEPS))
+            slots = rows.length[:, None] - 1 + tf.range(taken)
+            write = key_value_cache.Writer(rows.buffers[0], slots).write
+            buffers = [write(buffer, new[:, :, :taken]) for buffer, new in zip(rows.buffers, recent, strict=True)]
+            return number + taken, after._replace(buffers=tuple(buffers))
+
+        def again(number: Tensor, rows: DecodingRows) -> Tensor:
+            return (number == 0) | (~tf.reduce_any(rows.finished) & go_on(number))
+
+        specs = tf.nest.map_structure(lambda value: value.shape, rows)
+        return cast(
+            "DecodingRows",
+            tf.while_loop(
+                again,
+                few_steps,
+                (tf.constant(0), rows),
+                shape_invariants=(tf.TensorShape([]), specs),
                 parallel_iterations=1,
-            )
-            return cast("_State", last)
+            )[1],
+        )
 
-        if self._network.dtype == tf.float32:
+    def compile(self, rows: DecodingRows, params: SamplingParams) -> Tensor:
+        """Compiles for the sizes of `rows`; returns the number of steps that were run, which is 0."""
+        uniform = tf.zeros([tf.shape(rows.length)[0], self.STEPS], tf.float64)
+        taken, *_ = self._compiled(rows, params, rows.length, uniform, tf.constant(0))
+        return taken
+
+    def _run_compiled(
+        self, rows: DecodingRows, params: SamplingParams, end: Tensor, uniform: Tensor, limit: Tensor
+    ) -> tuple[Tensor, DecodingRows, list[Tensor]]:
+        """Runs at most `limit` [] steps: their number, the rows without buffers, and the new keys and values."""
+        network, starts, buffers = self._network, rows.length - 1, rows.buffers
+        weights = network.weights()
+        batch, heads, _, size = buffers[0].shape
+        batch = tf.shape(buffers[0])[0] if batch is None else batch
+        recent = [tf.zeros([batch, heads, self.STEPS, size]) for _ in buffers]
+        choose = self._chooser(rows, params, uniform, xla=True)
+
+        def loop(read_weights: Callable[[Tensor], Weights]) -> tuple[Tensor, DecodingRows, list[Tensor]]:
+            """Runs with the weights that `read_weights` returns at each step, given the last tokens."""
+
+            def step(number: Tensor, rows: DecodingRows, recent: list[Tensor]) -> tuple[Any, ...]:
+                last = tf.gather(rows.tokens, rows.length - 1, batch_dims=1)
+                logits, recent = network.compiled_step(last, starts, number, buffers, recent, read_weights(last))
+                rows = choose(number, rows, logits)
+                return number + 1, rows._replace(finished=(rows.stopped | (rows.length >= end)) & (end > 0)), recent
+
+            return cast(
+                "tuple[Tensor, DecodingRows, list[Tensor]]",
+                tf.while_loop(
+                    lambda number, rows, recent: (number < limit) & ~tf.reduce_any(rows.finished),
+                    step,
+                    (tf.constant(0), rows._replace(buffers=()), recent),
+                ),
+            )
+
+        if network.dtype == tf.float32:
             return loop(lambda token: weights)
         # The products of one row are limited by memory bandwidth: reading the smaller weights at each step is faster.
         # For more rows, weights that are cast to float32 once are faster.
         return cast(
-            "_State",
+            "tuple[Tensor, DecodingRows, list[Tensor]]",
             tf.cond(
-                self._batch == 1,
+                batch == 1,
                 lambda: loop(lambda token: _cast_at_each_step(weights, token)),
                 lambda: loop(lambda token: weights),
             ),
-        )
-
-    def _step(self, state: _State, weights: Weights) -> _State:
-        """Feeds the last tokens and chooses the next ones."""
-        # Finished rows are fed too while others run; they must not leave the context.
-        positions = tf.minimum(self._lengths + state.step, self._network.context) - 1
-        logits, buffers = self._network.step(state.token, positions, state.buffers, weights, xla=self._xla)
-        return self._choose(state._replace(buffers=buffers), logits)
-
-    def _choose(self, state: _State, logits: Tensor) -> _State:
-        """Chooses one token per row and ends the rows that are finished."""
-        slots = tf.range(self._capacity + 1)[None]
-        known = slots < (self._lengths + state.step)[:, None]
-        uniform = tf.gather(self._uniform, state.step, axis=1)
-        token = self._sample(logits, state.tokens, known, self._params, uniform)
-        token = tf.where(state.running, token, FILLER_ID)
-        # A finished row may be at the end of the capacity while others run.
-        indices = tf.stack([self._rows, tf.minimum(self._lengths + state.step, self._capacity)], 1)
-        stop = self._finder.find(state.stop, token, state.running) if self._finder is not None else state.stop
-        ended = state.running & (tf.reduce_any(token[:, None] == self._eos[None], 1) | stop.found)
-        count = state.count + tf.cast(state.running, tf.int32)
-        return state._replace(
-            step=state.step + 1,
-            token=token,
-            tokens=tf.tensor_scatter_nd_update(state.tokens, indices, token),
-            count=count,
-            running=state.running & ~ended & (count < self._remaining),
-            stopped=state.stopped | ended,
-            stop=stop,
         )
 
 

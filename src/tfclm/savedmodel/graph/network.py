@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfclm import checkpoint
 from tfclm.compat import xla_optimization_barrier
 from tfclm.errors import InputError
-from tfclm.models.decoder import Cache, Decoded, decode_tokens, head_logits, layer_norm, rms_norm
+from tfclm.models.decoder import Cache, decode_tokens, head_logits, layer_norm, rms_norm
 from tfclm.models.families import FAMILIES, spec_of
 from tfclm.models.registration import decoder_class
 from tfclm.models.shapes import sizes
@@ -27,6 +27,7 @@ __all__ = ["Network", "Weights"]
 Tensor = Any
 Weights = Mapping[str, Tensor]  # by their names in PyTorch, those of the stem without its name
 
+HIDDEN_SLOT = 2**31 - 1  # of keys that no token attends to
 DEFAULT_CONTEXT = 2048  # tokens, of a model without a limit
 MAX_CHECKED_TOKENS = 1100  # longer texts would take minutes and gigabytes in a large model
 
@@ -60,6 +61,11 @@ class Network:
         _check_logits(self, model_type)
 
     @property
+    def bytes_per_token(self) -> int:
+        """The bytes of a token's keys and values, float32."""
+        return 4 * 2 * self.spec.layers * self.spec.kv_heads * self.spec.head_dim
+
+    @property
     def variables(self) -> list[Any]:
         """All variables that the graph reads."""
         return list(self._variables.values())
@@ -68,6 +74,11 @@ class Network:
         """The weights, read once: inside a loop, each read of a variable that is gathered from copies it."""
         return {name: variable.read_value() for name, variable in self._variables.items()}
 
+    def buffers(self, batch: Tensor | int, capacity: Tensor | int) -> list[Tensor]:
+        """Empty buffers of a key-value cache, [batch, key-value heads, capacity, head size] each."""
+        shape = [batch, self.spec.kv_heads, capacity, self.spec.head_dim]
+        return [key_value_cache.zeros(shape) for _ in range(2 * self.spec.layers)]
+
     def logits(self, hidden: Tensor, weights: Weights, *, small_batch: bool, xla: bool = False) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., D].
 
@@ -75,47 +86,95 @@ class Network:
         """
         return head_logits(self.spec, self._products(weights, small_batch, xla), hidden)
 
-    def hidden(self, ids: Tensor, weights: Weights, lengths: Tensor | None = None) -> Tensor:
-        """The hidden states [B, L, D] of texts `ids` int32 [B, L] of `lengths` [B], by default L."""
-        return self._decode(ids, lengths, weights, xla=False).hidden
-
-    def prefill(
-        self, ids: Tensor, lengths: Tensor, capacity: Tensor, weights: Weights, *, xla: bool = False
+    def extend(
+        self, row: Tensor, start: Tensor, count: Tensor, length: Tensor, buffers: Sequence[Tensor], weights: Weights
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits float32 [B, V] after prompts `ids` int32 [B, L] of `lengths` [B], and the cache's buffers.
+        """The hidden states [1, count, D] of `count` [] more tokens of a row, and the buffers [1, ...] of its cache.
 
-        `xla`: XLA compiles the call.
+        `row` int32 [L] begins with a text of `length` [] tokens, of which the buffers hold the first `start` [].
+        The given buffers must not be used afterwards.
         """
-        out = self._decode(ids, lengths, weights, xla=xla)
-        last = tf.gather(out.hidden, lengths - 1, batch_dims=1)
-        logits = self.logits(last, weights, small_batch=True, xla=xla)
-        return logits, [key_value_cache.allocate(part, capacity) for pair in out.pairs for part in pair]
+        slots = (start + tf.range(count))[None]
+        append = key_value_cache.Writer(buffers[0], slots).write
+        cache = Cache(_pairs(buffers), slots, tf.range(tf.shape(buffers[0])[2])[None], append)
+        return self._read(row[None, start : start + count], slots, row, length, cache, weights, xla=False)
+
+    def extension(
+        self, row: Tensor, start: Tensor, count: int, length: Tensor, buffers: Sequence[Tensor], weights: Weights
+    ) -> list[Tensor]:
+        """What `extend` writes, [1, key-value heads, count, head size] each, for a call that XLA compiles.
+
+        The buffers are only read. Tokens from `length` on are padding.
+        """
+        slots = (start + tf.range(count))[None]
+        past = tf.range(tf.shape(buffers[0])[2])[None]
+        key_slots = tf.concat([tf.where(past < start, past, HIDDEN_SLOT), slots], 1)
+        cache = Cache(_pairs(buffers), slots, key_slots, lambda past, new: (past, new))
+        # XLA would compile a slice once for each start.
+        ids = tf.gather(row, tf.minimum(slots, tf.size(row) - 1))
+        _, parts = self._read(ids, slots, row, length, cache, weights, xla=True)
+        return [new for _, new in parts]
+
+    def _read(
+        self, ids: Tensor, slots: Tensor, row: Tensor, length: Tensor, cache: Cache, weights: Weights, *, xla: bool
+    ) -> tuple[Tensor, list[Any]]:
+        positions = slots
+        if self.spec.padding_id is not None:
+            # These models do not count padding ids.
+            counted = tf.cumsum(tf.cast(row != self.spec.padding_id, tf.int32)) - 1
+            positions = tf.gather(counted, tf.minimum(slots, tf.size(row) - 1))
+        products = self._products(weights, False, xla)
+        out = decode_tokens(self.spec, products, ids, positions=positions, lengths=length[None], cache=cache)
+        return out.hidden, [part for pair in out.pairs for part in pair]
 
     def step(
-        self, tokens: Tensor, positions: Tensor, buffers: Sequence[Tensor], weights: Weights, *, xla: bool = False
+        self, tokens: Tensor, positions: Tensor, buffers: Sequence[Tensor], weights: Weights
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits float32 [B, V] after one more token [B] per row, at `positions` [B], and the updated buffers.
 
-        The given buffers must not be used afterwards. `xla`: XLA compiles the step.
+        The given buffers must not be used afterwards.
         """
-        cache = Cache(
-            pairs=list(zip(buffers[::2], buffers[1::2], strict=True)),
-            slots=positions[:, None],
-            keys=tf.shape(buffers[0])[2],
-            append=key_value_cache.Writer(buffers[0], positions, xla=xla).write,
+        slots = positions[:, None]
+        append = key_value_cache.Writer(buffers[0], slots).write
+        cache = Cache(_pairs(buffers), slots, tf.range(tf.shape(buffers[0])[2])[None], append)
+        return self._step(tokens, slots, cache, weights, xla=False)
+
+    def compiled_step(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        number: Tensor,
+        buffers: Sequence[Tensor],
+        recent: Sequence[Tensor],
+        weights: Weights,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same for a call that XLA compiles, which would copy buffers that it writes to.
+
+        The keys and values of the last `number` [] tokens per row, from the positions `starts` [B] on, are in `recent`
+        [B, key-value heads, steps, head size] each, which are returned with those of the new token.
+        """
+        steps = recent[0].shape[2]
+        slots = (starts + number)[:, None]
+        past = tf.range(tf.shape(buffers[0])[2])[None]
+        key_slots = tf.concat(
+            [tf.where(past < starts[:, None], past, HIDDEN_SLOT), starts[:, None] + tf.range(steps)], 1
         )
-        out = decode_tokens(
-            self.spec,
-            self._products(weights, True, xla),
-            tokens[:, None],
-            positions=positions[:, None],
-            cache=cache,
-        )
+        here = tf.reshape(tf.range(steps) == number, [1, 1, steps, 1])
+
+        def append(past: tuple[Tensor, Tensor], new: Tensor) -> tuple[Tensor, Tensor]:
+            return past[0], tf.where(here, new, past[1])
+
+        cache = Cache(_pairs(list(zip(buffers, recent, strict=True))), slots, key_slots, append)
+        logits, parts = self._step(tokens, slots, cache, weights, xla=True)
+        return logits, [new for _, new in parts]
+
+    def _step(
+        self, tokens: Tensor, slots: Tensor, cache: Cache, weights: Weights, *, xla: bool
+    ) -> tuple[Tensor, list[Any]]:
+        products = self._products(weights, True, xla)
+        out = decode_tokens(self.spec, products, tokens[:, None], positions=slots, cache=cache)
         logits = self.logits(out.hidden[:, 0], weights, small_batch=True, xla=xla)
         return logits, [part for pair in out.pairs for part in pair]
-
-    def _decode(self, ids: Tensor, lengths: Tensor | None, weights: Weights, *, xla: bool) -> Decoded:
-        return decode_tokens(self.spec, self._products(weights, False, xla), ids, lengths=lengths)
 
     def _products(self, weights: Weights, small_batch: bool, xla: bool) -> _Products:
         return _Products(
@@ -155,6 +214,11 @@ class Network:
             return variable
         value = tf.cast(variable, self.dtype)
         return tf.Variable(tf.transpose(value) if transpose else value, trainable=False)
+
+
+def _pairs(buffers: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Keys and values of each layer."""
+    return list(zip(buffers[::2], buffers[1::2], strict=True))
 
 
 class _Products:
@@ -238,42 +302,38 @@ def _check_logits(network: Network, model_type: str) -> None:
     """Raises `InputError` if the logits with the cache differ from the model's own."""
 
     # Unknown shapes, as in the exported graph.
-    @tf.function(
-        autograph=False, input_signature=[tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
-    )
-    def cached(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int32)])
+    def cached(ids: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         weights = network.weights()
-        first, buffers = network.prefill(ids[:, :-1], lengths, tf.shape(ids)[1], weights)
-        second, _ = network.step(tf.gather(ids, lengths, batch_dims=1), lengths, buffers, weights)
-        return first, second
+        _, buffers = network.extend(ids, tf.constant(0), length // 2, length, network.buffers(1, length + 1), weights)
+        _, buffers = network.extend(ids, length // 2, (length - 1) - length // 2, length, buffers, weights)
+        first, buffers = network.step(ids[None, length - 1], length[None] - 1, buffers, weights)
+        second, _ = network.step(ids[None, length], length[None], buffers, weights)
+        return first[0], second[0]
 
-    for lengths in _checked_lengths(network):
-        ids = (
-            np.random.default_rng(0).integers(0, network.vocab_size, [len(lengths), max(lengths) + 1]).astype(np.int32)
-        )
+    for length in _checked_lengths(network):
+        ids = np.random.default_rng(length).integers(0, network.vocab_size, [length + 1]).astype(np.int32)
         if network.spec.padding_id is not None:
             # After a padding id, RoBERTa's own positions depend on whether it is called with a cache.
             ids[ids == network.spec.padding_id] = network.vocab_size - 1
-        first, second = cached(tf.constant(ids), tf.constant(lengths))
-        for row, length in enumerate(lengths):
-            # Without the next token, because a rotation may depend on the length.
-            for ours, count in ((first[row], length), (second[row], length + 1)):
-                theirs = network.model(tf.constant(ids[row : row + 1, :count]), training=False).logits[0, -1]
-                if not np.allclose(ours, tf.cast(theirs, tf.float32), rtol=1e-3, atol=1e-3):
-                    raise InputError(
-                        f"a model of type {model_type} cannot be exported: after {count} tokens, the logits of the "
-                        "exported decoder differ from the model's"
-                    )
+        # Without the next token, because a rotation may depend on the length.
+        for ours, count in zip(cached(tf.constant(ids), tf.constant(length)), (length, length + 1), strict=True):
+            theirs = network.model(tf.constant(ids[None, :count]), training=False).logits[0, -1]
+            if not np.allclose(ours, tf.cast(theirs, tf.float32), rtol=1e-3, atol=1e-3):
+                raise InputError(
+                    f"a model of type {model_type} cannot be exported: after {count} tokens, the logits of the "
+                    "exported decoder differ from the model's"
+                )
 
 
-def _checked_lengths(network: Network) -> Iterator[list[int]]:
-    """The lengths of the texts, in batches, after which logits are compared."""
+def _checked_lengths(network: Network) -> Iterator[int]:
+    """The lengths of the texts after which logits are compared."""
     spec, last = network.spec, network.context - 1
     short = max(1, min(8, last - 1))
-    yield [short, max(1, short // 2)]
+    yield short
     # Beyond each window and the original context of each rope, and at the end of the context.
     limits = [window for window in spec.windows if window]
     limits += [rope.threshold or (rope.dynamic or (0, 0, 0))[2] for rope in spec.ropes]
     for length in sorted({limit + 2 for limit in limits} | {last}):
         if short < length <= min(last, MAX_CHECKED_TOKENS):
-            yield [length]
+            yield length

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-__all__ = ["SamplingParams", "apply_repetition_penalty", "highest_scores", "sample_next_token", "uniform_samples"]
+__all__ = [
+    "PARAM_TYPES",
+    "SamplingParams",
+    "apply_repetition_penalty",
+    "highest_scores",
+    "resolve_seeds",
+    "sample_next_token",
+    "uniform_samples",
+]
 
 Tensor = Any
 
@@ -21,6 +29,7 @@ CANDIDATES = 1024  # the likeliest tokens that are sorted at first for top-p wit
 COMPILED_CANDIDATES = 64  # the same with XLA, for every row
 MAX_FLOAT32_PARAM = 1e6  # temperatures and penalties from its inverse up to it are applied in float32
 MIN_SCORE = -3e38  # close to the lowest float32; such a token is never drawn
+BLOCK_OF_POSITIONS = 64  # whose random numbers are drawn at once
 BLOCK = 16  # tokens per block; only blocks with the highest maxima are searched for the highest scores
 
 
@@ -35,18 +44,47 @@ class SamplingParams(NamedTuple):
     seed: Tensor  # int64, -1 = random
 
 
-def uniform_samples(seeds: Tensor, count: int) -> Tensor:
-    """Numbers in [0, 1), float64 [B, count], that depend on each row's seed int64 [B] alone; seed -1 = random."""
+# The types of the parameters.
+PARAM_TYPES = SamplingParams(
+    max_new_tokens=tf.int32,
+    temperature=tf.float32,
+    top_k=tf.int32,
+    top_p=tf.float32,
+    repetition_penalty=tf.float32,
+    seed=tf.int64,
+)
+
+
+def resolve_seeds(seeds: Tensor) -> Tensor:
+    """The seeds int64 [B] with random ones in place of -1."""
     with tf.device("CPU:0"):
         # The only random op without a seed that TensorFlow allows with op determinism.
         fresh = tf.raw_ops.NonDeterministicInts(shape=tf.shape(seeds), dtype=tf.int64)
-        seeds = tf.where(seeds == -1, fresh, seeds)
+        return tf.where(seeds == -1, fresh, seeds)
 
-        def row(seed: Tensor) -> Tensor:
-            # Not "auto_select", which picks another algorithm on other devices.
-            return tf.random.stateless_uniform([count], [seed, 0], dtype=tf.float64, alg="philox")
 
-        return tf.map_fn(row, seeds, fn_output_signature=tf.TensorSpec([count], tf.float64))
+def uniform_samples(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
+    """Numbers in [0, 1), float64 [B, count], for `count` tokens of each row from `positions` int32 [B] on.
+
+    A number depends on the row's seed int64 [B] and on the token's position in the row alone, so that a text that is
+    continued in several requests with the same seed gets the same tokens as in one. They are drawn in blocks of
+    positions, because each draw has a cost of its own.
+    """
+    blocks = -(-count // BLOCK_OF_POSITIONS) + 1
+
+    def row(arguments: tuple[Tensor, Tensor]) -> Tensor:
+        seed, position = arguments
+        first = tf.cast(position // BLOCK_OF_POSITIONS, tf.int64)
+        # Not "auto_select", which picks another algorithm on other devices.
+        drawn = [
+            tf.random.stateless_uniform([BLOCK_OF_POSITIONS], [seed, first + block], dtype=tf.float64, alg="philox")
+            for block in range(blocks)
+        ]
+        begin = position % BLOCK_OF_POSITIONS
+        return tf.concat(drawn, 0)[begin : begin + count]
+
+    with tf.device("CPU:0"):
+        return tf.map_fn(row, (seeds, positions), fn_output_signature=tf.TensorSpec([count], tf.float64))
 
 
 def apply_repetition_penalty(logits: Tensor, tokens: Tensor, known: Tensor, penalty: Tensor) -> Tensor:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfclm.errors import InputError
 from tfclm.savedmodel.checks import require
-from tfclm.savedmodel.graph.decoding import Decoded, decode
+from tfclm.savedmodel.graph.engine import Engine, EngineLimits
 from tfclm.savedmodel.graph.network import Network
+from tfclm.savedmodel.graph.passes import CompiledSizes
 from tfclm.savedmodel.graph.requests import RequestChecks, first_invalid
-from tfclm.savedmodel.graph.sampling import SamplingParams, uniform_samples
+from tfclm.savedmodel.graph.sampling import PARAM_TYPES, SamplingParams
 from tfclm.savedmodel.graph.scoring import token_logprobs
-from tfclm.savedmodel.graph.stopping import Stop, StopFinder
+from tfclm.savedmodel.graph.stopping import StopFinder
 from tfclm.savedmodel.settings import INT32, Defaults, ServableSettings, defaults
 from tfclm.savedmodel.tokenizer import GraphTokenizer
 from tfclm.savedmodel.tokenizer.detokenizer import GraphDetokenizer
@@ -27,16 +27,7 @@ __all__ = ["GenerationModule"]
 
 Tensor = Any
 
-MAX_ENQUEUED_BATCHES = 1024  # a server answers UNAVAILABLE when more batches are waiting
 MAX_REQUEST_TOKENS = 2**20
-PARAM_TYPES = SamplingParams(
-    max_new_tokens=tf.int32,
-    temperature=tf.float32,
-    top_k=tf.int32,
-    top_p=tf.float32,
-    repetition_penalty=tf.float32,
-    seed=tf.int64,
-)
 
 
 class GenerationModule(tf.Module):
@@ -88,7 +79,17 @@ class GenerationModule(tf.Module):
         except InputError as error:
             self.tokenizer_problem = str(error)
         self.buckets = self._buckets() if self._xla else []
-        self._decode = self._batched()
+        self.cached_tokens = self._cached_tokens()
+        engine = Engine(
+            self.network,
+            EngineLimits(settings.max_batch_size, self.limit, self.cached_tokens, settings.prefix_cache),
+            eos_ids=self.eos_ids,
+            pad_id=self._pad_id,
+            finder=self._finder,
+            sizes=CompiledSizes(self.batch_sizes(), self.buckets) if self._xla else None,
+        )
+        # Traced once for all signatures.
+        self._complete = tf.function(engine.complete, autograph=False)
 
     def signatures(self) -> dict[str, Any]:
         """The exported functions, by name."""
@@ -135,89 +136,25 @@ class GenerationModule(tf.Module):
             )
         return limit, max_tokens
 
+    def _cached_tokens(self) -> int:
+        """The maximum number of tokens whose keys and values are kept."""
+        settings, network = self.settings, self.network
+        if settings.cache_tokens is not None:
+            if settings.cache_tokens < network.context:
+                raise InputError(
+                    f"`cache_tokens` {settings.cache_tokens}: give at least {network.context}, the model's context"
+                )
+            return settings.cache_tokens
+        # As much memory as the weights take, but for two full contexts at least and for two full batches at most.
+        weights = sum(int(np.prod(variable.shape)) * variable.dtype.size for variable in network.variables)
+        as_weights = weights // network.bytes_per_token
+        return min(max(as_weights, 2 * network.context), 2 * settings.max_batch_size * network.context)
+
     def _buckets(self) -> list[int]:
-        """Lengths that prompts are padded to, ascending; every prompt fits into the last one."""
+        """With XLA, the sizes of the key-value cache in tokens, ascending; every row fits into the last one."""
         longest = self.network.context - 1
-        buckets = sorted(set(self.settings.buckets)) or [
-            32 * 4**power for power in range(10) if 32 * 4**power < longest
-        ]
+        buckets = sorted(set(self.settings.buckets)) or [256 * 2**power for power in range(20)]
         return [size for size in buckets if size < longest] + [longest]
-
-    # From checked rows to tokens.
-
-    def _decode_batch(self, ids: Tensor, lengths: Tensor, stop: Tensor, *params: Tensor) -> Decoded:
-        """Decodes a batch of rows [B, context - 1], as wide as its longest prompt, or with XLA as that one's bucket."""
-        width = tf.reduce_max(lengths)
-        if self._xla:
-            buckets = tf.constant(self.buckets)
-            width = tf.reduce_min(tf.boolean_mask(buckets, buckets >= width))
-        search = self._finder.begin(stop) if self._finder is not None else None
-        given = SamplingParams(*params)
-        uniform = uniform_samples(given.seed, self.limit)
-        decode_rows: Any = self._decode_rows
-        if self._xla:
-            # Compiled without the strings and the random ops, which XLA does not support.
-            decode_rows = tf.function(decode_rows, autograph=False, jit_compile=True)
-        return cast("Decoded", decode_rows(ids[:, :width], lengths, given, uniform, search))
-
-    def _decode_rows(
-        self, ids: Tensor, lengths: Tensor, params: SamplingParams, uniform: Tensor, search: Stop | None
-    ) -> Decoded:
-        return decode(
-            self.network,
-            ids,
-            lengths,
-            params,
-            uniform,
-            eos_ids=self.eos_ids,
-            pad_id=self._pad_id,
-            limit=self.limit,
-            finder=self._finder,
-            stop=search,
-            xla=self._xla,
-        )
-
-    def _batched(self) -> Callable[..., tuple[Tensor, ...]]:
-        """`_decode_batch` for rows [B, L], decoded together with those of concurrent requests, of all signatures.
-
-        A call with more rows than a batch holds makes several batches in turn. `enable_large_batch_splitting`, with
-        which the op would do that itself, crashes the process if a request is cancelled while its rows are in several
-        batches.
-        """
-        width = self.network.context - 1
-        others = [tf.TensorSpec([None], kind) for kind in (tf.int32, tf.string, *PARAM_TYPES)]
-        batch = tf.function(self._decode_batch, autograph=False).get_concrete_function(
-            tf.TensorSpec([None, width], tf.int32), *others
-        )
-        # A unique name: ops with the same name in one process share the queue and its function.
-        name = f"tfclm-{uuid.uuid4().hex}"
-        largest = self.settings.max_batch_size
-
-        def call(ids: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
-            # Rows that are decoded together must have the same width; no prompt is longer than this one.
-            ids = tf.ensure_shape(tf.pad(ids, [[0, 0], [0, width]])[:, :width], [None, width])
-            results = tf.raw_ops.BatchFunction(
-                in_tensors=[ids, *arguments],
-                captured_tensors=batch.captured_inputs,
-                f=batch,
-                num_batch_threads=1,  # each batch uses all cores
-                max_batch_size=largest,
-                allowed_batch_sizes=self.batch_sizes() if self._xla else list(range(1, largest + 1)),
-                batch_timeout_micros=int(self.settings.batch_timeout * 1000),
-                max_enqueued_batches=MAX_ENQUEUED_BATCHES,
-                enable_large_batch_splitting=False,
-                Tout=[output.dtype for output in batch.outputs],
-                shared_name=name,
-                batching_queue=name,
-            )
-            for result, shape in zip(results, ([None, self.limit], [None], [None], [None]), strict=True):
-                result.set_shape(shape)
-            return tuple(results)
-
-        queued = tf.function(call, autograph=False).get_concrete_function(
-            tf.TensorSpec([None, None], tf.int32), *others
-        )
-        return lambda *arguments: _in_slices(queued, arguments, largest)
 
     def _generate_rows(
         self, ids: Tensor, lengths: Tensor, name: str, stop: Tensor, params: SamplingParams
@@ -241,7 +178,7 @@ class GenerationModule(tf.Module):
                 ]
             )
             ids = require(fits, ids, name, problem)
-        return (*self._decode(ids, lengths, stop, *params), lengths)
+        return (*self._complete(ids, lengths, params, stop), lengths)
 
     # The signatures. The ranks of their inputs are unknown, so that the graph itself checks them.
 
@@ -325,8 +262,8 @@ class GenerationModule(tf.Module):
         tokenizer = self._tokenizer
         assert tokenizer is not None
         logprobs_of = tf.function(
-            lambda ids, lengths: (token_logprobs(self.network, ids, lengths, tokenizer.prefix),), autograph=False
-        ).get_concrete_function(tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32))
+            lambda ids, length: token_logprobs(self.network, ids, length, tokenizer.prefix), autograph=False
+        ).get_concrete_function(tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int32))
 
         def score(text: Tensor) -> dict[str, Tensor]:
             text = self._checks.texts(text, "text")
@@ -335,9 +272,13 @@ class GenerationModule(tf.Module):
             ids = require(
                 lengths > context, ids, "text", f"has fewer than {context + 1} tokens: the first one is only context"
             )
-            # As many rows at a time as are decoded together, because each may fill a whole context.
-            (logprobs,) = _in_slices(logprobs_of, (ids, lengths), self.settings.max_batch_size)
-            logprobs = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), logprobs, 0.0)
+            # One after the other, because each may fill a whole context.
+            logprobs = tf.map_fn(
+                lambda row: logprobs_of(*row),
+                (ids, lengths),
+                fn_output_signature=tf.TensorSpec([None], tf.float32),
+                parallel_iterations=1,
+            )
             count = lengths - context
             loss = -tf.reduce_sum(tf.cast(logprobs, tf.float64), 1) / tf.cast(count, tf.float64)
             return {
@@ -374,20 +315,6 @@ def _truncate_left(ids: Tensor, lengths: Tensor, limits: Tensor) -> tuple[Tensor
     ids = tf.pad(ids, [[0, 0], [0, 1]])
     indices = tf.minimum(removed[:, None] + tf.range(tf.reduce_max(lengths)), tf.shape(ids)[1] - 1)
     return tf.gather(ids, indices, batch_dims=1), lengths
-
-
-def _in_slices(function: Any, arguments: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
-    """The results of a traced function that is called with `size` rows at a time; all [B, ...], B 1 or more."""
-    slices = (tf.shape(arguments[0])[0] + size - 1) // size
-    specs = function.structured_outputs
-
-    def step(number: Tensor, *arrays: tf.TensorArray) -> tuple[Any, ...]:
-        results = function(*(argument[number * size : (number + 1) * size] for argument in arguments))
-        return number + 1, *(array.write(number, result) for array, result in zip(arrays, results, strict=True))
-
-    arrays = [tf.TensorArray(spec.dtype, slices, element_shape=spec.shape, infer_shape=False) for spec in specs]
-    _, *arrays = tf.while_loop(lambda number, *_: number < slices, step, (0, *arrays), parallel_iterations=1)
-    return tuple(array.concat() for array in arrays)
 
 
 def _param_specs() -> list[tf.TensorSpec]:

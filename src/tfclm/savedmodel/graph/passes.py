@@ -1,0 +1,353 @@
+"""A pass of the engine: rows that wait are admitted, prompts are read on, and all rows are decoded by a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import tensorflow as tf
+
+from tfclm.savedmodel.graph.decoding import CompiledDecoder, Decoder, DecodingRows
+from tfclm.savedmodel.graph.key_value_cache import Writer, padded, rearranged, row_of
+from tfclm.savedmodel.graph.network import Network, Weights
+from tfclm.savedmodel.graph.prefix_cache import PrefixCache
+from tfclm.savedmodel.graph.sampling import uniform_samples
+from tfclm.savedmodel.graph.state import DECODING, ENDED, FINISHED, READING, WAITING, Rows, SharedState, State
+
+__all__ = ["Passes"]
+
+Tensor = Any
+
+# Tokens of prompts that are read in a pass: few if rows are decoded that began before the prompts arrived, which would
+# wait; else many, which is faster.
+CHUNK_BETWEEN_STEPS = 32
+CHUNK = 256
+COMPILED_CHUNK = 64  # with XLA, which compiles for this number; the others are rounded up to multiples
+MAX_STEPS = 64
+MAX_SECONDS = 0.25  # of a pass, after which others may take their tokens and join; a step that has begun is completed
+MIN_GROWTH = 64  # slots that are added to the key-value cache at once
+MISSED_PASSES = 2  # passes that a request must have missed to be considered gone
+GONE_SECONDS = 0.5  # and the seconds since it was seen
+
+
+class CompiledSizes(NamedTuple):
+    """The sizes of the key-value cache that XLA compiles for, ascending."""
+
+    rows: Sequence[int]
+    capacities: Sequence[int]
+
+
+class Passes:
+    """Runs passes.
+
+    Args:
+        network: the model.
+        decoder: for its rows.
+        cache: the prefix cache.
+        shared: where new rows are submitted.
+        max_rows: the maximum number of rows that are decoded together.
+        max_tokens: the maximum number of tokens whose keys and values are kept; the context or more.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        decoder: Decoder,
+        cache: PrefixCache,
+        shared: SharedState,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        sizes: CompiledSizes | None,
+    ) -> None:
+        self._network, self._decoder, self._cache, self._shared = network, decoder, cache, shared
+        self._max_rows, self._max_tokens, self._sizes = max_rows, max_tokens, sizes
+        self._extension = tf.function(self._compiled_extension, autograph=False, jit_compile=True)
+
+    def compile(self, rows: Rows) -> Tensor:
+        """Compiles all sizes with XLA; `rows` has one row. Returns 0."""
+        assert self._sizes is not None
+        assert isinstance(self._decoder, CompiledDecoder)
+        decoder = self._decoder
+        pairs = [(count, capacity) for count in self._sizes.rows for capacity in self._sizes.capacities]
+        first = tf.nest.map_structure(lambda field: field[0], rows)
+
+        def compile_one(index: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+            count, capacity = tf.unstack(tf.constant(pairs)[index])
+            chosen = rows.chosen(tf.zeros([count], tf.int32))
+            no = chosen.length > 0
+            tokens = tf.zeros([count, capacity + 1], tf.int32)
+            buffers = tuple(self._network.buffers(count, capacity))
+            decoding = DecodingRows(tokens, chosen.length + 1, no, no, chosen.stop, buffers)
+            one = tf.constant(1)
+            extended = self._extension(first.tokens, tf.constant(0), one, [part[:1] for part in buffers])
+            with tf.control_dependencies(extended):
+                return index + 1, steps + decoder.compile(decoding, chosen.params)
+
+        return tf.while_loop(lambda index, _: index < len(pairs), compile_one, (0, 0), parallel_iterations=1)[1]
+
+    def run(self, state: State, now: Tensor) -> State:
+        """The state after one more pass; `now` is the time in seconds."""
+        weights = self._network.weights()
+        state = self._without_gone(state, now)
+        state = self._admit(state)
+        state = self._read(state, weights)
+        state = self._rearrange(state)
+        state = tf.cond(
+            tf.reduce_any(state.rows.status == DECODING), lambda: self._decode(state, weights), lambda: state
+        )
+        return state._replace(number=state.number + 1)
+
+    def _without_gone(self, state: State, now: Tensor) -> State:
+        """Ends the rows whose requests have not asked for a while."""
+        rows = state.rows
+        gone = (state.number - rows.seen >= MISSED_PASSES) & (now - rows.seen_at >= GONE_SECONDS)
+        reading = gone & (rows.status == READING)
+
+        def released() -> Any:
+            return self._cache.release(state.entries, tf.boolean_mask(rows.entry, reading))
+
+        entries = tf.cond(tf.reduce_any(reading), released, lambda: state.entries)
+        rows = rows._replace(status=tf.where(gone, ENDED, rows.status), entry=tf.where(reading, -1, rows.entry))
+        return state._replace(rows=rows, entries=entries)
+
+    def _admit(self, state: State) -> State:
+        """Begins the prompts of rows that wait, first come first served, as far as there is room for their tokens."""
+        rows = state.rows
+        active = (rows.status == READING) | (rows.status == DECODING)
+        waiting = rows.status == WAITING
+        longest = tf.reduce_max(tf.concat([tf.boolean_mask(rows.end, active), [0]], 0))
+        count = tf.reduce_sum(tf.cast(active, tf.int32)) + tf.cumsum(tf.cast(waiting, tf.int32))
+        ends = tf.scan(tf.maximum, tf.where(waiting, rows.end, 0), longest)
+        fits = (count <= self._max_rows) & (tf.cast(count, tf.int64) * tf.cast(ends, tf.int64) <= self._max_tokens)
+        # No row overtakes one that does not fit.
+        fits = tf.cumsum(tf.cast(waiting & ~fits, tf.int32)) == 0
+        admitted = tf.where(waiting & fits)[:, 0]
+
+        def begin(index: Tensor, state: State) -> tuple[Tensor, State]:
+            return index + 1, self._begin(state, tf.cast(admitted[index], tf.int32))
+
+        shapes = (tf.TensorShape([]), tf.nest.map_structure(lambda spec: spec.shape, self._shared.specs))
+        _, state = tf.while_loop(
+            lambda index, state: index < tf.size(admitted),
+            begin,
+            (tf.constant(0), state),
+            shape_invariants=shapes,
+            parallel_iterations=1,
+        )
+        return state
+
+    def _begin(self, state: State, row: Tensor) -> State:
+        """Gives a row an entry, with the keys and values of the beginning of its prompt if they are in the cache."""
+        rows, entries = state.rows, state.entries
+        tokens, unread = rows.tokens[row], rows.prompt_length[row] - 1
+        best, count = self._cache.longest_match(entries, tokens, unread)
+        size = unread if self._sizes is None else _at_least(self._sizes.capacities, unread)
+        parts = tf.cond(
+            count > 0,
+            lambda: [padded(part[:, :, :count], size) for part in self._cache.read(entries, best)],
+            lambda: self._network.buffers(1, size),
+        )
+        used = tf.cond(
+            count > 0,
+            lambda: tf.tensor_scatter_nd_update(entries.used, best[None, None], state.number[None]),
+            lambda: entries.used,
+        )
+        entries, entry = self._cache.begin(entries._replace(used=used), state.number, tokens, parts, count)
+        at = row[None, None]
+        rows = rows._replace(
+            status=tf.tensor_scatter_nd_update(rows.status, at, [READING]),
+            entry=tf.tensor_scatter_nd_update(rows.entry, at, entry[None]),
+        )
+        return state._replace(rows=rows, entries=self._cache.within(entries, self._room(rows)))
+
+    def _room(self, rows: Rows) -> Tensor:
+        """The tokens int32 [] that the prefix cache may hold."""
+        active = (rows.status == READING) | (rows.status == DECODING)
+        ends = tf.where(active, rows.end, 0)
+        longest = tf.reduce_max(tf.concat([ends, [0]], 0))
+        return tf.maximum(0, self._max_tokens - tf.reduce_sum(tf.cast(active, tf.int32)) * longest)
+
+    def _unread(self, state: State) -> Tensor:
+        """The tokens int32 [N] of each row's prompt that are still to be read; -1 for rows of another status."""
+        rows = state.rows
+        read = tf.gather(state.entries.length, tf.maximum(rows.entry, 0))
+        return tf.where(rows.status == READING, rows.prompt_length - 1 - read, -1)
+
+    def _read(self, state: State, weights: Weights) -> State:
+        """Reads chunks of prompts: of the shortest rest in one pass, of the row that came first in the next one."""
+        chunk = tf.where(self._is_waited_for(state), CHUNK_BETWEEN_STEPS, CHUNK)
+        if self._sizes is not None:
+            chunk = (chunk + COMPILED_CHUNK - 1) // COMPILED_CHUNK * COMPILED_CHUNK
+
+        def again(budget: Tensor, entries: Any) -> Tensor:
+            unread = self._unread(state._replace(entries=entries))
+            first = budget == chunk
+            return (budget > 0) & tf.reduce_any(unread > 0) & (first | (self._shared.submitted() == 0))
+
+        def read(budget: Tensor, entries: Any) -> tuple[Tensor, Any]:
+            now = state._replace(entries=entries)
+            unread = self._unread(now)
+            order = tf.where(state.number % 2 == 0, unread, tf.range(tf.size(unread)))
+            row = tf.argmin(tf.where(unread > 0, order, tf.int32.max), output_type=tf.int32)
+            count = tf.minimum(unread[row], budget if self._sizes is None else COMPILED_CHUNK)
+            return budget - count, self._read_chunk(now, row, count, weights)
+
+        entries = tf.while_loop(again, read, (chunk, state.entries), parallel_iterations=1)[1]
+        return state._replace(entries=entries)
+
+    def _is_waited_for(self, state: State) -> Tensor:
+        """Whether a row that was decoded before the prompts arrived waits until they are read."""
+        rows = state.rows
+        unread, decoding = self._unread(state) > 0, rows.status == DECODING
+        arrived = tf.reduce_min(tf.where(unread, rows.arrived, tf.int64.max))
+        return tf.reduce_any(decoding & (rows.started < arrived))
+
+    def _read_chunk(self, state: State, row: Tensor, count: Tensor, weights: Weights) -> Any:
+        """The entries after `count` [] more tokens of a row's prompt are read."""
+        rows, entries = state.rows, state.entries
+        entry = rows.entry[row]
+        start = entries.length[entry]
+        parts, length = self._cache.read(entries, entry), rows.prompt_length[row]
+        if self._sizes is None:
+            _, parts = self._network.extend(rows.tokens[row], start, count, length, parts, weights)
+        else:
+            write = Writer(parts[0], (start + tf.range(count))[None]).write
+            new = self._extension(rows.tokens[row], start, length, parts)
+            parts = [write(part, tokens[:, :, :count]) for part, tokens in zip(parts, new, strict=True)]
+        entries = self._cache.write(entries, entry, parts)
+        length = tf.tensor_scatter_nd_update(entries.length, entry[None, None], (start + count)[None])
+        return entries._replace(length=length)
+
+    def _compiled_extension(
+        self, tokens: Tensor, start: Tensor, length: Tensor, parts: Sequence[Tensor]
+    ) -> list[Tensor]:
+        network = self._network
+        return network.extension(tokens, start, COMPILED_CHUNK, length, parts, network.weights())
+
+    def _rearrange(self, state: State) -> State:
+        """Moves rows whose prompts are read into the key-value cache, and those that ended out of it."""
+        rows = state.rows
+        joins = self._unread(state) == 0
+        leaves = (rows.status >= FINISHED) & (rows.slot >= 0)
+        decoding = rows.status == DECODING
+        longest = tf.reduce_max(tf.concat([tf.boolean_mask(rows.length, decoding), [0]], 0))
+        full = longest > tf.shape(state.buffers[0])[2]
+
+        def rearranged_state() -> State:
+            left = self._leave(state, tf.where(leaves)[:, 0])
+            return self._join(left, joins)
+
+        state = tf.cond(tf.reduce_any(joins | leaves) | full, rearranged_state, lambda: state)
+        # Rows that ended without having been decoded leave here, too.
+        remaining = tf.where(state.rows.status != ENDED)[:, 0]
+
+        def without_ended() -> State:
+            return state._replace(rows=state.rows.chosen(remaining))
+
+        fewer = tf.size(remaining) < tf.size(state.rows.status)
+        return cast("State", tf.cond(fewer, without_ended, lambda: state))
+
+    def _leave(self, state: State, leaving: Tensor) -> State:
+        """Moves the keys and values of the rows at `leaving` [M] into the prefix cache."""
+        rows = state.rows
+
+        def leave(index: Tensor, entries: Any) -> tuple[Tensor, Any]:
+            row = tf.cast(leaving[index], tf.int32)
+            length = rows.length[row] - 1
+            parts = [row_of(buffer, rows.slot[row], length) for buffer in state.buffers]
+            return index + 1, self._cache.add(entries, state.number, rows.tokens[row], parts, length)
+
+        _, entries = tf.while_loop(
+            lambda index, _: index < tf.size(leaving), leave, (tf.constant(0), state.entries), parallel_iterations=1
+        )
+        slot = tf.where(rows.status == DECODING, rows.slot, -1)
+        return state._replace(rows=rows._replace(slot=slot), entries=entries)
+
+    def _join(self, state: State, joins: Tensor) -> State:
+        """Makes the key-value cache anew, for the decoded rows and those that `joins` [N]."""
+        rows = state.rows
+        decoded = tf.where(rows.status == DECODING)[:, 0]
+        staying = tf.gather(decoded, tf.argsort(tf.gather(rows.slot, decoded)))
+        joining = tf.where(joins)[:, 0]
+        order = tf.concat([staying, joining], 0)
+        capacity = self._capacity(rows, order, tf.shape(state.buffers[0])[2], tf.size(staying))
+        entries = tf.gather(rows.entry, joining)
+        buffers = rearranged(
+            state.buffers,
+            tf.gather(rows.slot, staying),
+            entries,
+            lambda entry: self._cache.read(state.entries, entry),
+            tf.size(order) if self._sizes is None else _at_least(self._sizes.rows, tf.size(order)),
+            capacity,
+        )
+        rows = rows._replace(
+            status=tf.where(joins, DECODING, rows.status),
+            entry=tf.where(joins, -1, rows.entry),
+            slot=tf.tensor_scatter_nd_update(rows.slot, order[:, None], tf.range(tf.size(order))),
+            started=tf.where(joins, state.number, rows.started),
+        )
+        released = self._cache.within(self._cache.release(state.entries, entries), self._room(rows))
+        return state._replace(rows=rows, buffers=buffers, entries=released)
+
+    def _capacity(self, rows: Rows, order: Tensor, old: Tensor, staying: Tensor) -> Tensor:
+        """Slots int32 [] for the rows at `order` [B], of which `staying` [] have `old` [] slots now."""
+        longest = tf.reduce_max(tf.concat([tf.gather(rows.length, order), [0]], 0))
+        # The keys and values of a row's last token are never needed.
+        most = tf.reduce_max(tf.concat([tf.gather(rows.end, order) - 1, [0]], 0))
+        if self._sizes is not None:
+            return _at_least(self._sizes.capacities, tf.minimum(most, longest + COMPILED_CHUNK))
+        growth = tf.maximum(MIN_GROWTH, longest // 4)
+        wanted = tf.minimum(most, (longest + growth + MIN_GROWTH - 1) // MIN_GROWTH * MIN_GROWTH)
+        # Shrinking costs a copy that is not worth it for a few slots.
+        keep = (staying > 0) & (longest <= old) & (wanted > old // 2) & (old <= most)
+        return tf.where(keep, old, wanted)
+
+    def _decode(self, state: State, weights: Weights) -> State:
+        """Decodes the rows of the key-value cache by a few tokens."""
+        rows = state.rows
+        decoded = tf.where(rows.status == DECODING)[:, 0]
+        indices = tf.gather(decoded, tf.argsort(tf.gather(rows.slot, decoded)))
+        count, batch = tf.size(indices), tf.shape(state.buffers[0])[0]
+        # With XLA there may be more rows in the cache, which are decoded like the first one.
+        chosen = rows.chosen(tf.concat([indices, tf.fill([batch - count], indices[0])], 0))
+        end = tf.where(tf.range(batch) < count, chosen.end, 0)
+        capacity = tf.shape(state.buffers[0])[2]
+        most = tf.minimum(MAX_STEPS, capacity + 1 - tf.reduce_max(chosen.length))
+        began = tf.timestamp()
+        # While prompts are read, they get a chunk after each step.
+        alone = ~tf.reduce_any(rows.status == READING)
+        may_join = count < self._max_rows
+
+        def go_on(steps: Tensor) -> Tensor:
+            with tf.control_dependencies([steps]):
+                waits = may_join & (self._shared.submitted() > 0)
+                return alone & (steps < most) & (tf.timestamp() - began < MAX_SECONDS) & ~waits
+
+        uniform = tf.cond(
+            tf.reduce_any(chosen.params.temperature > 0),
+            lambda: uniform_samples(chosen.params.seed, chosen.length, MAX_STEPS),
+            lambda: tf.zeros([batch, MAX_STEPS], tf.float64),
+        )
+        no = tf.zeros_like(end, tf.bool)
+        decoding = DecodingRows(chosen.tokens[:, : capacity + 1], chosen.length, no, no, chosen.stop, state.buffers)
+        done = self._decoder.run(decoding, chosen.params, end, uniform, weights, go_on)
+        tokens = tf.concat([done.tokens, chosen.tokens[:, capacity + 1 :]], 1)
+        status = tf.where(done.finished, FINISHED, DECODING)
+
+        def updated(old: Tensor, new: Tensor) -> Tensor:
+            return tf.tensor_scatter_nd_update(old, indices[:, None], new[:count])
+
+        rows = rows._replace(
+            tokens=updated(rows.tokens, tokens),
+            length=updated(rows.length, done.length),
+            stopped=updated(rows.stopped, done.stopped),
+            status=updated(rows.status, status),
+            stop=tf.nest.map_structure(updated, rows.stop, done.stop),
+        )
+        return state._replace(rows=rows, buffers=done.buffers)
+
+
+def _at_least(sizes: Sequence[int], size: Tensor) -> Tensor:
+    """The smallest of the ascending `sizes` that is `size` [] or more."""
+    return tf.reduce_min(tf.boolean_mask(tf.constant(sizes), tf.constant(sizes) >= size))

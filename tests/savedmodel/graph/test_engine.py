@@ -1,0 +1,256 @@
+"""The engine under random traffic: requests that join, continue texts, time out, or are too many."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import LONG
+
+from tfclm.savedmodel.graph.engine import Engine, EngineLimits
+from tfclm.savedmodel.graph.network import Network
+from tfclm.savedmodel.graph.sampling import PARAM_TYPES, SamplingParams
+
+CONTEXT = 160
+NEW = 120
+REQUESTS = 2000 if LONG else 120
+
+
+class Request(NamedTuple):
+    """Rows with the same parameters."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    new: int = 8
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    """A tiny model."""
+    from conftest import tiny_config
+    from tf_keras.utils import set_random_seed
+
+    from tfclm.checkpoint import create
+
+    set_random_seed(3)
+    model = create(tiny_config("gpt2", context=CONTEXT, layers=2))
+    # Initial weights are so small that all logits are nearly equal.
+    model.set_weights([3 * weight for weight in model.get_weights()])
+    return Network(model)
+
+
+Complete = Callable[[Request], list[list[int]]]
+
+
+def completer(network: Network, limits: EngineLimits) -> tuple[Engine, Complete]:
+    """An engine, and a function that returns the new tokens of each row of a request."""
+    engine = Engine(network, limits, eos_ids=range(0, 512, 40), pad_id=0)
+
+    @tf.function(
+        autograph=False,
+        input_signature=[
+            tf.TensorSpec([None, None], tf.int32),
+            tf.TensorSpec([None], tf.int32),
+            SamplingParams(*(tf.TensorSpec([None], kind) for kind in PARAM_TYPES)),
+        ],
+    )
+    def traced(ids: tf.Tensor, lengths: tf.Tensor, params: SamplingParams) -> Any:
+        return engine.complete(ids, lengths, params)
+
+    def complete(request: Request) -> list[list[int]]:
+        values = (request.new, request.temperature, 0, 1.0, 1.0, request.seed)
+        rows = len(request.prompts)
+        params = SamplingParams(
+            *(tf.constant([value] * rows, kind) for value, kind in zip(values, PARAM_TYPES, strict=True))
+        )
+        ids = tf.ragged.constant(request.prompts, tf.int32).to_tensor()
+        out = traced(ids, tf.constant([len(prompt) for prompt in request.prompts]), params)
+        pairs = zip(out.output_ids.numpy(), out.count.numpy(), strict=True)
+        return [tokens[:count].tolist() for tokens, count in pairs]
+
+    return engine, complete
+
+
+@pytest.fixture(scope="module")
+def plain(network: Network) -> Complete:
+    """An engine without a prefix cache, which tests call with one request at a time."""
+    return completer(network, EngineLimits(4, NEW, 4 * CONTEXT, prefix_cache=False))[1]
+
+
+@pytest.fixture(scope="module")
+def engine(network: Network) -> tuple[Engine, Complete]:
+    """An engine whose prefix cache is too small for the rows of the tests."""
+    return completer(network, EngineLimits(4, NEW, 6 * CONTEXT, waiting=24))
+
+
+def test_a_text_continued_in_several_requests(engine: tuple[Engine, Complete], plain: Complete) -> None:
+    """Random numbers that depend on the request, or keys and values of the prefix cache that are not the row's."""
+    complete = engine[1]
+    rng = np.random.default_rng(0)
+    for number, temperature in enumerate([0.0, 0.8, 1.2, 2.0]):
+        prompt = tuple(rng.integers(1, 512, 20).tolist())
+        whole = plain(Request((prompt,), 70, temperature, number))[0]
+        text = prompt
+        while len(text) < len(prompt) + len(whole):
+            new = complete(Request((text,), int(rng.integers(1, 30)), temperature, number))[0]
+            text += tuple(new)
+        # The last request may have gone beyond the end of the first one.
+        assert text[len(prompt) :][: len(whole)] == tuple(whole)
+
+
+def random_request(rng: random.Random, texts: list[tuple[int, ...]]) -> Request:
+    """One to three rows, half of which begin like an earlier text."""
+    prompts = []
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        begin = rng.choice(texts)[: rng.randrange(100)] if texts and rng.random() < 0.5 else ()
+        prompts.append(begin + tuple(rng.randrange(512) for _ in range(rng.randrange(1, 40))))
+    return Request(tuple(prompts), rng.choice([1, 3, 10, 40]), rng.choice([0.0, 1.0]), rng.randrange(1000))
+
+
+def test_random_traffic(engine: tuple[Engine, Complete], plain: Complete) -> None:
+    """Another request's tokens, keys or values, or those of an entry of the prefix cache that was overwritten."""
+    rng, texts, requests, expected = random.Random(0), [], [], []
+    for _ in range(REQUESTS):
+        requests.append(random_request(rng, texts))
+        expected.append(plain(requests[-1]))
+        texts += [prompt + tuple(new) for prompt, new in zip(requests[-1].prompts, expected[-1], strict=True)]
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(engine[1], requests))
+    assert answers == expected
+    # They differ enough for the comparison to mean something.
+    assert len({str(answer) for answer in answers}) > 0.9 * REQUESTS
+    assert engine[0].row_count().numpy() == 0
+
+
+def test_short_requests_do_not_wait_for_long_ones(engine: tuple[Engine, Complete]) -> None:
+    """Rows that wait until others are done, or a prompt that is starved by shorter ones."""
+    complete, done, lock = engine[1], [], threading.Lock()
+    short, long = Request(((5, 6, 7),), 3), Request((tuple(range(1, 30)),), NEW)
+    long_prompt = Request((tuple(range(2, 152)),), 1)
+    complete(short)
+
+    def run(name: str, request: Request) -> None:
+        complete(request)
+        with lock:
+            done.append(name)
+
+    threads = [threading.Thread(target=run, args=("long", long._replace(seed=seed))) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    reader = threading.Thread(target=run, args=("prompt", long_prompt))
+    reader.start()
+    for _ in range(3):
+        run("short", short)
+    for thread in [*threads, reader]:
+        thread.join()
+    assert done[:3].count("long") == 0
+    assert done.index("prompt") < len(done) - 1
+
+
+def test_the_queue_is_bounded(network: Network) -> None:
+    """Requests that are accepted without limit, or a refused one that disturbs the others."""
+    _, complete = completer(network, EngineLimits(1, NEW, CONTEXT, waiting=2))
+    request = Request((tuple(range(1, 20)),), 60)
+    expected, outcomes = complete(request), []
+
+    def run(_: int) -> None:
+        try:
+            outcomes.append(complete(request) == expected)
+        except tf.errors.UnavailableError:
+            outcomes.append(None)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, range(8)))
+    assert outcomes.count(None) >= 1
+    assert outcomes.count(True) >= 2
+    assert False not in outcomes
+    assert complete(request) == expected
+
+
+def test_memory_does_not_grow(engine: tuple[Engine, Complete]) -> None:
+    """Rows, entries or buffers that are kept after their requests ended."""
+
+    def resident() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+
+    complete, rng = engine[1], random.Random(1)
+    before = 0.0
+    count = 10_000 if LONG else 300
+    for number in range(count):
+        if number == count // 3:
+            before = resident()
+        complete(Request((tuple(rng.randrange(512) for _ in range(rng.randrange(1, 60))),), 4))
+    # MiB; the state of one row takes 0.1.
+    assert resident() - before < 20
+
+
+@pytest.fixture(scope="module")
+def session(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that runs a request of one row in TensorFlow's own session, as a server does."""
+    engine = Engine(network, EngineLimits(4, NEW, 8 * CONTEXT), eos_ids=[], pad_id=0)
+    module = tf.Module()
+    module.weights = network.variables
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([1, None], tf.int32), tf.TensorSpec([1], tf.int32)])
+    def complete(ids: tf.Tensor, new: tf.Tensor) -> dict[str, Any]:
+        zeros = tf.zeros([1])
+        params = SamplingParams(new, zeros, tf.zeros([1], tf.int32), zeros + 1, zeros + 1, tf.zeros([1], tf.int64))
+        return {"tokens": engine.complete(ids, tf.shape(ids)[1:], params).output_ids}
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([1], tf.int32)])
+    def rows(ignored: tf.Tensor) -> dict[str, Any]:
+        return {"count": engine.row_count() + 0 * ignored}
+
+    module.complete, module.rows = complete, rows
+    folder = str(tmp_path_factory.mktemp("session"))
+    tf.saved_model.save(module, folder, {"complete": complete, "rows": rows})
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        signatures = tf.compat.v1.saved_model.load(session, ["serve"], folder).signature_def
+
+        def run(signature: str, inputs: dict[str, Any], milliseconds: int | None = None) -> Any:
+            given = signatures[signature]
+            options = tf.compat.v1.RunOptions(timeout_in_ms=milliseconds or 0)
+            feed = {given.inputs[name].name: value for name, value in inputs.items()}
+            (fetch,) = (output.name for output in given.outputs.values())
+            return session.run(fetch, feed, options=options)
+
+        yield run
+
+
+def test_rows_of_requests_that_timed_out_are_dropped(session: Any) -> None:
+    """A request that times out and takes others with it, or whose rows are decoded to their end."""
+    ids = [list(range(1, 20))]
+    expected = session("complete", {"ids": ids, "new": [NEW]}).tolist()
+    outcomes: list[Any] = []
+
+    def run(milliseconds: int | None) -> None:
+        try:
+            tokens = session("complete", {"ids": ids, "new": [NEW]}, milliseconds).tolist()
+            outcomes.append(tokens == expected)
+        except tf.errors.DeadlineExceededError:
+            outcomes.append(None)
+
+    threads = [threading.Thread(target=run, args=(ms,)) for ms in [None, None, *([1, 4, 12, 30] * 6)]]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.004)
+    for thread in threads:
+        thread.join()
+    assert outcomes.count(None) >= 10
+    assert outcomes.count(True) >= 2
+    assert False not in outcomes
+    # Rows of requests that are gone end with one of the next passes.
+    until = time.monotonic() + 20
+    while session("rows", {"ignored": [0]})[0]:
+        assert time.monotonic() < until
+        assert session("complete", {"ids": ids, "new": [NEW]}).tolist() == expected
