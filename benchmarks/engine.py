@@ -129,17 +129,19 @@ def next_piece(url: str, rng: random.Random) -> tuple[float, float]:
     return again.seconds, (more.seconds - again.seconds) / 32
 
 
-def compare(urls: dict[str, str], rounds: int, count: int) -> None:
+CASES: dict[str, tuple[str, Callable[[str, random.Random], Any]]] = {
+    "alone": ("5 tokens alone, s", alone),
+    "beside": ("5 tokens beside 4 x 400, s", lambda url, rng: beside_long_requests(url, rng, with_prompts=False)),
+    "prompts": ("the same with prompts of 900, s", lambda url, rng: beside_long_requests(url, rng, with_prompts=True)),
+    "one": ("one request, tokens/s", lambda url, rng: equal_requests(url, rng, 1)),
+    "equal": ("8 equal requests, tokens/s", lambda url, rng: equal_requests(url, rng, 8)),
+    "next": ("next token of 900, and further ones, s", next_piece),
+}
+
+
+def compare(urls: dict[str, str], names: list[str], rounds: int, count: int) -> None:
     """Prints a line for each case."""
-    cases: dict[str, Callable[[str, random.Random], Any]] = {
-        "5 tokens alone, s": alone,
-        "5 tokens beside 4 x 400, s": lambda url, rng: beside_long_requests(url, rng, with_prompts=False),
-        "the same with prompts of 900, s": lambda url, rng: beside_long_requests(url, rng, with_prompts=True),
-        "one request, tokens/s": lambda url, rng: equal_requests(url, rng, 1),
-        "8 equal requests, tokens/s": lambda url, rng: equal_requests(url, rng, 8),
-        "next token of 900, s": lambda url, rng: next_piece(url, rng),
-    }
-    for name, case in cases.items():
+    for name, case in (CASES[name] for name in names if name in CASES):
         results: dict[str, list[Any]] = {version: [] for version in urls}
         for number in range(rounds):
             for version, url in urls.items():
@@ -150,6 +152,8 @@ def compare(urls: dict[str, str], rounds: int, count: int) -> None:
             else:
                 shown = f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
             print(f"{name}: {version} {shown}", flush=True)
+    if "mixed" not in names:
+        return
     rate = 0.7 * capacity(urls["now"], count // 2)
     for version, url in urls.items():
         tokens, slow = mixed(url, rate, count)
@@ -161,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="a serving directory of an earlier version")
     parser.add_argument("--now", type=Path, help="one of this version; by default, it is exported first")
+    parser.add_argument("--case", nargs="+", choices=[*CASES, "mixed"], default=[*CASES, "mixed"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=40, help="of the mixed load")
     arguments = parser.parse_args()
@@ -172,11 +177,11 @@ def main() -> None:
         flags = ["--rest_api_num_threads=64", "--rest_api_timeout_in_ms=600000"]
         with serve(serving, *flags) as now:
             if arguments.before is None:
-                compare({"now": now.url}, arguments.rounds, arguments.requests)
+                compare({"now": now.url}, arguments.case, arguments.rounds, arguments.requests)
                 return
             with serve(arguments.before, *flags) as before:
                 urls = {"before": before.url, "now": now.url}
-                compare(urls, arguments.rounds, arguments.requests)
+                compare(urls, arguments.case, arguments.rounds, arguments.requests)
 
 
 if __name__ == "__main__":
