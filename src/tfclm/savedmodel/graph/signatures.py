@@ -147,7 +147,7 @@ class GenerationModule(tf.Module):
             return settings.cache_tokens
         # As much memory as the weights take, but for two full contexts at least and for two full batches at most.
         weights = sum(int(np.prod(variable.shape)) * variable.dtype.size for variable in network.variables)
-        as_weights = weights // network.bytes_per_token
+        as_weights: int = weights // network.bytes_per_token
         return min(max(as_weights, 2 * network.context), 2 * settings.max_batch_size * network.context)
 
     def _buckets(self) -> list[int]:
