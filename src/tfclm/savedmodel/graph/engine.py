@@ -177,17 +177,13 @@ class Engine:
 
         Runs a pass unless there is news since the request's last turn. Only finished rows are returned.
         """
-        now = tf.timestamp()
-        state = self._shared.with_submitted(self._shared.read(self._first), now)
+        state = self._shared.with_submitted(self._shared.read(self._first))
         mine = state.rows.of(request)
         known = tf.reduce_any(mine)
         news = tf.reduce_any(mine & (state.rows.seen < state.number)) | _all(state.rows.status >= FINISHED, mine)
-        state = state._replace(
-            rows=state.rows._replace(
-                seen=tf.where(mine, state.number, state.rows.seen), seen_at=tf.where(mine, now, state.rows.seen_at)
-            )
-        )
-        state = tf.cond(known & ~news, lambda: self._passes.run(state, now), lambda: state)
+        seen = tf.where(mine, state.number, state.rows.seen)
+        state = state._replace(rows=state.rows._replace(seen=seen))
+        state = tf.cond(known & ~news, lambda: self._passes.run(state), lambda: state)
         rows = state.rows
         mine = rows.of(request)
         finished = known & _all(rows.status >= FINISHED, mine)
@@ -273,7 +269,7 @@ class Engine:
 def _no_rows(submission: Submission) -> Rows:
     fields: Submission = tf.nest.map_structure(lambda spec: tf.zeros([0, *spec.shape[1:]], spec.dtype), submission)
     numbers, flags = tf.zeros([0], tf.int32), tf.zeros([0], tf.bool)
-    passes, times = tf.zeros([0], tf.int64), tf.zeros([0], tf.float64)
+    passes = tf.zeros([0], tf.int64)
     return Rows(
         **fields._asdict(),
         status=numbers,
@@ -284,7 +280,6 @@ def _no_rows(submission: Submission) -> Rows:
         arrived=passes,
         started=passes,
         seen=passes,
-        seen_at=times,
     )
 
 

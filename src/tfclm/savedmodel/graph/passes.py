@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import tensorflow as tf
 
 from tfclm.savedmodel.graph.decoding import CompiledDecoder, Decoder, DecodingRows
@@ -24,10 +25,15 @@ CHUNK_BETWEEN_STEPS = 32
 CHUNK = 256
 COMPILED_CHUNK = 64  # with XLA, which compiles for this number; the others are rounded up to multiples
 MAX_STEPS = 64
-MAX_SECONDS = 0.25  # of a pass, after which others may take their tokens and join; a step that has begun is completed
+# Steps after which others may take their turn, so that it is noticed if they are gone. There is no clock: TensorFlow
+# refuses to tell the time if determinism is enabled.
+STEPS_BETWEEN_TURNS = 8
 MIN_GROWTH = 64  # slots that are added to the key-value cache at once
-MISSED_PASSES = 2  # passes that a request must have missed to be considered gone
-GONE_SECONDS = 0.5  # and the seconds since it was seen
+# Passes that a request must have missed to be considered gone. They are short if the model is small, and the thread of
+# a request may have to wait for a processor.
+MISSED_PASSES = 3
+MISSED_PASSES_TIMES_WEIGHTS = 2**25
+MAX_MISSED_PASSES = 100
 
 
 class CompiledSizes(NamedTuple):
@@ -62,6 +68,9 @@ class Passes:
     ) -> None:
         self._network, self._decoder, self._cache, self._shared = network, decoder, cache, shared
         self._max_rows, self._max_tokens, self._sizes = max_rows, max_tokens, sizes
+        weights = sum(int(np.prod(variable.shape)) for variable in network.variables)
+        missed = min(MAX_MISSED_PASSES, MISSED_PASSES_TIMES_WEIGHTS // weights)
+        self._missed_passes = max(MISSED_PASSES, missed)
         self._extension = tf.function(self._compiled_extension, autograph=False, jit_compile=True)
 
     def compile(self, rows: Rows) -> Tensor:
@@ -86,10 +95,10 @@ class Passes:
 
         return tf.while_loop(lambda index, _: index < len(pairs), compile_one, (0, 0), parallel_iterations=1)[1]
 
-    def run(self, state: State, now: Tensor) -> State:
-        """The state after one more pass; `now` is the time in seconds."""
+    def run(self, state: State) -> State:
+        """The state after one more pass."""
         weights = self._network.weights()
-        state = self._without_gone(state, now)
+        state = self._without_gone(state)
         state = self._admit(state)
         state = self._read(state, weights)
         state = self._rearrange(state)
@@ -98,10 +107,10 @@ class Passes:
         )
         return state._replace(number=state.number + 1)
 
-    def _without_gone(self, state: State, now: Tensor) -> State:
+    def _without_gone(self, state: State) -> State:
         """Ends the rows whose requests have not asked for a while."""
         rows = state.rows
-        gone = (state.number - rows.seen >= MISSED_PASSES) & (now - rows.seen_at >= GONE_SECONDS)
+        gone = state.number - rows.seen >= self._missed_passes
         reading = gone & (rows.status == READING)
 
         def released() -> Any:
@@ -313,8 +322,9 @@ class Passes:
         chosen = rows.chosen(tf.concat([indices, tf.fill([batch - count], indices[0])], 0))
         end = tf.where(tf.range(batch) < count, chosen.end, 0)
         capacity = tf.shape(state.buffers[0])[2]
-        most = tf.minimum(MAX_STEPS, capacity + 1 - tf.reduce_max(chosen.length))
-        began = tf.timestamp()
+        others = tf.reduce_any(rows.request != rows.request[0])
+        most = tf.where(others, STEPS_BETWEEN_TURNS, MAX_STEPS)
+        most = tf.minimum(most, capacity + 1 - tf.reduce_max(chosen.length))
         # While prompts are read, they get a chunk after each step.
         alone = ~tf.reduce_any(rows.status == READING)
         may_join = count < self._max_rows
@@ -322,7 +332,7 @@ class Passes:
         def go_on(steps: Tensor) -> Tensor:
             with tf.control_dependencies([steps]):
                 waits = may_join & (self._shared.submitted() > 0)
-                return alone & (steps < most) & (tf.timestamp() - began < MAX_SECONDS) & ~waits
+                return alone & (steps < most) & ~waits
 
         uniform = tf.cond(
             tf.reduce_any(chosen.params.temperature > 0),

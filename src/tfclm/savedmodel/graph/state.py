@@ -56,9 +56,8 @@ class Rows(NamedTuple):
     arrived: Tensor  # int64 [N], the number of passes when it arrived
     started: Tensor  # int64 [N], the number of passes when its first token was decoded
     seen: Tensor  # int64 [N], the number of passes when the request last asked
-    seen_at: Tensor  # float64 [N], the time of that in seconds
 
-    def joined_by(self, new: Submission, number: Tensor, now: Tensor) -> Rows:
+    def joined_by(self, new: Submission, number: Tensor) -> Rows:
         """These rows and new ones."""
         none = tf.fill(tf.shape(new.end), -1)
         rows = Rows(
@@ -71,7 +70,6 @@ class Rows(NamedTuple):
             arrived=tf.fill(tf.shape(none), number),
             started=tf.fill(tf.shape(none), number),
             seen=tf.fill(tf.shape(none), number),
-            seen_at=tf.fill(tf.shape(none), now),
         )
         return cast("Rows", tf.nest.map_structure(lambda old, added: tf.concat([old, added], 0), self, rows))
 
@@ -133,14 +131,14 @@ class SharedState:
 
         return cast("State", tf.cond(size > 0, last, first))
 
-    def with_submitted(self, state: State, now: Tensor) -> State:
+    def with_submitted(self, state: State) -> State:
         """The state with the rows that were submitted since the last pass."""
 
         def add(_: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
             new = _packed(self._submission, tf.raw_ops.Unstage(**self._submitted))
             # A request that submits its rows again, because a failed pass had taken them, may have been seen after all.
             unknown = tf.logical_not(tf.reduce_any(rows.of(new.request[0])))
-            joined = tf.cond(unknown, lambda: rows.joined_by(new, state.number, now), lambda: rows)
+            joined = tf.cond(unknown, lambda: rows.joined_by(new, state.number), lambda: rows)
             with tf.control_dependencies([joined.request]):
                 return self.submitted(), joined
 
