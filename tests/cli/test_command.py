@@ -21,8 +21,10 @@ def test_sigterm_interrupts_this_process():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_sigterm_ends_processes_that_were_forked(capfd: pytest.CaptureFixture[str]):
+def test_sigterm_ends_processes_that_were_forked(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """A traceback from every worker process of datasets when its pool ends it."""
+    # Else tokenizers warns of the fork if an earlier test has used its threads.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("fork")
     started = context.Event()
 
