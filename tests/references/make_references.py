@@ -309,7 +309,7 @@ def saved(model: Any, folder: Path) -> dict[str, list[int]]:
         model.save_pretrained(place)
         shutil.copy(Path(place, "config.json"), folder / "config.json")
         with safe_open(Path(place, "model.safetensors"), "np") as tensors:
-            names = [name for name in tensors.keys() if name in parameters]  # noqa: SIM118
+            names = parameters.keys() & set(tensors.keys())
     if missing := {id(p) for p in parameters.values()} - {id(parameters[name]) for name in names}:
         raise SystemExit(f"{folder.name}: {len(missing)} parameters are not in the checkpoint")
     shapes = {name: list(parameters[name].shape) for name in sorted(names)}
