@@ -41,6 +41,8 @@ def network() -> Network:
 
     from tfclm.checkpoint import create
 
+    # As in the process of `fit`, where TensorFlow refuses operations whose results may differ.
+    tf.config.experimental.enable_op_determinism()
     set_random_seed(3)
     model = create(tiny_config("gpt2", context=CONTEXT, layers=2))
     # Initial weights are so small that all logits are nearly equal.
