@@ -15,7 +15,7 @@ Tensor = Any
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same function, whose gradient computes it again instead of keeping what lies between its inputs and output.
 
-    For functions of tensors that are cheap to compute. Values and gradients are the same, bit for bit.
+    For functions of tensors that are cheap to compute. Values are the same; gradients are the same up to rounding.
 
     Args:
         function: takes tensors, all of which may have a gradient, and returns one tensor.
