@@ -55,6 +55,8 @@ class FinetuningStep:
         """The token-weighted loss, reported as `loss` and `val_loss`."""
         return [self.step_state.loss]
 
+    # Without Python's control flow there is nothing to convert, and converting all layers takes seconds.
+    @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Runs one optimizer step on (features [B, L], labels [B, L])."""
         features, labels = data
@@ -115,6 +117,7 @@ class FinetuningStep:
             optimizer.apply_gradients(zip(gradients, variables, strict=True), experimental_aggregate_gradients=False)
         return norm
 
+    @tf.autograph.experimental.do_not_convert
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Adds (features [B, L], labels [B, L]) to the validation loss."""
         features, labels = data
