@@ -204,7 +204,11 @@ def tree(pid: int) -> Iterator[int]:
     """A process and all of its descendants."""
     yield pid
     for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in tasks.read_text().split():
+        # A thread may end between two reads.
+        children: list[str] = []
+        with contextlib.suppress(OSError):
+            children = tasks.read_text().split()
+        for child in children:
             yield from tree(int(child))
 
 

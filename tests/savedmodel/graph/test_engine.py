@@ -134,10 +134,11 @@ def test_random_traffic(engine: tuple[Engine, Complete], plain: Complete) -> Non
 
 
 def test_short_requests_do_not_wait_for_long_ones(engine: tuple[Engine, Complete]) -> None:
-    """Rows that wait until others are done, or a prompt that is starved by shorter ones."""
+    """Rows that wait until others are done or others' prompts are read, or prompts that are starved by shorter ones."""
     complete, done, lock = engine[1], [], threading.Lock()
     short, long = Request(((5, 6, 7),), 3), Request((tuple(range(1, 30)),), NEW)
-    long_prompt = Request((tuple(range(2, 152)),), 1)
+    # More than are read at the same time.
+    prompts = [Request((tuple(range(first, first + 150)),), 1) for first in range(2, 8)]
     complete(short)
 
     def run(name: str, request: Request) -> None:
@@ -146,16 +147,16 @@ def test_short_requests_do_not_wait_for_long_ones(engine: tuple[Engine, Complete
             done.append(name)
 
     threads = [threading.Thread(target=run, args=("long", long._replace(seed=seed))) for seed in range(3)]
+    threads += [threading.Thread(target=run, args=("prompt", prompt)) for prompt in prompts]
     for thread in threads:
         thread.start()
-    reader = threading.Thread(target=run, args=("prompt", long_prompt))
-    reader.start()
     for _ in range(3):
         run("short", short)
-    for thread in [*threads, reader]:
+    for thread in threads:
         thread.join()
-    assert done[:3].count("long") == 0
-    assert done.index("prompt") < len(done) - 1
+    last = {name: max(place for place, each in enumerate(done) if each == name) for name in done}
+    assert last["short"] < last["prompt"] < last["long"]
+    assert done.index("long") > last["short"]
 
 
 def test_the_queue_is_bounded(network: Network) -> None:

@@ -21,13 +21,14 @@ Tensor = Any
 
 # Tokens of prompts that are read in a pass: few if rows are decoded that began before the prompts arrived, which would
 # wait; else many, which is faster.
-CHUNK_BETWEEN_STEPS = 32
+CHUNK_BETWEEN_STEPS = 64
 CHUNK = 256
 COMPILED_CHUNK = 64  # with XLA, which compiles for this number; the others are rounded up to multiples
 MAX_STEPS = 64
 # Steps after which others may take their turn, so that it is noticed if they are gone. There is no clock: TensorFlow
 # refuses to tell the time if determinism is enabled.
 STEPS_BETWEEN_TURNS = 8
+MAX_OVERTAKEN_PASSES = 100  # for which a row waits while shorter prompts overtake it
 MIN_GROWTH = 64  # slots that are added to the key-value cache at once
 # Passes that a request must have missed to be considered gone. They are short if the model is small, and the thread of
 # a request may have to wait for a processor.
@@ -102,9 +103,7 @@ class Passes:
         state = self._admit(state)
         state = self._read(state, weights)
         state = self._rearrange(state)
-        state = tf.cond(
-            tf.reduce_any(state.rows.status == DECODING), lambda: self._decode(state, weights), lambda: state
-        )
+        state = tf.cond(self._is_decoded(state), lambda: self._decode(state, weights), lambda: state)
         return state._replace(number=state.number + 1)
 
     def _without_gone(self, state: State) -> State:
@@ -121,17 +120,26 @@ class Passes:
         return state._replace(rows=rows, entries=entries)
 
     def _admit(self, state: State) -> State:
-        """Begins the prompts of rows that wait, first come first served, as far as there is room for their tokens."""
+        """Begins the prompts of rows that wait as far as there is room for their tokens.
+
+        First come first served, but the shortest prompt may overtake those that have not waited for long.
+        """
         rows = state.rows
-        active = (rows.status == READING) | (rows.status == DECODING)
-        waiting = rows.status == WAITING
-        longest = tf.reduce_max(tf.concat([tf.boolean_mask(rows.end, active), [0]], 0))
-        count = tf.reduce_sum(tf.cast(active, tf.int32)) + tf.cumsum(tf.cast(waiting, tf.int32))
-        ends = tf.scan(tf.maximum, tf.where(waiting, rows.end, 0), longest)
-        fits = (count <= self._max_rows) & (tf.cast(count, tf.int64) * tf.cast(ends, tf.int64) <= self._max_tokens)
-        # No row overtakes one that does not fit.
-        fits = tf.cumsum(tf.cast(waiting & ~fits, tf.int32)) == 0
-        admitted = tf.where(waiting & fits)[:, 0]
+        reading, decoding = rows.status == READING, rows.status == DECODING
+        waiting = tf.where(rows.status == WAITING)[:, 0]
+        since = tf.reduce_min(tf.concat([tf.gather(rows.arrived, waiting), [state.number]], 0))
+        overtaken = ~_in_order(state.number) & (state.number - since < MAX_OVERTAKEN_PASSES)
+        order = tf.argsort(tf.where(overtaken, tf.gather(rows.prompt_length, waiting), 0), stable=True)
+        waiting = tf.gather(waiting, tf.concat([order[:1], tf.sort(order[1:])], 0))
+
+        prompts = _sum(rows.prompt_length, reading) + tf.cumsum(_wide(tf.gather(rows.prompt_length, waiting)))
+        longest = tf.scan(tf.maximum, tf.gather(rows.end, waiting), _largest(rows.end, reading | decoding))
+        count = tf.range(1, tf.size(waiting) + 1) + _count(reading)
+        # When its prompt is read, a row must find a place beside the rows that are decoded now and the other prompts.
+        tokens = _wide(_count(decoding) + 1) * _wide(longest) + prompts
+        alone = (count == 1) & ~tf.reduce_any(decoding)  # always fits
+        fits = (count <= self._max_rows) & (alone | (tokens <= self._max_tokens))
+        admitted = tf.boolean_mask(waiting, ~_any_before(~fits))
 
         def begin(index: Tensor, state: State) -> tuple[Tensor, State]:
             return index + 1, self._begin(state, tf.cast(admitted[index], tf.int32))
@@ -172,10 +180,10 @@ class Passes:
 
     def _room(self, rows: Rows) -> Tensor:
         """The tokens int32 [] that the prefix cache may hold."""
-        active = (rows.status == READING) | (rows.status == DECODING)
-        ends = tf.where(active, rows.end, 0)
-        longest = tf.reduce_max(tf.concat([ends, [0]], 0))
-        return tf.maximum(0, self._max_tokens - tf.reduce_sum(tf.cast(active, tf.int32)) * longest)
+        decoding = rows.status == DECODING
+        decoded = _wide(_count(decoding)) * _wide(_largest(rows.end, decoding))
+        prompts = _sum(rows.prompt_length, rows.status == READING)
+        return tf.cast(tf.maximum(self._max_tokens - decoded - prompts, 0), tf.int32)
 
     def _unread(self, state: State) -> Tensor:
         """The tokens int32 [N] of each row's prompt that are still to be read; -1 for rows of another status."""
@@ -184,10 +192,9 @@ class Passes:
         return tf.where(rows.status == READING, rows.prompt_length - 1 - read, -1)
 
     def _read(self, state: State, weights: Weights) -> State:
-        """Reads chunks of prompts: of the shortest rest in one pass, of the row that came first in the next one."""
-        chunk = tf.where(self._is_waited_for(state), CHUNK_BETWEEN_STEPS, CHUNK)
-        if self._sizes is not None:
-            chunk = (chunk + COMPILED_CHUNK - 1) // COMPILED_CHUNK * COMPILED_CHUNK
+        """Reads chunks of prompts: of the shortest rests, or in order of arrival."""
+        is_waited_for = self._is_waited_for(state)
+        chunk = tf.where(is_waited_for, CHUNK_BETWEEN_STEPS, CHUNK)
 
         def again(budget: Tensor, entries: Any) -> Tensor:
             unread = self._unread(state._replace(entries=entries))
@@ -197,10 +204,12 @@ class Passes:
         def read(budget: Tensor, entries: Any) -> tuple[Tensor, Any]:
             now = state._replace(entries=entries)
             unread = self._unread(now)
-            order = tf.where(state.number % 2 == 0, unread, tf.range(tf.size(unread)))
+            order = tf.where(_in_order(state.number), tf.range(tf.size(unread)), unread)
             row = tf.argmin(tf.where(unread > 0, order, tf.int32.max), output_type=tf.int32)
             count = tf.minimum(unread[row], budget if self._sizes is None else COMPILED_CHUNK)
-            return budget - count, self._read_chunk(now, row, count, weights)
+            # A row whose prompt is read can be decoded, so the rest of the budget waits until after that.
+            rest = tf.where(is_waited_for & (count == unread[row]), 0, budget - count)
+            return rest, self._read_chunk(now, row, count, weights)
 
         entries = tf.while_loop(again, read, (chunk, state.entries), parallel_iterations=1)[1]
         return state._replace(entries=entries)
@@ -237,7 +246,7 @@ class Passes:
     def _rearrange(self, state: State) -> State:
         """Moves rows whose prompts are read into the key-value cache, and those that ended out of it."""
         rows = state.rows
-        joins = self._unread(state) == 0
+        joins = self._joining(state)
         leaves = (rows.status >= FINISHED) & (rows.slot >= 0)
         decoding = rows.status == DECODING
         longest = tf.reduce_max(tf.concat([tf.boolean_mask(rows.length, decoding), [0]], 0))
@@ -256,6 +265,17 @@ class Passes:
 
         fewer = tf.size(remaining) < tf.size(state.rows.status)
         return cast("State", tf.cond(fewer, without_ended, lambda: state))
+
+    def _joining(self, state: State) -> Tensor:
+        """Which rows bool [N] have read their prompts and find a place among those that are decoded."""
+        rows = state.rows
+        read, decoding = self._unread(state) == 0, rows.status == DECODING
+        count = _count(decoding) + tf.cumsum(tf.cast(read, tf.int32))
+        longest = tf.scan(tf.maximum, tf.where(read, rows.end, 0), _largest(rows.end, decoding))
+        unjoined = tf.where(read, rows.prompt_length, 0)
+        prompts = _sum(rows.prompt_length, rows.status == READING) - tf.cumsum(_wide(unjoined))
+        fits = (count <= self._max_rows) & (_wide(count) * _wide(longest) + prompts <= self._max_tokens)
+        return read & ~_any_before(read & ~fits)
 
     def _leave(self, state: State, leaving: Tensor) -> State:
         """Moves the keys and values of the rows at `leaving` [M] into the prefix cache."""
@@ -312,6 +332,17 @@ class Passes:
         keep = (staying > 0) & (longest <= old) & (wanted > old // 2) & (old <= most)
         return tf.where(keep, old, wanted)
 
+    def _is_decoded(self, state: State) -> Tensor:
+        """Whether a row is decoded in this pass, and with it all others that can be.
+
+        A request gets its answer when all of its rows are done. So its rows are decoded together, which takes fewer
+        steps, once all of their prompts are read.
+        """
+        rows = state.rows
+        decoding = tf.boolean_mask(rows.request, rows.status == DECODING)
+        unread = tf.boolean_mask(rows.request, self._unread(state) > 0)
+        return tf.reduce_any(~tf.reduce_any(decoding[:, None] == unread, 1))
+
     def _decode(self, state: State, weights: Weights) -> State:
         """Decodes the rows of the key-value cache by a few tokens."""
         rows = state.rows
@@ -325,14 +356,17 @@ class Passes:
         others = tf.reduce_any(rows.request != rows.request[0])
         most = tf.where(others, STEPS_BETWEEN_TURNS, MAX_STEPS)
         most = tf.minimum(most, capacity + 1 - tf.reduce_max(chosen.length))
-        # While prompts are read, they get a chunk after each step.
-        alone = ~tf.reduce_any(rows.status == READING)
-        may_join = count < self._max_rows
+        # While prompts are read, they get a chunk after each step, or after the last step of the row that ends first.
+        last = tf.reduce_min(tf.boolean_mask(chosen.end - chosen.length, end > 0))
+        between_chunks = tf.where(last <= STEPS_BETWEEN_TURNS, last, 1)
+        unread = tf.reduce_any(self._unread(state) > 0)
+        most = tf.minimum(most, tf.where(unread, between_chunks, MAX_STEPS))
+        may_join = ~unread & (count < self._max_rows)
 
         def go_on(steps: Tensor) -> Tensor:
             with tf.control_dependencies([steps]):
                 waits = may_join & (self._shared.submitted() > 0)
-                return alone & (steps < most) & ~waits
+                return (steps < most) & ~waits
 
         uniform = tf.cond(
             tf.reduce_any(chosen.params.temperature > 0),
@@ -356,6 +390,33 @@ class Passes:
             stop=tf.nest.map_structure(updated, rows.stop, done.stop),
         )
         return state._replace(rows=rows, buffers=done.buffers)
+
+
+def _in_order(number: Tensor) -> Tensor:
+    """Whether in this pass, rows that came first go first. In the others, the shortest prompts do."""
+    return number % 4 == 0
+
+
+def _count(rows: Tensor) -> Tensor:
+    return tf.reduce_sum(tf.cast(rows, tf.int32))
+
+
+def _largest(values: Tensor, rows: Tensor) -> Tensor:
+    return tf.reduce_max(tf.pad(tf.where(rows, values, 0), [[0, 1]]))
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The values as int64: sums and products over many rows may be large."""
+    return tf.cast(values, tf.int64)
+
+
+def _sum(values: Tensor, rows: Tensor) -> Tensor:
+    return tf.reduce_sum(_wide(tf.where(rows, values, 0)))
+
+
+def _any_before(rows: Tensor) -> Tensor:
+    """For each row, whether it or an earlier one is among `rows` bool [N]."""
+    return tf.cumsum(tf.cast(rows, tf.int32)) > 0
 
 
 def _at_least(sizes: Sequence[int], size: Tensor) -> Tensor:
