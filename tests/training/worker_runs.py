@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def work(config: str | None, log: Path, folder: Path, tokenizer_dir: Path, cases
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import tensorflow as tf
 
-    from tfclm.training.workers import Workers, make_strategy
+    from tfclm.training.workers import Workers, WorkersLost, make_strategy
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     if config is None:
@@ -153,10 +154,14 @@ def work(config: str | None, log: Path, folder: Path, tokenizer_dir: Path, cases
             place = folder / (name if config else f"{name}-{kind}")
             place.mkdir(parents=True, exist_ok=True)
             chosen = strategy or tf.distribute.get_strategy()
-            if "blocks" in settings:
-                found = run_blocks(place, chosen, **settings)
-            else:
-                found = run(place, tokenizer_dir, chosen, **settings)
+            try:
+                if "blocks" in settings:
+                    found = run_blocks(place, chosen, **settings)
+                else:
+                    found = run(place, tokenizer_dir, chosen, **settings)
+            except WorkersLost:
+                traceback.print_exc()
+                os._exit(1)  # as `fit` does: TensorFlow's own shutdown may wait for the worker that is lost
             if found is not None:
                 keep(folder / f"{name}-{kind}.npz", found)
 
