@@ -82,6 +82,26 @@ def beside_long_requests(url: str, rng: random.Random, *, with_prompts: bool) ->
     return statistics.median(times)
 
 
+def beside_scores(url: str, rng: random.Random) -> float:
+    """Seconds for 5 tokens while four clients have texts of 900 tokens scored."""
+    stop = threading.Event()
+
+    def score(number: int) -> None:
+        with Client(url, timeout=600) as client:
+            while not stop.is_set():
+                client.predict("score", {"text": [" the" * 900]})
+
+    scoring = [threading.Thread(target=score, args=(number,)) for number in range(4)]
+    for thread in scoring:
+        thread.start()
+    time.sleep(1)
+    times = [ask(url, random_prompt(rng, 16), 5).seconds for _ in range(5)]
+    stop.set()
+    for thread in scoring:
+        thread.join()
+    return statistics.median(times)
+
+
 def mixed(url: str, rate: float, count: int) -> tuple[float, float]:
     """Tokens per second, and the 95th percentile of the seconds per token, of requests that arrive at random."""
     rng = random.Random(0)
@@ -133,6 +153,7 @@ CASES: dict[str, tuple[str, Callable[[str, random.Random], Any]]] = {
     "alone": ("5 tokens alone, s", alone),
     "beside": ("5 tokens beside 4 x 400, s", lambda url, rng: beside_long_requests(url, rng, with_prompts=False)),
     "prompts": ("the same with prompts of 900, s", lambda url, rng: beside_long_requests(url, rng, with_prompts=True)),
+    "scores": ("5 tokens beside 4 x score of 900, s", beside_scores),
     "one": ("one request, tokens/s", lambda url, rng: equal_requests(url, rng, 1)),
     "equal": ("8 equal requests, tokens/s", lambda url, rng: equal_requests(url, rng, 8)),
     "next": ("next token of 900, and further ones, s", next_piece),

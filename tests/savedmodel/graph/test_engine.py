@@ -17,6 +17,7 @@ from conftest import LONG
 
 from tfclm.savedmodel.graph.engine import Engine, EngineLimits
 from tfclm.savedmodel.graph.network import Network
+from tfclm.savedmodel.graph.passes import CompiledSizes
 from tfclm.savedmodel.graph.sampling import PARAM_TYPES, SamplingParams
 
 CONTEXT = 160
@@ -53,9 +54,9 @@ def network() -> Network:
 Complete = Callable[[Request], list[list[int]]]
 
 
-def completer(network: Network, limits: EngineLimits) -> tuple[Engine, Complete]:
+def completer(network: Network, limits: EngineLimits, sizes: CompiledSizes | None = None) -> tuple[Engine, Complete]:
     """An engine, and a function that returns the new tokens of each row of a request."""
-    engine = Engine(network, limits, eos_ids=range(0, 512, 40), pad_id=0)
+    engine = Engine(network, limits, eos_ids=range(0, 512, 40), pad_id=0, sizes=sizes)
 
     @tf.function(
         autograph=False,
@@ -118,8 +119,14 @@ def random_request(rng: random.Random, texts: list[tuple[int, ...]]) -> Request:
     return Request(tuple(prompts), rng.choice([1, 3, 10, 40]), rng.choice([0.0, 1.0]), rng.randrange(1000))
 
 
-def test_random_traffic(engine: tuple[Engine, Complete], plain: Complete) -> None:
+@pytest.mark.parametrize("sizes", [None, pytest.param(CompiledSizes((2, 4), (64, CONTEXT)), marks=pytest.mark.long)])
+def test_random_traffic(
+    engine: tuple[Engine, Complete], plain: Complete, network: Network, sizes: CompiledSizes | None
+) -> None:
     """Another request's tokens, keys or values, or those of an entry of the prefix cache that was overwritten."""
+    if sizes is not None:
+        engine = completer(network, EngineLimits(4, NEW, 6 * CONTEXT, waiting=24), sizes)
+        plain = completer(network, EngineLimits(4, NEW, 4 * CONTEXT, prefix_cache=False), sizes)[1]
     rng, texts, requests, expected = random.Random(0), [], [], []
     for _ in range(REQUESTS):
         requests.append(random_request(rng, texts))
