@@ -233,7 +233,7 @@ def watch(command: list[str], environment: dict[str, str]) -> tuple[int, int]:
 
     def sample() -> None:
         nonlocal peak, anonymous
-        while not finished.wait(0.2):
+        while not finished.wait(1):  # reading the maps of large files takes time
             whole, own = memory(process.pid)
             peak, anonymous = max(peak, whole), max(anonymous, own)
 
