@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,59 +25,74 @@ Array = np.ndarray[Any, Any]
 
 def make_matrix(outputs: int, inputs: int) -> int8.Matrix:
     """A quantized matrix of random weights."""
-    weights = np.random.default_rng(0).normal(0, 0.02, [outputs, inputs]).astype(np.float32)
+    weights = np.random.default_rng(0).normal(0, 0.02, [inputs, outputs]).astype(np.float32)
     return int8.Matrix(*map(tf.constant, int8.quantize(weights)))
+
+
+def make_product(matrix: int8.Matrix, *, small_batch: bool) -> Callable[[Array], Array]:
+    """The product of rows and a matrix, in a graph of its own."""
+    spec = tf.TensorSpec([None, matrix.values.shape[0]])
+    traced = tf.function(lambda rows: int8.product(rows, matrix, small_batch=small_batch), input_signature=[spec])
+    return lambda rows: traced(tf.constant(rows, tf.float32)).numpy()
 
 
 def reference(rows: Array, matrix: int8.Matrix) -> Array:
     """The product in exact arithmetic: the rows rounded to 14 bits, the weights as they are stored."""
     largest = np.abs(rows).max(1, keepdims=True)
     values = matrix.values.numpy().astype(np.float64)
-    rounded = np.rint(rows.astype(np.float64) / largest * 63.5 * 128)
-    return rounded @ values.T * matrix.largest.numpy() / 127 * largest / 63.5 / 128
+    rounded = np.rint(rows.astype(np.float64) / largest * 63 * 128)
+    return rounded @ values * matrix.scale.numpy() * largest / 63 / 128
 
 
+KERNELS = pytest.mark.parametrize("small_batch", [True, False])
+
+
+@KERNELS
 @pytest.mark.parametrize(("outputs", "inputs"), [(300, 768), (48, 51)])
-def test_product_is_that_of_the_rounded_numbers(outputs: int, inputs: int) -> None:
+def test_product_is_that_of_the_rounded_numbers(outputs: int, inputs: int, small_batch: bool) -> None:
     """Another scale per output or row, a zero point that is left in, or a last column that is dropped."""
     matrix = make_matrix(outputs, inputs)
     rows = np.random.default_rng(1).normal(0, 1, [20, inputs]).astype(np.float32) * np.logspace(-9, 9, 20)[:, None]
     rows = rows.astype(np.float32)
-    given = int8.product(tf.constant(rows), matrix).numpy()
-    exact = rows @ (matrix.values.numpy() * matrix.largest.numpy()[:, None] / 127).T
+    given = make_product(matrix, small_batch=small_batch)(rows)
+    exact = rows @ (matrix.values.numpy() * matrix.scale.numpy())
     # A value in the middle of two integers may be rounded to either.
     for expected, tolerance in ((reference(rows, matrix), 1e-4), (exact, 5e-4)):
         largest = np.abs(expected).max(1, keepdims=True)
         np.testing.assert_allclose(given / largest, expected / largest, rtol=0, atol=tolerance)
 
 
+@KERNELS
 @pytest.mark.parametrize("rows", [1, 2, 8, 33])
-def test_sums_do_not_saturate(rows: int) -> None:
+def test_sums_do_not_saturate(rows: int, small_batch: bool) -> None:
     """Sums of 16 bits in a processor's instructions that are cut off where weights and inputs are all large."""
-    weights = np.ones([16, 256], np.float32)
-    weights[1::2] = -1
+    weights = np.ones([256, 16], np.float32)
+    weights[:, 1::2] = -1
     matrix = int8.Matrix(*map(tf.constant, int8.quantize(weights)))
     for sign in (1, -1):
-        given = int8.product(tf.fill([rows, 256], float(sign)), matrix).numpy()
-        np.testing.assert_allclose(given, np.broadcast_to(sign * weights.sum(1), [rows, 16]), rtol=1e-5)
+        given = make_product(matrix, small_batch=small_batch)(np.full([rows, 256], sign))
+        np.testing.assert_allclose(given, np.broadcast_to(sign * weights.sum(0), [rows, 16]), rtol=1e-5)
 
 
+@KERNELS
 @pytest.mark.parametrize(("outputs", "inputs"), [(2304, 768), (48, 51)])
-def test_a_row_depends_on_itself_alone(outputs: int, inputs: int) -> None:
+def test_a_row_depends_on_itself_alone(outputs: int, inputs: int, small_batch: bool) -> None:
     """A scale of the whole batch, or kernels for several rows that add floating-point numbers in another order."""
     matrix = make_matrix(outputs, inputs)
     rows = np.random.default_rng(1).normal(0, 1, [65, inputs]).astype(np.float32)
     rows *= np.geomspace(1e-6, 1e6, 65, dtype=np.float32)[:, None]
-    together = int8.product(tf.constant(rows), matrix).numpy()
+    product = make_product(matrix, small_batch=small_batch)
+    together = product(rows)
     for count in (1, 2, 3, 5, 8, 17, 64):
         for start in (0, 7, 65 - count):
             chosen = slice(start, start + count)
-            assert (int8.product(tf.constant(rows[chosen]), matrix).numpy() == together[chosen]).all()
+            assert (product(rows[chosen]) == together[chosen]).all()
 
 
-def test_rows_of_zeros_and_of_nan() -> None:
+@KERNELS
+def test_rows_of_zeros_and_of_nan(small_batch: bool) -> None:
     """A division by zero, or a diverged model whose perplexity is a number."""
-    given = int8.product(tf.constant([[0.0] * 4, [np.nan] * 4]), make_matrix(3, 4)).numpy()
+    given = make_product(make_matrix(3, 4), small_batch=small_batch)(np.array([[0.0] * 4, [np.nan] * 4]))
     assert (given[0] == 0).all()
     assert np.isnan(given[1]).all()
 
@@ -128,7 +144,7 @@ def test_version(make_model: Any, tokenizer_dir: Path, tmp_path: Path) -> None:
     canary.validate(tmp_path, prompts, xla=False)
     # A build without the op: its name is replaced by one of the same length.
     file = tmp_path / "saved_model.pb"
-    file.write_bytes(file.read_bytes().replace(int8.OP.encode(), b"_QuantizedMatMux"))
+    file.write_bytes(file.read_bytes().replace(int8.OPS[0].encode(), b"_QuantizedMatMux"))
     message = "cannot be served: this build of TensorFlow lacks the op _QuantizedMatMux"
     with pytest.raises(canary.CanaryFailed, match=re.escape(message)):
         canary.validate(tmp_path, prompts, xla=False)

@@ -29,6 +29,7 @@ Weights = Mapping[str, Tensor]  # by their names in PyTorch, those of the stem w
 
 HIDDEN_SLOT = 2**31 - 1  # of keys that no token attends to
 DEFAULT_CONTEXT = 2048  # tokens, of a model without a limit
+INT8_PARTS = ("weight", "scale", "offset")  # names of an int8 matrix's variables
 MAX_CHECKED_TOKENS = 1100  # longer texts would take minutes and gigabytes in a large model
 
 
@@ -191,7 +192,7 @@ class Network:
 
     def _products(self, weights: Weights, small_batch: bool, xla: bool) -> _FloatProducts | _Int8Products:
         if self._int8:
-            return _Int8Products(self.spec, self._modules, weights, self._groups())
+            return _Int8Products(self.spec, self._modules, weights, self._groups(), small_batch=small_batch)
         return _FloatProducts(
             self.spec,
             self._modules,
@@ -238,10 +239,10 @@ class Network:
         for names in (*self._groups(), *((name,) for name in tables)):
             values = [stored.pop(f"{name}.weight").numpy() for name in names]
             by_rows = names[0] in tables and not (self._embedding_transposed and names[0] == self.spec.names.embedding)
-            matrix = int8.quantize(np.concatenate(values if by_rows else [value.T for value in values]))
+            matrix = int8.quantize(np.concatenate([value.T if by_rows else value for value in values], 1))
             stored |= {
                 f"{names[0]}.{part}": tf.Variable(value, trainable=False)
-                for part, value in zip(("weight", "largest", "offset"), matrix, strict=True)
+                for part, value in zip(INT8_PARTS, matrix, strict=True)
             }
             biases = [stored.pop(f"{name}.bias") for name in names if f"{name}.bias" in stored]
             if biases:
@@ -352,10 +353,17 @@ class _Int8Products(_Products):
     """Products with int8 matrices; layers with the same inputs are one matrix, named as the first of them."""
 
     def __init__(
-        self, spec: Spec, modules: Mapping[str, Module], weights: Weights, groups: Sequence[Sequence[str]]
+        self,
+        spec: Spec,
+        modules: Mapping[str, Module],
+        weights: Weights,
+        groups: Sequence[Sequence[str]],
+        *,
+        small_batch: bool,
     ) -> None:
         super().__init__(spec, modules, weights)
         self._groups = {names[0]: names for names in groups}
+        self._small_batch = small_batch
 
     def in_call(self, training: Any) -> _Int8Products:
         """As the layers of a `DecoderForCausalLM`, which is not trained with these weights."""
@@ -374,10 +382,10 @@ class _Int8Products(_Products):
         return tf.split(outputs, widths, -1) if len(widths) > 1 else [outputs]
 
     def _multiply(self, rows: Tensor, name: str) -> Tensor:
-        return int8.product(rows, self._matrix(name))
+        return int8.product(rows, self._matrix(name), small_batch=self._small_batch)
 
     def _matrix(self, name: str) -> int8.Matrix:
-        return int8.Matrix(*(self._weights.get(f"{name}.{part}") for part in ("weight", "largest", "offset")))
+        return int8.Matrix(*(self._weights.get(f"{name}.{part}") for part in INT8_PARTS))
 
 
 def _rounded(model: TFPreTrainedModel, dtype: tf.DType) -> TFPreTrainedModel:

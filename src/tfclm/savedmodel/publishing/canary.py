@@ -28,7 +28,7 @@ __all__ = ["CanaryFailed", "Prompt", "Text", "make_prompts", "make_texts", "peak
 
 NEW_TOKENS = 8
 MAX_TOKENS = 2048  # prompt and new tokens; the attention scores of more take gigabytes
-QUANTIZED_MATMUL = "_QuantizedMatMul"  # of graph/int8.py, which would import TensorFlow
+QUANTIZED_OPS = ("_QuantizedMatMul", "_FusedQuantizedConv2D")  # of graph/int8.py, which would import TensorFlow
 TIE = 1e-3  # two logits that differ by less may change places by rounding
 TIMEOUT = 3600.0  # seconds; XLA compiles every size in the warm-up records
 
@@ -201,7 +201,7 @@ def _missing_op(error: str) -> str | None:
     if found is None:
         return None
     op = found[1] or found[2]
-    needed = ", which `weights` int8 needs: builds for Linux on x86-64 have it" if op == QUANTIZED_MATMUL else ""
+    needed = ", which `weights` int8 needs: builds for Linux on x86-64 have it" if op in QUANTIZED_OPS else ""
     return f"this build of TensorFlow lacks the op {op}{needed}"
 
 
