@@ -10,8 +10,8 @@ interleaved rounds. Alternatives: `model.generate` of transformers in a `tf.func
 CTranslate2 in float32. Each ratio is printed with its target and its limit: the ratio of a program that computes only
 the matrix products of this decoding, with the same kernels. Only the ratios are comparable between machines.
 
-`--part int8` compares int8 weights with float32 and with CTranslate2's int8: speed, size, memory of a loaded version,
-and the perplexity of SmolLM2-135M, for which `make smollm2` makes the checkpoint.
+`--part int8` compares int8 weights with float32 and with CTranslate2's int8: speed, memory of a loaded version, and the
+perplexity of SmolLM2-135M, for which `make smollm2` makes the checkpoint.
 """
 
 from __future__ import annotations
@@ -60,30 +60,6 @@ for _ in range(10):
 print(json.dumps([after - before for before, after in zip(marks, marks[1:])]))
 """
 
-MEMORY = """
-import sys
-import numpy as np
-import tensorflow as tf
-from benchmarks.decoding import random_prompts
-def resident():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
-tf.compat.v1.disable_eager_execution()
-session = tf.compat.v1.Session()
-session.run(tf.matmul(tf.ones([64, 64]), tf.ones([64, 64])))
-before = resident()
-# As servers load it; Python's own loader adds hundreds of megabytes of Python objects.
-loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], sys.argv[1])
-signature = loaded.signature_def["generate_tokens"]
-for rows in (1, 8):
-    ids = random_prompts(rows, 16)
-    values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "max_new_tokens": [16], "temperature": [0.0]}
-    values |= {"top_k": [0], "top_p": [1.0], "repetition_penalty": [1.0], "seed": [0]}
-    session.run(
-        {name: info.name for name, info in signature.outputs.items()},
-        {signature.inputs[name].name: np.asarray(value) for name, value in values.items()},
-    )
-print(before, resident())
-"""
 SMOLLM2 = Path("runs/smollm2-135m")
 
 
@@ -244,13 +220,15 @@ def products(
     kind = tf.bfloat16 if cast else tf.float32
     values = [tf.cast(tf.random.stateless_normal(shape, [0, 0], stddev=0.02), kind) for shape in shapes]
     variables = (
-        [int8.Matrix(*map(tf.Variable, int8.quantize(value.numpy().T))) for value in values]
+        [int8.Matrix(*map(tf.Variable, int8.quantize(value.numpy()))) for value in values]
         if quantized
         else [tf.Variable(value) for value in values]
     )
 
     def product(rows: Any, matrix: Any, **options: Any) -> Any:
-        return int8.product(rows, matrix) if quantized else float_product(rows, matrix, **options)
+        if quantized:
+            return int8.product(rows, matrix, small_batch=options["small_batch"])
+        return float_product(rows, matrix, **options)
 
     def forward(hidden: Any, layers: list[Any], small_batch: bool) -> Any:
         options = {"transposed": compiled, "small_batch": small_batch, "compiled": compiled}
@@ -345,6 +323,8 @@ def profile(version: Path, title: str, rows: int, length: int) -> None:
     import tensorflow as tf
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
+    from tfclm.savedmodel.graph import int8
+
     ask, ids = make_ask(tf.saved_model.load(str(version))), random_prompts(rows, length)
     ask(ids)
 
@@ -360,7 +340,7 @@ def profile(version: Path, title: str, rows: int, length: int) -> None:
                 # An op's event is named "name:type".
                 name = plane.event_metadata[event.metadata_id].name.rpartition(":")[2]
                 # Ops of oneDNN, if TensorFlow uses it, begin with _Mkl.
-                known = name in {*dir(tf.raw_ops), "_FusedMatMul", "_QuantizedMatMul"} or name.startswith("_Mkl")
+                known = name in {*dir(tf.raw_ops), "_FusedMatMul", *int8.OPS} or name.startswith("_Mkl")
                 if plane.name == "/host:CPU" and known:
                     spent[name] = spent.get(name, 0.0) + event.duration_ps / 1e9
         return spent
@@ -454,10 +434,11 @@ def quantized(folder: Path, versions: dict[str, Path], count: int) -> None:
     """Compares int8 weights with float32 and with CTranslate2's int8."""
     import tensorflow as tf
 
-    for subject, measure, target in (("size on disk", size, None), ("memory when loaded", resident_bytes, 1 / 0.4)):
-        figures = {name: measure(path) for name, path in versions.items()}
-        print(f"{subject}: {figures['int8'] / 1e6:.0f} MB, float32 {figures['float32'] / 1e6:.0f} MB")
-        report(f"{subject}, float32 / int8", figures["float32"] / figures["int8"], target)
+    from benchmarks import exports
+
+    memory = {name: exports.measure(path)["called"] for name, path in versions.items()}
+    print(f"memory: {memory['int8'] / 1e6:.0f} MB, float32 {memory['float32'] / 1e6:.0f} MB")
+    report("memory, float32 / int8", memory["float32"] / memory["int8"], 1 / 0.4)
     asks = {name: make_ask(tf.saved_model.load(str(path))) for name, path in versions.items()}
     with tempfile.TemporaryDirectory() as target:
         peer = ctranslate(folder, Path(target) / "model", "int8")
@@ -471,18 +452,6 @@ def quantized(folder: Path, versions: dict[str, Path], count: int) -> None:
     for rows in (1, 8):
         profile(versions["int8"], "int8", rows, 16)
     quantized_perplexity()
-
-
-def size(version: Path) -> int:
-    """The bytes of a version's files."""
-    return sum(file.stat().st_size for file in version.rglob("*") if file.is_file())
-
-
-def resident_bytes(version: Path) -> int:
-    """The memory in bytes that a version takes in a new process that loads and calls it, without TensorFlow's own."""
-    run = subprocess.run([sys.executable, "-c", MEMORY, str(version)], check=True, stdout=subprocess.PIPE, text=True)
-    before, after = map(int, run.stdout.splitlines()[-1].split())
-    return 1024 * (after - before)
 
 
 def quantized_perplexity() -> None:

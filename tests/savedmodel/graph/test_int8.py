@@ -19,6 +19,7 @@ from tfclm.savedmodel.graph.network import Network
 from tfclm.savedmodel.graph.signatures import GenerationModule
 from tfclm.savedmodel.publishing import canary
 from tfclm.savedmodel.settings import ServableSettings
+from tfclm.server.session import Session
 
 Array = np.ndarray[Any, Any]
 
@@ -135,13 +136,22 @@ def test_version(make_model: Any, tokenizer_dir: Path, tmp_path: Path) -> None:
     """Weights that are stored as float32 or twice, tokens of another model, or a row that its neighbours change."""
     model = make_model("gpt2", context=32)
     model.set_weights([5 * weight for weight in model.get_weights()])
-    settings = ServableSettings(weights="int8", max_new_tokens_limit=6)
+    settings = ServableSettings(weights="int8", max_new_tokens_limit=6, temperature=0.0)
     module = GenerationModule(model, AutoTokenizer.from_pretrained(tokenizer_dir), settings)
     saving.write(module, tmp_path)
     weights = sum(int(tf.size(weight)) for weight in model.weights)
     assert sum(path.stat().st_size for path in tmp_path.glob("variables/*.data*")) < 0.5 * 4 * weights
     prompts = canary.make_prompts(module.network.model, 512, 32, [0], 6, module.network.rounding)
     canary.validate(tmp_path, prompts, xla=False)
+    # In a session, as servers run it.
+    texts = np.array([b"The first text", b"of"], object)
+    expected = module.signatures()["serving_default"](prompt=tf.constant(texts))["generated_text"].numpy().tolist()
+    session = Session(tmp_path, ["serve"], 0, 0)
+    signature = session.signatures["serving_default"]
+    names = signature.inputs["prompt"].name, signature.outputs["generated_text"].name
+    (given,) = session.step({names[0]: texts}, [names[1]])(0, 0)
+    assert given.tolist() == expected
+    session.close()
     # A build without the op: its name is replaced by one of the same length.
     file = tmp_path / "saved_model.pb"
     file.write_bytes(file.read_bytes().replace(int8.OPS[0].encode(), b"_QuantizedMatMux"))
