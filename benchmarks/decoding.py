@@ -9,6 +9,9 @@ DistilGPT2's shape with random weights, greedy, 64 new tokens, prompts of 16 and
 interleaved rounds. Alternatives: `model.generate` of transformers in a `tf.function`, PyTorch's `generate` and
 CTranslate2 in float32. Each ratio is printed with its target and its limit: the ratio of a program that computes only
 the matrix products of this decoding, with the same kernels. Only the ratios are comparable between machines.
+
+`--part int8` compares int8 weights with float32 and with CTranslate2's int8: speed, memory of a loaded version, and the
+perplexity of SmolLM2-135M, for which `make smollm2` makes the checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ import numpy as np
 
 NEW = 64
 VOCABULARY = 50257
-PARTS = ("plain", "compiled", "own", "profile")
+PARTS = ("plain", "compiled", "own", "profile", "int8")
 CASES = [(1, 16), (8, 16), (1, 500), (8, 500)]  # rows, tokens of a prompt
 
 FIRST = """
@@ -56,6 +59,8 @@ for _ in range(10):
     marks.append(time.perf_counter())
 print(json.dumps([after - before for before, after in zip(marks, marks[1:])]))
 """
+
+SMOLLM2 = Path("runs/smollm2-135m")
 
 
 def median_seconds(calls: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
@@ -172,13 +177,13 @@ def pytorch(folder: Path) -> Callable[..., Any]:
     return generate
 
 
-def ctranslate(folder: Path, target: Path) -> Callable[..., Any]:
-    """CTranslate2, float32, from the same weights."""
+def ctranslate(folder: Path, target: Path, kind: str = "float32") -> Callable[..., Any]:
+    """CTranslate2 from the same weights, which it stores as `kind`."""
     import ctranslate2
     from transformers import AutoTokenizer
 
-    ctranslate2.converters.TransformersConverter(str(folder)).convert(str(target), quantization="float32")
-    generator = ctranslate2.Generator(str(target), device="cpu", compute_type="float32", intra_threads=os.cpu_count())
+    ctranslate2.converters.TransformersConverter(str(folder)).convert(str(target), quantization=kind)
+    generator = ctranslate2.Generator(str(target), device="cpu", compute_type=kind, intra_threads=os.cpu_count())
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def generate(ids: np.ndarray[Any, Any]) -> Any:
@@ -195,21 +200,35 @@ def ctranslate(folder: Path, target: Path) -> Callable[..., Any]:
     return generate
 
 
-def products(rows: int, length: int, compiled: bool, *, cast: bool = False) -> Callable[[], Any]:
+def products(
+    rows: int, length: int, compiled: bool, *, cast: bool = False, quantized: bool = False
+) -> Callable[[], Any]:
     """The matrix products of a decoding alone, in float32: the lower bound for a loop with the same kernels.
 
-    With `cast`, the weights are stored in bfloat16, and XLA is prevented from casting them once before the loop.
+    With `cast`, the weights are stored in bfloat16, and XLA is prevented from casting them once before the loop. With
+    `quantized`, they are int8, and the inputs are quantized as they come.
     """
     import tensorflow as tf
     from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
 
-    from tfclm.savedmodel.graph.products import product
+    from tfclm.savedmodel.graph import int8
+    from tfclm.savedmodel.graph.products import product as float_product
 
     width = 768
     shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * 6 + [(VOCABULARY, width)]
     shapes = shapes if compiled else [shape[::-1] for shape in shapes]
     kind = tf.bfloat16 if cast else tf.float32
-    variables = [tf.Variable(tf.cast(tf.random.stateless_normal(shape, [0, 0], stddev=0.02), kind)) for shape in shapes]
+    values = [tf.cast(tf.random.stateless_normal(shape, [0, 0], stddev=0.02), kind) for shape in shapes]
+    variables = (
+        [int8.Matrix(*map(tf.Variable, int8.quantize(value.numpy()))) for value in values]
+        if quantized
+        else [tf.Variable(value) for value in values]
+    )
+
+    def product(rows: Any, matrix: Any, **options: Any) -> Any:
+        if quantized:
+            return int8.product(rows, matrix, small_batch=options["small_batch"])
+        return float_product(rows, matrix, **options)
 
     def forward(hidden: Any, layers: list[Any], small_batch: bool) -> Any:
         options = {"transposed": compiled, "small_batch": small_batch, "compiled": compiled}
@@ -220,7 +239,7 @@ def products(rows: int, length: int, compiled: bool, *, cast: bool = False) -> C
         return hidden / tf.norm(hidden)
 
     def decode(prompt: Any) -> Any:
-        stored = [variable.read_value() for variable in variables]
+        stored = tf.nest.map_structure(lambda variable: variable.read_value(), variables)
 
         def step(number: Any, hidden: Any) -> tuple[Any, Any]:
             *weights, hidden = xla_optimization_barrier(input=[*stored, hidden]) if cast else [*stored, hidden]
@@ -299,12 +318,14 @@ def plain(folder: Path, record: dict[str, Any], count: int) -> None:
         report(f"default / generate in a tf.function, {shape}", other / times["ours"], 1.5, other / times["products"])
 
 
-def profile(record: dict[str, Any], rows: int, length: int) -> None:
-    """Prints the ops of the default export that take the most time per step, by TensorFlow's own profiler."""
+def profile(version: Path, title: str, rows: int, length: int) -> None:
+    """Prints the ops of a version that take the most time per step, by TensorFlow's own profiler."""
     import tensorflow as tf
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-    ask, ids = make_ask(tf.saved_model.load(record["path"])), random_prompts(rows, length)
+    from tfclm.savedmodel.graph import int8
+
+    ask, ids = make_ask(tf.saved_model.load(str(version))), random_prompts(rows, length)
     ask(ids)
 
     def milliseconds(new: int) -> dict[str, float]:
@@ -319,7 +340,7 @@ def profile(record: dict[str, Any], rows: int, length: int) -> None:
                 # An op's event is named "name:type".
                 name = plane.event_metadata[event.metadata_id].name.rpartition(":")[2]
                 # Ops of oneDNN, if TensorFlow uses it, begin with _Mkl.
-                known = name in {*dir(tf.raw_ops), "_FusedMatMul"} or name.startswith("_Mkl")
+                known = name in {*dir(tf.raw_ops), "_FusedMatMul", *int8.OPS} or name.startswith("_Mkl")
                 if plane.name == "/host:CPU" and known:
                     spent[name] = spent.get(name, 0.0) + event.duration_ps / 1e9
         return spent
@@ -327,7 +348,7 @@ def profile(record: dict[str, Any], rows: int, length: int) -> None:
     half, whole = milliseconds(NEW // 2), milliseconds(NEW)
     steps = {name: (whole[name] - half.get(name, 0.0)) / (NEW - NEW // 2) for name in whole}
     loops = {"While", "StatelessWhile", "BatchFunction", "PartitionedCall", "StatefulPartitionedCall", "If"}
-    print(f"default, milliseconds per step by op, {rows} x {length} tokens:")
+    print(f"{title}, milliseconds per step by op, {rows} x {length} tokens:")
     for name, each in sorted(steps.items(), key=lambda pair: -pair[1])[:20]:
         if name not in loops:
             print(f"    {name:30s} {each:8.2f}")
@@ -409,6 +430,53 @@ def compiled(folder: Path, written: dict[str, Path], count: int) -> None:
     report("    float32 products of 8 rows, if half as much were read for them", halved_reading_speedup(8), None)
 
 
+def quantized(folder: Path, versions: dict[str, Path], count: int) -> None:
+    """Compares int8 weights with float32 and with CTranslate2's int8."""
+    import tensorflow as tf
+
+    from benchmarks import exports
+
+    memory = {name: exports.measure(path)["called"] for name, path in versions.items()}
+    print(f"memory: {memory['int8'] / 1e6:.0f} MB, float32 {memory['float32'] / 1e6:.0f} MB")
+    report("memory, float32 / int8", memory["float32"] / memory["int8"], 1 / 0.4)
+    asks = {name: make_ask(tf.saved_model.load(str(path))) for name, path in versions.items()}
+    with tempfile.TemporaryDirectory() as target:
+        peer = ctranslate(folder, Path(target) / "model", "int8")
+    for rows, length in CASES:
+        ids = random_prompts(rows, length)
+        calls = {name: (lambda call=call: call(ids)) for name, call in (asks | {"ctranslate2": peer}).items()}
+        times = median_seconds(calls | {"products": products(rows, length, False, quantized=True)}, count)
+        shape, ours, limit = f"{rows} x {length} tokens", times["int8"], times["products"]
+        report(f"int8 / float32, {shape}", times["float32"] / ours, 2 if rows == 1 else 1.5, times["float32"] / limit)
+        report(f"int8 / CTranslate2 int8, {shape}", times["ctranslate2"] / ours, 1, times["ctranslate2"] / limit)
+    for rows in (1, 8):
+        profile(versions["int8"], "int8", rows, 16)
+    quantized_perplexity()
+
+
+def quantized_perplexity() -> None:
+    """Prints what int8 costs SmolLM2-135M in perplexity, on Python's documentation."""
+    import pydoc_data.topics
+
+    from tfclm import checkpoint, perplexity
+    from tfclm.savedmodel.graph.network import Network
+
+    if not SMOLLM2.exists():
+        print(f"{SMOLLM2} does not exist, so its perplexity is not measured: run `make smollm2`")
+        return
+    model, tokenizer = checkpoint.load(SMOLLM2)
+    text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    ids = np.array(tokenizer(text[:25_000])["input_ids"], np.int32)
+    blocks = ids[: len(ids) // 512 * 512].reshape(-1, 512)
+    exact, small = (perplexity(each, blocks) for each in (model, Network(model, "int8").model))
+    increase = 100 * (small.perplexity / exact.perplexity - 1)
+    print(
+        f"SmolLM2-135M, perplexity on {exact.tokens} tokens: {small.perplexity:.4f}, float32 {exact.perplexity:.4f}: "
+        f"{increase:+.2f} %   target +0.5 %: {'met' if increase <= 0.5 else 'NOT met'}",
+        flush=True,
+    )
+
+
 def first_call(version: Path, name: str) -> None:
     """Loads a version in a new process, replays the warm-up records as a server does, and times calls."""
     run = subprocess.run([sys.executable, "-c", FIRST, str(version)], check=True, stdout=subprocess.PIPE, text=True)
@@ -435,7 +503,13 @@ def main() -> None:
             if "own" in parts:
                 own(Path(record["path"]), "default", arguments.rounds)
             if "profile" in parts:
-                profile(record, 8, 16)
+                profile(Path(record["path"]), "default", 8, 16)
+            gc.collect()
+        if "int8" in parts:
+            versions = {name: Path(work) / name for name in ("float32", "int8")}
+            for name, target in versions.items():
+                write(folder, target, {"weights": name})
+            quantized(folder, versions, arguments.rounds)
             gc.collect()
         if parts & {"compiled", "own"}:
             settings = {"compile": "xla", "max_batch_size": 8, "buckets": (128, 640), "max_new_tokens_limit": NEW}

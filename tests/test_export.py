@@ -257,9 +257,10 @@ def test_version_holds_exactly_these_files(timed: Timed):
     assert (verdict["passed"], verdict["version"], verdict["max_perplexity"]) == (True, 3, 20.0)
 
 
-def test_what_smaller_weights_cost_is_recorded(plain: Path, tmp_path: Path):
+@pytest.mark.parametrize("weights", [("bfloat16", "--compile", "xla"), ("int8",)])
+def test_what_smaller_weights_cost_is_recorded(plain: Path, tmp_path: Path, weights: tuple[str, ...]):
     """A limit for the run's text that decides on another text's perplexity, or a cost that nobody can read later."""
-    flags = ("--compile", "xla", "--weights", "bfloat16", "--max-batch-size", 1, "--max-new-tokens-limit", 2)
+    flags = ("--weights", *weights, "--max-batch-size", 1, "--max-new-tokens-limit", 2)
     limits = ("--max-perplexity", 25)
     code, out, err = Started(
         tmp_path / "export", "--model", plain, "--serving-dir", tmp_path / "m", *flags, *limits
@@ -428,6 +429,8 @@ REFUSED = [
     ),
     ("--serving-dir NEW --model NEW --text-column body", "--text-column applies to the text of --dataset or --file"),
     ("--serving-dir NEW --model NEW --buckets 16", "--buckets requires --compile xla"),
+    ("--serving-dir NEW --model NEW --weights bfloat16", "--weights bfloat16 requires --compile xla"),
+    ("--serving-dir NEW --model NEW --weights int8 --compile xla", "--weights int8 cannot be compiled"),
     ("--serving-dir NEW --model NEW --max-perplexity 0", "--max-perplexity 0.0: give 1 or more"),
     ("--serving-dir NEW --model UNKNOWN --max-perplexity 9", "the checkpoint has no results.json"),
     ("--serving-dir NEW --model CHECKPOINT --max-new-tokens-limit 16", "--max-new-tokens-limit 16"),

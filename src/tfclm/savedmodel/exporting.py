@@ -310,7 +310,9 @@ class _Expected:
     def of(cls, servable: GenerationModule, tokenizer: PreTrainedTokenizerBase) -> _Expected:
         network = servable.network
         return cls(
-            canary.make_prompts(network.model, network.vocab_size, network.context, servable.eos_ids, servable.limit),
+            canary.make_prompts(
+                network.model, network.vocab_size, network.context, servable.eos_ids, servable.limit, network.rounding
+            ),
             [] if servable.tokenizer_problem is not None else canary.make_texts(tokenizer, network.context),
         )
 

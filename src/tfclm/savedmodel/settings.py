@@ -61,8 +61,9 @@ class ServableSettings:
     buckets: tuple[int, ...] = setting(
         (), "with xla, the sizes of the key-value cache in tokens that are compiled; by default 256, 512 and so on"
     )
-    weights: Literal["float32", "bfloat16"] = setting(
-        "float32", "type in which the weights are stored; bfloat16 needs xla"
+    weights: Literal["float32", "bfloat16", "int8"] = setting(
+        "float32",
+        "type in which the weights are stored; bfloat16 needs xla, and int8 a server on Linux and x86-64, without xla",
     )
 
     def check(self) -> None:
@@ -83,10 +84,10 @@ class ServableSettings:
             raise InputError("`buckets` requires `compile` xla: without it, the key-value cache may have any size")
         if any(size < 1 for size in self.buckets):
             raise InputError(f"`buckets` {' '.join(map(str, self.buckets))}: give numbers of tokens, 1 or more")
-        if self.weights != "float32" and self.compile != "xla":
-            raise InputError(
-                f"`weights` {self.weights} requires `compile` xla: without it, {self.weights} is slower than float32"
-            )
+        if self.weights == "int8" and self.compile == "xla":
+            raise InputError("`weights` int8 cannot be compiled: leave out `compile` xla, or give `weights` bfloat16")
+        if self.weights == "bfloat16" and self.compile != "xla":
+            raise InputError("`weights` bfloat16 requires `compile` xla: without it, bfloat16 is slower than float32")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tfclm.models.families import FAMILIES, spec_of
 from tfclm.models.registration import decoder_class
 from tfclm.models.shapes import sizes
 from tfclm.models.spec import Module, Spec
-from tfclm.savedmodel.graph import key_value_cache
+from tfclm.savedmodel.graph import int8, key_value_cache
 from tfclm.savedmodel.graph.products import product
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ Weights = Mapping[str, Tensor]  # by their names in PyTorch, those of the stem w
 
 HIDDEN_SLOT = 2**31 - 1  # of keys that no token attends to
 DEFAULT_CONTEXT = 2048  # tokens, of a model without a limit
+INT8_PARTS = ("weight", "scale", "offset")  # names of an int8 matrix's variables
 MAX_CHECKED_TOKENS = 1100  # longer texts would take minutes and gigabytes in a large model
 
 
@@ -37,7 +38,8 @@ class Network:
 
     Each row has its own length; the causal mask hides the padding after it. With a `dtype` smaller than float32, the
     embeddings, dense layers and head are stored in it and cast where they are used; `model` is then a copy with
-    rounded weights. With `transposed`, matrices are stored as [out, in], which is faster when compiled by XLA.
+    rounded weights. With int8, the inputs of dense layers and head are rounded too, and `model` is the same decoder
+    without a cache. With `transposed`, matrices are stored as [out, in], which is faster when compiled by XLA.
 
     Raises:
         InputError: the decoder does not support the model, or its logits differ from the model's.
@@ -47,17 +49,23 @@ class Network:
         model_type = model.config.model_type
         if model_type not in FAMILIES:
             raise InputError(f"a model of type {model_type} cannot be exported; supported: {', '.join(FAMILIES)}")
-        self.dtype = tf.as_dtype(dtype)
+        self._int8 = dtype == "int8"
+        if self._int8:
+            int8.check_available()
+            Network(model)  # compares its logits with the model's, before anything is rounded
+        self.dtype = tf.float32 if self._int8 else tf.as_dtype(dtype)
         self._transposed = transposed
         self.spec = spec_of(model.config)
-        self.model = model if dtype == "float32" else _rounded(model, self.dtype)
+        self.model = model if self.dtype == tf.float32 else _rounded(model, self.dtype)
         self.vocab_size = self.spec.vocab_size
         self.context = checkpoint.context_size(model) or DEFAULT_CONTEXT
         self._prefix = f"{self.spec.names.stem}."
         self._modules = {module.name.removeprefix(self._prefix): module for module in self.spec.modules()}
         # A tied matrix is stored once, in the head's layout.
         self._embedding_transposed = self.spec.tied and not transposed
-        self._variables = dict(self._stored_variables())
+        self._variables = dict(self._quantized_variables() if self._int8 else self._stored_variables())
+        if self._int8:
+            self.model = _without_weights(model, self._products(self._variables, False, False))
         _check_logits(self, model_type)
 
     @property
@@ -176,8 +184,16 @@ class Network:
         logits = self.logits(out.hidden[:, 0], weights, small_batch=True, xla=xla)
         return logits, [part for pair in out.pairs for part in pair]
 
-    def _products(self, weights: Weights, small_batch: bool, xla: bool) -> _Products:
-        return _Products(
+    @property
+    def rounding(self) -> float:
+        """How far two computations of the same logits may differ, as a fraction of their range."""
+        # A value in the middle of two integers may be rounded to either.
+        return 0.01 if self._int8 else 0.0
+
+    def _products(self, weights: Weights, small_batch: bool, xla: bool) -> _FloatProducts | _Int8Products:
+        if self._int8:
+            return _Int8Products(self.spec, self._modules, weights, self._groups(), small_batch=small_batch)
+        return _FloatProducts(
             self.spec,
             self._modules,
             weights,
@@ -204,6 +220,37 @@ class Network:
                 stored.append((f"{name}.bias", own[f"{name}.bias"]))
         return stored
 
+    def _groups(self) -> list[tuple[str, ...]]:
+        """The dense layers and the head; those of the same inputs together."""
+        spec, names = self.spec, self.spec.names
+        fused: dict[str, tuple[str, ...]] = {}
+        for index in range(spec.layers):
+            for together in ((names.q, names.k, names.v), (names.gate, names.up)):
+                layers = tuple(spec.layer(index, name) for name in together)
+                if all(layer in self._modules for layer in layers):
+                    fused |= dict.fromkeys(layers, layers)
+        dense = [name for name, module in self._modules.items() if module.kind in ("linear", "conv1d")]
+        return list(dict.fromkeys(fused.get(name, (name,)) for name in dense))
+
+    def _quantized_variables(self) -> list[tuple[str, Any]]:
+        """The variables that the graph reads with int8 weights, by name."""
+        stored = dict(self._stored_variables())
+        tables = [name for name, module in self._modules.items() if module.kind == "embedding"]
+        for names in (*self._groups(), *((name,) for name in tables)):
+            values = [stored.pop(f"{name}.weight").numpy() for name in names]
+            by_rows = names[0] in tables and not (self._embedding_transposed and names[0] == self.spec.names.embedding)
+            matrix = int8.quantize(np.concatenate([value.T if by_rows else value for value in values], 1))
+            stored |= {
+                f"{names[0]}.{part}": tf.Variable(value, trainable=False)
+                for part, value in zip(INT8_PARTS, matrix, strict=True)
+            }
+            biases = [stored.pop(f"{name}.bias") for name in names if f"{name}.bias" in stored]
+            if biases:
+                stored[f"{names[0]}.bias"] = tf.Variable(
+                    np.concatenate([bias.numpy().reshape(-1) for bias in biases]), trainable=False
+                )
+        return list(stored.items())
+
     def _store(self, variable: Any, name: str, module: Module, swapped: bool) -> Any:
         if module.kind == "norm":
             return variable
@@ -224,6 +271,41 @@ def _pairs(buffers: Sequence[Any]) -> list[tuple[Any, Any]]:
 class _Products:
     """The weights of a decoder as tensors, and the products with them; see `tfclm.models.decoder.Weights`."""
 
+    def __init__(self, spec: Spec, modules: Mapping[str, Module], weights: Weights) -> None:
+        self._spec, self._modules, self._weights = spec, modules, weights
+
+    def norm(self, name: str, inputs: Tensor) -> Tensor:
+        weight, module = self._weights[f"{name}.weight"], self._modules[name]
+        if self._spec.norm == "layer":
+            bias = self._weights[f"{name}.bias"] if module.bias else None
+            return layer_norm(inputs, weight, bias, self._spec.eps)
+        return rms_norm(inputs, weight, self._spec.eps, plus_one=self._spec.norm == "rms_plus_one")
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        spec = self._spec
+        rows = tf.reshape(inputs, [-1, inputs.shape[-1]])
+        logits = self._multiply(rows, spec.names.embedding if spec.tied else spec.names.head)
+        if spec.head_bias:
+            logits = self._add_bias(spec.names.head_bias or spec.names.head, logits)
+        return tf.reshape(self._as_computed(logits), [*sizes(inputs)[:-1], spec.vocab_size])
+
+    def dropout(self, kind: str, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def _add_bias(self, name: str, outputs: Tensor) -> Tensor:
+        return tf.nn.bias_add(outputs, tf.reshape(self._weights[f"{name}.bias"], [-1]))
+
+    def _multiply(self, rows: Tensor, name: str) -> Tensor:
+        """The product [N, out] of rows [N, in] with the matrix of a module."""
+        raise NotImplementedError
+
+    def _as_computed(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+class _FloatProducts(_Products):
+    """Products with matrices of floating-point numbers."""
+
     def __init__(
         self,
         spec: Spec,
@@ -235,7 +317,7 @@ class _Products:
         small_batch: bool,
         xla: bool,
     ) -> None:
-        self._spec, self._modules, self._weights = spec, modules, weights
+        super().__init__(spec, modules, weights)
         self._transposed, self._embedding_transposed = transposed, embedding_transposed
         self._small_batch, self._xla = small_batch, xla
 
@@ -250,36 +332,60 @@ class _Products:
         return [self._dense(name, rows, inputs) for name in names]
 
     def _dense(self, name: str, rows: Tensor, inputs: Tensor) -> Tensor:
-        outputs = self._multiply(rows, self._weights[f"{name}.weight"], transposed=self._transposed)
+        outputs = self._multiply(rows, name)
         if self._modules[name].bias:
-            outputs = tf.nn.bias_add(outputs, tf.reshape(self._weights[f"{name}.bias"], [-1]))
+            outputs = self._add_bias(name, outputs)
         return tf.reshape(outputs, [*sizes(inputs)[:-1], self._modules[name].outputs])
 
-    def _multiply(self, rows: Tensor, matrix: Tensor, *, transposed: bool) -> Tensor:
-        return product(rows, matrix, transposed=transposed, small_batch=self._small_batch, compiled=self._xla)
+    def _multiply(self, rows: Tensor, name: str) -> Tensor:
+        matrix = self._weights[f"{name}.weight"]
+        return product(rows, matrix, transposed=self._transposed, small_batch=self._small_batch, compiled=self._xla)
 
-    def norm(self, name: str, inputs: Tensor) -> Tensor:
-        weight, module = self._weights[f"{name}.weight"], self._modules[name]
-        if self._spec.norm == "layer":
-            bias = self._weights[f"{name}.bias"] if module.bias else None
-            return layer_norm(inputs, weight, bias, self._spec.eps)
-        return rms_norm(inputs, weight, self._spec.eps, plus_one=self._spec.norm == "rms_plus_one")
+    def _as_computed(self, logits: Tensor) -> Tensor:
+        if not self._xla:
+            return logits
+        # Without the barrier, XLA may choose a layout of the logits that swaps the product's operands back.
+        (logits,) = xla_optimization_barrier(input=[tf.reshape(logits, [-1])])
+        return logits
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        spec = self._spec
-        rows = tf.reshape(inputs, [-1, inputs.shape[-1]])
-        name = spec.names.embedding if spec.tied else spec.names.head
-        logits = self._multiply(rows, self._weights[f"{name}.weight"], transposed=self._transposed)
-        if spec.head_bias:
-            bias = self._weights[f"{spec.names.head_bias or spec.names.head}.bias"]
-            logits = tf.nn.bias_add(logits, tf.reshape(bias, [-1]))
-        if self._xla:
-            # Without the barrier, XLA may choose a layout of the logits that swaps the product's operands back.
-            (logits,) = xla_optimization_barrier(input=[tf.reshape(logits, [-1])])
-        return tf.reshape(logits, [*sizes(inputs)[:-1], spec.vocab_size])
 
-    def dropout(self, kind: str, inputs: Tensor) -> Tensor:
-        return inputs
+class _Int8Products(_Products):
+    """Products with int8 matrices; layers with the same inputs are one matrix, named as the first of them."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        modules: Mapping[str, Module],
+        weights: Weights,
+        groups: Sequence[Sequence[str]],
+        *,
+        small_batch: bool,
+    ) -> None:
+        super().__init__(spec, modules, weights)
+        self._groups = {names[0]: names for names in groups}
+        self._small_batch = small_batch
+
+    def in_call(self, training: Any) -> _Int8Products:
+        """As the layers of a `DecoderForCausalLM`, which is not trained with these weights."""
+        return self
+
+    def embed(self, name: str, ids: Tensor) -> Tensor:
+        return int8.dequantize(self._matrix(name), ids)
+
+    def dense(self, names: Sequence[str], inputs: Tensor) -> list[Tensor]:
+        assert list(names) == list(self._groups[names[0]])
+        outputs = self._multiply(tf.reshape(inputs, [-1, inputs.shape[-1]]), names[0])
+        if self._modules[names[0]].bias:
+            outputs = self._add_bias(names[0], outputs)
+        widths = [self._modules[name].outputs for name in names]
+        outputs = tf.reshape(outputs, [*sizes(inputs)[:-1], sum(widths)])
+        return tf.split(outputs, widths, -1) if len(widths) > 1 else [outputs]
+
+    def _multiply(self, rows: Tensor, name: str) -> Tensor:
+        return int8.product(rows, self._matrix(name), small_batch=self._small_batch)
+
+    def _matrix(self, name: str) -> int8.Matrix:
+        return int8.Matrix(*(self._weights.get(f"{name}.{part}") for part in INT8_PARTS))
 
 
 def _rounded(model: TFPreTrainedModel, dtype: tf.DType) -> TFPreTrainedModel:
@@ -294,6 +400,16 @@ def _rounded(model: TFPreTrainedModel, dtype: tf.DType) -> TFPreTrainedModel:
         if part == "weight" and kinds[module] != "norm":
             value = tf.cast(tf.cast(value, dtype), tf.float32)
         variable.assign(value)
+    copy.generation_config = model.generation_config
+    return copy
+
+
+def _without_weights(model: TFPreTrainedModel, products: _Products) -> TFPreTrainedModel:
+    """A model of the same config that computes with these products, and has no variables of its own."""
+    copy = decoder_class(model.config.model_type)(model.config)
+    stem = getattr(copy, copy.base_model_prefix)
+    stem.weights_by_name = products
+    copy.built = stem.built = True
     copy.generation_config = model.generation_config
     return copy
 
@@ -319,7 +435,8 @@ def _check_logits(network: Network, model_type: str) -> None:
         # Without the next token, because a rotation may depend on the length.
         for ours, count in zip(cached(tf.constant(ids), tf.constant(length)), (length, length + 1), strict=True):
             theirs = network.model(tf.constant(ids[None, :count]), training=False).logits[0, -1]
-            if not np.allclose(ours, tf.cast(theirs, tf.float32), rtol=1e-3, atol=1e-3):
+            theirs = tf.cast(theirs, tf.float32).numpy()
+            if not np.allclose(ours, theirs, rtol=1e-3, atol=max(1e-3, network.rounding * np.ptp(theirs))):
                 raise InputError(
                     f"a model of type {model_type} cannot be exported: after {count} tokens, the logits of the "
                     "exported decoder differ from the model's"

@@ -7,6 +7,7 @@ the ids of the fast tokenizer.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ __all__ = ["CanaryFailed", "Prompt", "Text", "make_prompts", "make_texts", "peak
 
 NEW_TOKENS = 8
 MAX_TOKENS = 2048  # prompt and new tokens; the attention scores of more take gigabytes
+QUANTIZED_OPS = ("_QuantizedMatMul", "_FusedQuantizedConv2D")  # of graph/int8.py, which would import TensorFlow
 TIE = 1e-3  # two logits that differ by less may change places by rounding
 TIMEOUT = 3600.0  # seconds; XLA compiles every size in the warm-up records
 
@@ -78,11 +80,17 @@ def make_texts(tokenizer: PreTrainedTokenizerBase, context: int) -> list[Text]:
 
 
 def make_prompts(
-    model: TFPreTrainedModel, vocab_size: int, context: int, eos_ids: Sequence[int], limit: int = NEW_TOKENS
+    model: TFPreTrainedModel,
+    vocab_size: int,
+    context: int,
+    eos_ids: Sequence[int],
+    limit: int = NEW_TOKENS,
+    rounding: float = 0.0,
 ) -> list[Prompt]:
     """Random prompts of several lengths, with at most `limit` new tokens of transformers' greedy `generate`.
 
-    The longest prompt and its new tokens fill the context, up to 2048 tokens.
+    The longest prompt and its new tokens fill the context, up to 2048 tokens. A token is right if its logit is the
+    highest, or less by rounding: 1e-3, or the fraction `rounding` of the logits' range.
     """
     import tensorflow as tf
 
@@ -103,7 +111,10 @@ def make_prompts(
         )
         tokens = given.sequences[0, length:].numpy()
         logits = [scores[0].numpy().astype(np.float32) for scores in given.scores]
-        allowed = [np.flatnonzero(row >= row[token] - TIE).tolist() for row, token in zip(logits, tokens, strict=True)]
+        allowed = [
+            np.flatnonzero(row >= row[token] - max(TIE, rounding * np.ptp(row[np.isfinite(row)]))).tolist()
+            for row, token in zip(logits, tokens, strict=True)
+        ]
         prompts.append(Prompt(ids[0].tolist(), new, allowed))
     return prompts
 
@@ -179,9 +190,19 @@ def _run_child(request: dict[str, Any], timeout: float) -> dict[str, Any]:
         raise CanaryFailed(f"the exported model cannot be served: no answer within {timeout:g} seconds") from error
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()] or [f"it ended with code {run.returncode}"]
-        raise CanaryFailed(f"the exported model cannot be served: {lines[-1]}")
+        raise CanaryFailed(f"the exported model cannot be served: {_missing_op(lines[-1]) or lines[-1]}")
     answer: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return answer
+
+
+def _missing_op(error: str) -> str | None:
+    """What a version needs that this build of TensorFlow does not contain, by TensorFlow's own error."""
+    found = re.search(r"Op type not registered '(\w+)'|No OpKernel was registered to support Op '(\w+)'", error)
+    if found is None:
+        return None
+    op = found[1] or found[2]
+    needed = ", which `weights` int8 needs: builds for Linux on x86-64 have it" if op in QUANTIZED_OPS else ""
+    return f"this build of TensorFlow lacks the op {op}{needed}"
 
 
 def _check_tokens(name: str, prompt: Prompt, tokens: Sequence[int]) -> None:
