@@ -121,6 +121,19 @@ def print_sizes(name: str, record: dict[str, Any]) -> None:
     )
 
 
+# The values that turn the parameters of `generate_tokens` alone off.
+OFF = {
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_new_tokens": 0,
+    "logit_bias_ids": [-1],
+    "logit_bias": [0.0],
+    "stop": [""],
+    "top_logprobs": 0,
+}
+
+
 def make_ask(loaded: Any) -> Callable[..., Any]:
     """`generate_tokens` of a loaded version, with every parameter given."""
     import tensorflow as tf
@@ -133,12 +146,14 @@ def make_ask(loaded: Any) -> Callable[..., Any]:
             "top_p": 1.0,
             "repetition_penalty": 1.0,
             "seed": 0,
+            **OFF,
+            **params,
         }
-        types = dict(zip(values, (tf.int32, tf.float32, tf.int32, tf.float32, tf.float32, tf.int64), strict=True))
-        given = {name: tf.constant([value], types[name]) for name, value in (values | params).items()}
-        tokens = loaded.signatures["generate_tokens"](
-            input_ids=tf.constant(ids, tf.int32), attention_mask=tf.ones_like(ids, tf.int32), **given
-        )
+        signature = loaded.signatures["generate_tokens"]
+        types = {name: spec.dtype for name, spec in signature.structured_input_signature[1].items()}
+        # Earlier exports have fewer parameters.
+        given = {name: tf.constant([value], types[name]) for name, value in values.items() if name in types}
+        tokens = signature(input_ids=tf.constant(ids, tf.int32), attention_mask=tf.ones_like(ids, tf.int32), **given)
         return tokens["completion_tokens"].numpy()
 
     return ask

@@ -32,7 +32,7 @@ class QuerySettings:
     model_name: str = setting("model", "name under which the server serves the model")
     version: int | None = setting(None, "number of the model's version; the server's default version if not given")
     version_label: str | None = setting(None, "label of the version, such as stable")
-    signature: str = setting("generate", "signature to call: generate, serving_default, score or generate_tokens")
+    signature: str = setting("generate", "signature to call, such as generate, score, tokenize or describe")
     prompt: str | None = setting(None, "text to continue or to score; standard input if not given", literal=True)
     prompt_file: str | None = setting(None, "file with the prompt")
     batch: bool = setting(False, "treat every line as a separate prompt")
@@ -96,7 +96,7 @@ def _ask(client: Client, prompts: Sequence[Prompt], settings: QuerySettings) -> 
         raise InputError(f"`signature` {settings.signature}: the served model has {', '.join(sorted(signatures))}")
     signature = signatures[settings.signature]
     _warn_about_unused(settings, signature)
-    size = 1 if settings.signature == "generate_tokens" else ROWS_PER_REQUEST
+    size = 1 if settings.signature in ("generate_tokens", "detokenize") else ROWS_PER_REQUEST
     for start in range(0, len(prompts), size):
         rows = prompts[start : start + size]
         try:
@@ -159,13 +159,15 @@ def _inputs(settings: QuerySettings, signature: Signature, prompts: list[str]) -
     for name in params:
         if name not in signature.inputs:
             raise InputError(f"`{name}`: signature {settings.signature} of the served model has no such parameter")
-    if set(signature.required) == {"input_ids", "attention_mask"}:
+    if set(signature.required) in ({"input_ids", "attention_mask"}, {"token_ids"}):
         try:
             ids = [int(token) for token in prompts[0].split()]
         except ValueError as error:
             raise InputError(
-                "the prompt of generate_tokens is not token ids: give numbers with spaces between"
+                f"the prompt of {settings.signature} is not token ids: give numbers with spaces between"
             ) from error
+        if "token_ids" in signature.required:
+            return {"token_ids": [ids], **params}
         return {"input_ids": [ids], "attention_mask": [[1] * len(ids)], **params}
     texts = [name for name in signature.required if signature.inputs[name] == "DT_STRING"]
     if len(texts) != 1 or len(signature.required) > 1:
@@ -178,7 +180,8 @@ def _print_rows(outputs: dict[str, list[Any]], rows: Sequence[Prompt], settings:
     """Prints the text of each row, its perplexity or its tokens; all outputs with `json` or if it has none of these."""
     for number, prompt in enumerate(rows):
         row = _unpad({name: values[number] for name, values in outputs.items()})
-        results = [name for name in ("generated_text", "perplexity", "output_ids") if name in row]
+        names = ("generated_text", "perplexity", "output_ids", "text", "token_ids")
+        results = [name for name in names if name in row]
         main = results[0] if results else next(iter(row)) if len(row) == 1 else None
         if settings.json or main is None:
             values = {name: _json_value(name, value) for name, value in row.items()}
@@ -197,8 +200,9 @@ def _print_rows(outputs: dict[str, list[Any]], rows: Sequence[Prompt], settings:
 def _unpad(row: dict[str, Any]) -> dict[str, Any]:
     """A row without the padding of its lists to the longest row of the request."""
     for count, extra, names in (
-        ("token_count", 1, ("token_ids", "token_logprobs")),
-        ("completion_tokens", 0, ("output_ids",)),
+        # `score` does not count the first token.
+        ("token_count", int("loss" in row), ("token_ids", "token_logprobs", "greedy_ids")),
+        ("completion_tokens", 0, ("output_ids", "token_logprobs", "top_ids", "top_logprobs")),
     ):
         for name in names:
             if isinstance(row.get(count), int) and isinstance(row.get(name), list):

@@ -37,6 +37,15 @@ PARAMETERS: dict[str, Any] = {
     "seed": 11,
     "stop": "zzz",
 }
+# The same of the parameters that `generate_tokens` alone has.
+EXTRAS: dict[str, Any] = {
+    "min_p": 0.01,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.25,
+    "min_new_tokens": 3,
+    "top_logprobs": 2,
+}
+NO_EXTRAS: dict[str, Any] = {**dict.fromkeys(EXTRAS, 0), "logit_bias_ids": -1, "logit_bias": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +117,7 @@ def called(signature: Any, **inputs: Any) -> list[dict[str, Any]]:
     import tensorflow as tf
 
     types = {name: spec.dtype for name, spec in signature.structured_input_signature[1].items()}
-    defaults = {"repetition_penalty": 1, "seed": -1, "stop": "", **SERVED} if "seed" in types else {}
+    defaults = {"repetition_penalty": 1, "seed": -1, "stop": "", **NO_EXTRAS, **SERVED} if "seed" in types else {}
     given = {name: value for name, value in {**defaults, **inputs}.items() if name in types}
     outputs = signature(
         **{
@@ -164,6 +173,7 @@ def test_score_is_the_signature(client, signatures):
         count = row["token_count"]
         assert score.token_count == count == len(score.token_ids) - 1
         assert score.token_ids == tuple(row["token_ids"][: count + 1].tolist())
+        assert score.greedy_ids == tuple(row["greedy_ids"][: count + 1].tolist())
         # The decimals of a reply say a float32 exactly; gRPC sends it as it is.
         for ours, its in ((score.loss, row["loss"]), (score.perplexity, row["perplexity"])):
             assert np.float32(ours) == its
@@ -176,14 +186,126 @@ def test_any_signature(client, signatures):
     """A signature's only output comes without its name over REST."""
     (row,) = called(signatures["generate_tokens"], input_ids=[[3, 4]], attention_mask=[[1, 1]], seed=[3])
     outputs = client.predict("generate_tokens", {"input_ids": [[3, 4]], "attention_mask": [[1, 1]], "seed": 3})
-    assert outputs == {"output_ids": [row["output_ids"].tolist()], "completion_tokens": [row["completion_tokens"]]}
+    assert outputs.keys() == row.keys()
+    exactly = ("output_ids", "completion_tokens", "finish_reason", "completion_bytes", "top_ids", "top_logprobs")
+    assert {name: outputs[name] for name in exactly} == {name: [np.array(row[name]).tolist()] for name in exactly}
+    assert outputs["token_logprobs"] == [pytest.approx(row["token_logprobs"].tolist(), abs=1e-5)]
     (text,) = client.predict("serving_default", {"prompt": ["The"]})["generated_text"]
     assert text.startswith(b"The")
+
+
+def test_parameters_of_generate_tokens(client, signatures):
+    """A parameter sent under another name, rows mixed up, padding handed out as tokens, stop strings of another row."""
+    ids = [called(signatures["tokenize"], text=[prompt])[0]["token_ids"].tolist() for prompt in PROMPTS]
+    assert client.tokenize(PROMPTS) == [tuple(row) for row in ids]
+    params = {name: value for name, value in PARAMETERS.items() if name != "stop"}
+    stops, biases = [["e", "t"], ["the"], [""]], [{5: 3.0, 7: -100.0}, {}, {11: 1.5}]
+    answers = client.generate(PROMPTS, **params, **EXTRAS, stop=stops, logit_bias=biases)
+    for number, answer in enumerate(answers):
+        (row,) = called(
+            signatures["generate_tokens"],
+            input_ids=[ids[number]],
+            attention_mask=[[1] * len(ids[number])],
+            stop=[stops[number]],
+            logit_bias_ids=[[*biases[number], -1]],
+            logit_bias=[[*biases[number].values(), 0.0]],
+            **params,
+            **EXTRAS,
+        )
+        count = row["completion_tokens"]
+        assert answer.token_ids == tuple(row["output_ids"][:count].tolist())
+        assert (answer.completion_bytes, answer.finish_reason.encode()) == (
+            row["completion_bytes"],
+            row["finish_reason"],
+        )
+        assert answer.generated_text == PROMPTS[number] + answer.completion
+        assert (answer.prompt_tokens, answer.completion_tokens) == (len(ids[number]), count)
+        np.testing.assert_allclose(answer.token_logprobs, row["token_logprobs"][:count], atol=1e-5)
+        assert [list(top) for top in answer.top_logprobs] == row["top_ids"][:count].tolist()
+        np.testing.assert_allclose(
+            [[*top.values()] for top in answer.top_logprobs], row["top_logprobs"][:count], atol=1e-5
+        )
+    # Several stop strings of one prompt alone.
+    alone = client.generate(PROMPTS[0], **params, **EXTRAS, stop=stops[0], logit_bias=biases[0])
+    assert (alone.token_ids, alone.completion_bytes) == (answers[0].token_ids, answers[0].completion_bytes)
+    # Without any of them, `generate` itself answers.
+    plain = client.generate(PROMPTS[0], **PARAMETERS)
+    same = client.generate(PROMPTS[0], **PARAMETERS, top_logprobs=0)
+    assert (plain.token_ids, same.completion_bytes) == ((), plain.completion_bytes)
+    assert len(same.token_ids) == len(same.token_logprobs) == same.completion_tokens == len(same.top_logprobs)
+
+
+def test_tokens_and_description(client, signatures):
+    """Padding handed out as tokens or text, or a row's ids read as rows."""
+    (row,) = called(signatures["describe"], query=[""])
+    assert client.describe() == json.loads(row["description"])
+    texts = ["The import", "é"]
+    ids = client.tokenize(texts)
+    assert client.tokenize(texts[1]) == ids[1]
+    assert client.detokenize(ids) == texts
+    assert client.detokenize(ids[1]) == "é"
+    assert client.detokenize(list(ids[0])) == "The import"
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_an_old_export(served, old: dict[str, str], protocol: str):
+    """An export from before some signatures and outputs, which is not served, not asked, or fails in the server."""
+    with Client(served.urls[protocol], "tiny") as new, Client(old[protocol], "old") as client:
+        assert client.generate(PROMPTS, **PARAMETERS) == new.generate(PROMPTS, **PARAMETERS)
+        score, expected = client.score("The import"), new.score("The import")
+        assert score.greedy_ids == ()
+        assert (score.token_ids, score.perplexity) == (expected.token_ids, pytest.approx(expected.perplexity, rel=1e-5))
+        with pytest.raises(InputError, match="does not offer `min_p`, `stop`: export it again, with this version"):
+            client.generate("a", min_p=0.1, stop=["a", "b"])
+        with pytest.raises(InputError, match="no signature tokenize; it has generate, score, serving_default"):
+            client.tokenize("a")
+        with pytest.raises(InputError, match="no signature describe"):
+            client.describe()
+
+
+@pytest.fixture(scope="module")
+def old(servable_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The addresses of a server whose model `old` has the signatures of an earlier export."""
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    from tfclm.server.server import Server
+    from tfclm.server.settings import ServeSettings
+
+    folder = tmp_path_factory.mktemp("old")
+    shutil.copytree(servable_dir, folder / "1")
+    shutil.rmtree(folder / "1" / "assets.extra")
+    path = folder / "1" / "saved_model.pb"
+    model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+    definitions = model.meta_graphs[0].signature_def
+    for name in ("generate_tokens", "tokenize", "detokenize", "describe"):
+        del definitions[name]
+    del definitions["score"].outputs["greedy_ids"]
+    path.write_bytes(model.SerializeToString())
+    server = Server(
+        ServeSettings(
+            model_name="old",
+            model_base_path=str(folder),
+            port=-1,
+            rest_api_port=-1,
+            rest_api_timeout_in_ms=120_000,
+            shutdown_grace_seconds=5.0,
+        )
+    )
+    server.start()
+    yield {"rest": f"http://127.0.0.1:{server.rest_port}", "grpc": f"grpc://127.0.0.1:{server.grpc_port}"}
+    server.stop()
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda client: client.generate("a", min_p=2.0), r"min_p\[0\] is 2.0*: give 0 \(off\) to 1"),
+        (lambda client: client.generate("a", stop=list("abcde")), "stop has 5 values per row: give at most 4"),
+        (lambda client: client.generate("a", logit_bias=[3]), "`logit_bias` is .3.: give a mapping from token ids"),
+        (lambda client: client.generate("a", logit_bias={9999: 1}), r"logit_bias_ids\[0\] has 9999: give 0 to 511"),
+        (lambda client: client.generate(["a", "b"], top_logprobs=[1, 99]), r"top_logprobs\[1\] is 99: give 0 to 20"),
+        (lambda client: client.generate("", top_logprobs=1), r"input_ids\[0\] has no token"),
+        (lambda client: client.detokenize([600]), r"token_ids\[0\] has an id that is no token"),
         (lambda client: client.generate(""), r"prompt\[0\] is empty: give a text"),
         (lambda client: client.generate(["a", ""]), r"prompt\[1\] is empty: give a text"),
         (lambda client: client.generate([]), "`prompt` is empty: give at least one row"),
@@ -519,7 +641,8 @@ def test_the_command(served, over_grpc: bool, tmp_path: Path):
     run = query(served, "--prompt-file", str(tmp_path / "prompt.txt"), "--json", *flags_of(PARAMETERS), grpc=over_grpc)
     printed = json.loads(run.stdout)
     assert printed.pop("completion_bytes").keys() == {"b64"}
-    assert printed == {k: v for k, v in dataclasses.asdict(expected).items() if k != "completion_bytes"}
+    fields = dataclasses.asdict(expected).items()
+    assert printed == {name: value for name, value in fields if value != () and name != "completion_bytes"}
     run = query(served, "--signature=score", stdin=b"The import statement\n", grpc=over_grpc)
     assert float(run.stdout) == pytest.approx(score.perplexity, rel=1e-5)
     run = query(served, "--signature=score", "--json", stdin=b"The import statement\n", grpc=over_grpc)
@@ -543,7 +666,7 @@ def test_a_batch(served):
 @pytest.mark.parametrize(
     ("flags", "code", "line"),
     [
-        (["--signature=nope", "--prompt=a"], 2, "--signature nope: the served model has generate, "),
+        (["--signature=nope", "--prompt=a"], 2, "--signature nope: the served model has describe, detokenize, "),
         (
             ["--signature=score", "--prompt=a b", "--top-k=3"],
             2,
@@ -588,3 +711,8 @@ def test_tokens_and_other_signatures(served, signatures):
     assert list(map(int, run.stdout.split())) == row["output_ids"][: row["completion_tokens"]].tolist()
     run = query(served, "--signature=serving_default", "--prompt=The")
     assert run.stdout.startswith(b"The")
+    tokens = query(served, "--signature=tokenize", "--prompt=The import").stdout
+    (row,) = called(signatures["tokenize"], text=["The import"])
+    assert list(map(int, tokens.split())) == row["token_ids"].tolist()
+    assert query(served, "--signature=detokenize", stdin=tokens).stdout == b"The import\n"
+    assert json.loads(query(served, "--signature=describe", "--prompt=x").stdout)["context"] == SERVED_CONTEXT

@@ -277,11 +277,11 @@ def greedy(family: Family, steps: int = 0) -> None:
     signature = tf.saved_model.load(str(family.folder / "export")).signatures["generate_tokens"]
     defaults = {"top_k": np.int32(0), "top_p": np.float32(1), "repetition_penalty": np.float32(1), "seed": np.int64(-1)}
     params = {"max_new_tokens": np.int32(NEW), "temperature": np.float32(0), **defaults}
-    answer = signature(
-        input_ids=tf.constant(ids),
-        attention_mask=tf.ones_like(ids),
-        **{name: tf.constant(np.array([value])) for name, value in params.items()},
-    )
+    given = {name: tf.constant(np.array([value])) for name, value in params.items()}
+    given |= {"input_ids": tf.constant(ids), "attention_mask": tf.ones_like(ids)}
+    # The other parameters are off if they are 0.
+    specs = signature.structured_input_signature[1]
+    answer = signature(**{name: given.get(name, tf.zeros([1], spec.dtype)) for name, spec in specs.items()})
     assert np.hstack([ids, answer["output_ids"]]).tolist() == expected, "exported"
 
 

@@ -47,6 +47,40 @@ TYPES = {
     "seed": "int64",
 }
 
+# The parameters of `generate_tokens` alone, off and with values for the rows.
+OFF: dict[str, list[Any]] = {
+    "min_p": [0.0],
+    "presence_penalty": [0.0],
+    "frequency_penalty": [0.0],
+    "min_new_tokens": [0],
+    "logit_bias_ids": [[-1]],
+    "logit_bias": [[0.0]],
+    "top_logprobs": [0],
+    "stop": [[""]],
+}
+EXTRAS: dict[str, list[Any]] = {
+    "min_p": [0.0, 0.05],
+    "presence_penalty": [0.5, -0.5],
+    "frequency_penalty": [0.0, 1.0],
+    "min_new_tokens": [0, 2],
+    "logit_bias_ids": [[3, -1], [4, 5]],
+    "logit_bias": [[1.0, 0.0], [2.0, -100.0]],
+    "top_logprobs": [2, 0],
+    "stop": [["", "zz"], ["e", "x"]],
+}
+TOKEN_TYPES = TYPES | {
+    "input_ids": "int32",
+    "attention_mask": "int32",
+    "min_p": "float32",
+    "presence_penalty": "float32",
+    "frequency_penalty": "float32",
+    "min_new_tokens": "int32",
+    "logit_bias_ids": "int32",
+    "logit_bias": "float32",
+    "top_logprobs": "int32",
+    "token_ids": "int32",
+}
+
 REFUSE = """
 import importlib.util, sys
 
@@ -69,7 +103,7 @@ LOAD = """
 import json, sys, time
 import tensorflow as tf
 
-request, types = map(json.loads, sys.argv[2:])
+request, types, off, token_types, more = map(json.loads, sys.argv[2:])
 signatures = tf.saved_model.load(sys.argv[1]).signatures
 inputs = {name: tf.constant(value, types.get(name, tf.string)) for name, value in request.items()}
 """
@@ -84,10 +118,26 @@ def answer():
     tokens = []
     for number, row in enumerate(ids):
         rows = {"input_ids": tf.constant([row]), "attention_mask": tf.ones([1, len(row)], tf.int32)}
-        answer = signatures["generate_tokens"](**rows, **{name: value[number, None] for name, value in given.items()})
+        one = {name: value[number, None] for name, value in given.items()}
+        others = {name: tf.constant(value, token_types.get(name, tf.string)) for name, value in off.items()}
+        answer = signatures["generate_tokens"](**rows, **one, **others)
         tokens.append(answer["output_ids"][0].numpy().tolist())
     default = signatures["serving_default"](prompt=inputs["prompt"][:1])["generated_text"][0].numpy().decode()
     return [tf.__version__, texts, ids, tokens, default]
+"""
+
+# The outputs of requests to other signatures, as JSON.
+MORE = """
+def plain(value):
+    value = value.tolist()
+    return json.loads(json.dumps(value, default=bytes.hex))
+
+def answer_more():
+    answers = {}
+    for name, inputs in more.items():
+        tensors = {key: tf.constant(value, token_types.get(key, tf.string)) for key, value in inputs.items()}
+        answers[name] = {key: plain(value.numpy()) for key, value in signatures[name](**tensors).items()}
+    return answers
 """
 
 # As C++ and TensorFlow Serving do: the graph's own ops initialize tables and restore variables.
@@ -103,7 +153,14 @@ def answer_in_a_session():
         signature = signatures["score"]
         fed = {signature.inputs["text"].name: np.array(request["prompt"], object)}
         ids, counts = session.run([signature.outputs[name].name for name in ("token_ids", "token_count")], fed)
-    return [[text.decode() for text in texts], [row[: count + 1].tolist() for row, count in zip(ids, counts)]]
+        answers = {}
+        for name, inputs in more.items():
+            signature = signatures[name]
+            arrays = {key: np.array(value, token_types.get(key, object)) for key, value in inputs.items()}
+            fed = {signature.inputs[key].name: value for key, value in arrays.items()}
+            outputs = session.run({key: info.name for key, info in signature.outputs.items()}, fed)
+            answers[name] = {key: plain(value) for key, value in outputs.items()}
+    return answers, [[text.decode() for text in texts], [row[: count + 1].tolist() for row, count in zip(ids, counts)]]
 """
 
 # Runs the tool once for each of some lists of arguments.
@@ -150,7 +207,7 @@ PROGRAM = r"""
 #include <string.h>
 #include "tensorflow/c/c_api.h"
 
-enum { ROWS = 2, INPUTS = 8 };
+enum { ROWS = 2, MOST_INPUTS = 16 };
 
 static void check(TF_Status* status) {
   if (TF_GetCode(status) == TF_OK) return;
@@ -171,13 +228,14 @@ static TF_Output find(TF_Graph* graph, const char* name) {
   return found;
 }
 
-/* One value per row, parsed as the type of the tensor. */
-static TF_Tensor* read_rows(TF_DataType type, char** texts) {
-  const int64_t shape[] = {ROWS};
+/* One value per row, or a number of columns per row, parsed as the type of the tensor. */
+static TF_Tensor* read_rows(TF_DataType type, int columns, char** texts) {
+  const int64_t shape[] = {ROWS, columns};
+  int count = columns ? ROWS * columns : ROWS;
   size_t size = type == TF_STRING ? sizeof(TF_TString) : TF_DataTypeSize(type);
-  TF_Tensor* tensor = TF_AllocateTensor(type, shape, 1, ROWS * size);
+  TF_Tensor* tensor = TF_AllocateTensor(type, shape, columns ? 2 : 1, count * size);
   void* data = TF_TensorData(tensor);
-  for (int row = 0; row < ROWS; ++row) {
+  for (int row = 0; row < count; ++row) {
     if (type == TF_STRING) {
       TF_TString* text = (TF_TString*)data + row;
       TF_StringInit(text);
@@ -196,28 +254,33 @@ static TF_Tensor* read_rows(TF_DataType type, char** texts) {
   return tensor;
 }
 
-/* Arguments: the version's folder, the output's name, and for each input its name and its rows. */
+/* Arguments: the version's folder; for each request, the name of a string output, the number of inputs, and for each
+   input its name, its columns, 0 if it has rank 1, and its values. */
 int main(int count, char** given) {
-  if (count != 3 + INPUTS * (1 + ROWS)) return 2;
   TF_Status* status = TF_NewStatus();
   TF_Graph* graph = TF_NewGraph();
   TF_SessionOptions* options = TF_NewSessionOptions();
   const char* tags[] = {"serve"};
   TF_Session* session = TF_LoadSessionFromSavedModel(options, NULL, given[1], tags, 1, graph, NULL, status);
   check(status);
-  TF_Output output = find(graph, given[2]), inputs[INPUTS];
-  TF_Tensor *values[INPUTS], *answer = NULL;
-  for (int i = 0; i < INPUTS; ++i) {
-    char** one = given + 3 + i * (1 + ROWS);
-    inputs[i] = find(graph, one[0]);
-    values[i] = read_rows(TF_OperationOutputType(inputs[i]), one + 1);
-  }
-  TF_SessionRun(session, NULL, inputs, values, INPUTS, &output, &answer, 1, NULL, 0, NULL, status);
-  check(status);
-  for (int row = 0; row < ROWS; ++row) {
-    TF_TString* text = (TF_TString*)TF_TensorData(answer) + row;
-    fwrite(TF_StringGetDataPointer(text), 1, TF_StringGetSize(text), stdout);
-    putchar(0);
+  for (char** next = given + 2; next < given + count;) {
+    TF_Output output = find(graph, *next++), inputs[MOST_INPUTS];
+    TF_Tensor *values[MOST_INPUTS], *answer = NULL;
+    int size = atoi(*next++);
+    if (size > MOST_INPUTS) return 2;
+    for (int i = 0; i < size; ++i) {
+      inputs[i] = find(graph, *next++);
+      int columns = atoi(*next++);
+      values[i] = read_rows(TF_OperationOutputType(inputs[i]), columns, next);
+      next += columns ? ROWS * columns : ROWS;
+    }
+    TF_SessionRun(session, NULL, inputs, values, size, &output, &answer, 1, NULL, 0, NULL, status);
+    check(status);
+    for (int row = 0; row < ROWS; ++row) {
+      TF_TString* text = (TF_TString*)TF_TensorData(answer) + row;
+      for (size_t i = 0; i < TF_StringGetSize(text); ++i) printf("%02x", (uint8_t)TF_StringGetDataPointer(text)[i]);
+      putchar('\n');
+    }
   }
   TF_CloseSession(session, status);
   check(status);
@@ -237,6 +300,8 @@ class Version:
     texts: list[str]
     ids: list[list[int]]
     greedy: list[int]
+    more: dict[str, dict[str, Any]]  # requests to other signatures
+    answers: dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -259,15 +324,32 @@ def version(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Ve
     prompt = tf.constant(ids[:1])
     greedy = model.generate(prompt, attention_mask=tf.ones_like(prompt), max_new_tokens=8, do_sample=False)
     inputs = {name: tf.constant(value, TYPES.get(name, tf.string)) for name, value in REQUEST.items()}
-    texts = [text.decode() for text in module.signatures()["generate"](**inputs)["generated_text"].numpy()]
+    signatures = module.signatures()
+    texts = [text.decode() for text in signatures["generate"](**inputs)["generated_text"].numpy()]
     assert len(ids[1]) + REQUEST["max_new_tokens"][1] <= CONTEXT
     assert texts[0] == tokenizer.decode(greedy[0], skip_special_tokens=True)
     assert texts[1].startswith(REQUEST["prompt"][1])
     assert len(texts[1]) > len(REQUEST["prompt"][1])
+    width = max(map(len, ids))
+    padded = {
+        "input_ids": [row + [0] * (width - len(row)) for row in ids],
+        "attention_mask": [[1] * len(row) + [0] * (width - len(row)) for row in ids],
+    }
+    more = {
+        "generate_tokens": {**padded, **{name: REQUEST[name] for name in TYPES}, **EXTRAS},
+        "tokenize": {"text": REQUEST["prompt"]},
+        "detokenize": {"token_ids": [row + [-1] * (width - len(row)) for row in ids]},
+        "describe": {"query": ["", ""]},
+    }
+    answers = {}
+    for name, given in more.items():
+        tensors = {key: tf.constant(value, TOKEN_TYPES.get(key, tf.string)) for key, value in given.items()}
+        values = {key: value.numpy().tolist() for key, value in signatures[name](**tensors).items()}
+        answers[name] = json.loads(json.dumps(values, default=bytes.hex))
     folder = tmp_path_factory.mktemp("elsewhere") / "1"
     saving.write(module, folder)
     warmup.write(module, folder)
-    return Version(folder, tokenizer, texts, ids, greedy[0, len(ids[0]) :].numpy().tolist())
+    return Version(folder, tokenizer, texts, ids, greedy[0, len(ids[0]) :].numpy().tolist(), more, answers)
 
 
 def run_command(folder: Path, *command: object) -> str:
@@ -286,7 +368,7 @@ value = {asked}
 assert not {{"tfclm", "transformers"}} & {{name.split(".")[0] for name in sys.modules}}
 print(json.dumps(value))
 """
-    given = (version.folder, json.dumps(REQUEST), json.dumps(TYPES))
+    given = (version.folder, *map(json.dumps, (REQUEST, TYPES, OFF, TOKEN_TYPES, version.more)))
     return json.loads(run_command(folder, python, "-I", "-c", code, *given).splitlines()[-1])
 
 
@@ -299,6 +381,18 @@ def check_loaded(version: Version, answered: list[Any]) -> None:
     whole = [prompt + new for prompt, new in zip(ids, tokens, strict=True)]
     assert [version.tokenizer.decode(row, skip_special_tokens=True) for row in whole] == texts
     assert default == version.texts[0]
+
+
+def check_more(version: Version, answers: dict[str, dict[str, Any]]) -> None:
+    """Compares the answers of other signatures with those in Python."""
+    numbers = ("token_logprobs", "top_logprobs")
+    ours, theirs = dict(version.answers["generate_tokens"]), dict(answers["generate_tokens"])
+    for name in numbers:
+        np.testing.assert_allclose(theirs.pop(name), ours.pop(name), atol=1e-5)
+    assert theirs == ours
+    assert {name: each for name, each in answers.items() if name != "generate_tokens"} == {
+        name: each for name, each in version.answers.items() if name != "generate_tokens"
+    }
 
 
 def run_tool(folder: Path, version: Version) -> tuple[str, Any]:
@@ -321,9 +415,16 @@ def run_program(folder: Path, version: Version) -> str:
     named = ["-l:libtensorflow_cc.so.2", "-l:libtensorflow_framework.so.2"]
     run_command(folder, COMPILER, "program.c", *flags, *named, "-o", "program")
     (graph,) = saved_model_pb2.SavedModel.FromString((version.folder / "saved_model.pb").read_bytes()).meta_graphs
-    signature = graph.signature_def["generate"]
-    given = [part for name, rows in REQUEST.items() for part in (signature.inputs[name].name, *rows)]
-    return run_command(folder, folder / "program", version.folder, signature.outputs["generated_text"].name, *given)
+    given: list[Any] = []
+    outputs = {"generate_tokens": "completion_bytes", "detokenize": "text", "describe": "description"}
+    for name, output in {"generate": "generated_text", **outputs}.items():
+        inputs = REQUEST if name == "generate" else version.more[name]
+        signature = graph.signature_def[name]
+        given += [signature.outputs[output].name, len(inputs)]
+        for key, rows in inputs.items():
+            flat = np.array(rows)
+            given += [signature.inputs[key].name, flat.shape[1] if flat.ndim == 2 else 0, *flat.ravel().tolist()]
+    return run_command(folder, folder / "program", version.folder, *given)
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +438,10 @@ def results(version: Version, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield {
             # Most of their time is the import of TensorFlow: what needs no process of its own shares one.
             "cold": start(
-                answer, LOAD + FIRST + ANSWER + SESSION, "[first(), answer(), answer_in_a_session()]", version
+                answer,
+                LOAD + FIRST + ANSWER + MORE + SESSION,
+                "[first(), answer(), *answer_in_a_session(), answer_more()]",
+                version,
             ),
             "warm": start(answer, LOAD + REPLAY + FIRST, "first()", version),
             "tool": start(run_tool, version),
@@ -357,24 +461,30 @@ def test_packages_are_blocked(tmp_path: Path, name: str):
 def test_loaded_by_tensorflow(version: Version, results: dict[str, Future[Any]]):
     """A graph that needs Python code of tfclm, or registered classes, to be loaded."""
     check_loaded(version, results["cold"].result()[1])
+    check_more(version, results["cold"].result()[4])
 
 
 def test_loaded_by_a_session(version: Version, results: dict[str, Future[Any]]):
     """Variables or tables that only TensorFlow 2's loader restores: TensorFlow Serving uses this one."""
-    assert results["cold"].result()[2] == [version.texts, version.ids]
+    assert results["cold"].result()[3] == [version.texts, version.ids]
+    check_more(version, results["cold"].result()[2])
 
 
 def test_saved_model_cli(version: Version, results: dict[str, Future[Any]]):
     """Signatures that TensorFlow's own tool does not list, or cannot run."""
     shown, texts = results["tool"].result()
-    assert all(f'"{name}"' in shown for name in ("serving_default", "generate", "generate_tokens", "score"))
+    assert all(f'"{name}"' in shown for name in ("serving_default", "generate", "score", *version.more))
     assert [text.decode() for text in texts] == version.texts
 
 
 @pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
 def test_run_by_a_c_program(version: Version, results: dict[str, Future[Any]]):
     """A step that only Python performs when it loads a SavedModel."""
-    assert results["program"].result().split("\0")[:-1] == version.texts
+    outputs = {"generate_tokens": "completion_bytes", "detokenize": "text", "describe": "description"}
+    expected = [text.encode().hex() for text in version.texts]
+    for name, output in outputs.items():
+        expected += version.answers[name][output]
+    assert results["program"].result().splitlines() == expected
 
 
 def test_first_request_is_as_fast_as_others(results: dict[str, Future[Any]]):

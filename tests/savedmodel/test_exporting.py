@@ -36,6 +36,15 @@ PARAMETERS = {
     "repetition_penalty": (FLOAT, 1),
     "seed": (LONG, 1),
 }
+EXTRAS = {
+    "min_p": (FLOAT, 1),
+    "presence_penalty": (FLOAT, 1),
+    "frequency_penalty": (FLOAT, 1),
+    "min_new_tokens": (INT, 1),
+    "logit_bias_ids": (INT, 2),
+    "logit_bias": (FLOAT, 2),
+    "top_logprobs": (INT, 1),
+}
 # Inputs and outputs of each signature, with type and rank.
 SIGNATURES: dict[str, tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int]]]] = {
     "serving_default": ({"prompt": (TEXT, 1)}, {"generated_text": (TEXT, 1)}),
@@ -51,8 +60,16 @@ SIGNATURES: dict[str, tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int
         },
     ),
     "generate_tokens": (
-        {"input_ids": (INT, 2), "attention_mask": (INT, 2), **PARAMETERS},
-        {"output_ids": (INT, 2), "completion_tokens": (INT, 1)},
+        {"input_ids": (INT, 2), "attention_mask": (INT, 2), **PARAMETERS, **EXTRAS, "stop": (TEXT, 2)},
+        {
+            "output_ids": (INT, 2),
+            "completion_tokens": (INT, 1),
+            "finish_reason": (TEXT, 1),
+            "completion_bytes": (TEXT, 1),
+            "token_logprobs": (FLOAT, 2),
+            "top_ids": (INT, 3),
+            "top_logprobs": (FLOAT, 3),
+        },
     ),
     "score": (
         {"text": (TEXT, 1)},
@@ -62,8 +79,12 @@ SIGNATURES: dict[str, tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int
             "token_count": (INT, 1),
             "token_ids": (INT, 2),
             "token_logprobs": (FLOAT, 2),
+            "greedy_ids": (INT, 2),
         },
     ),
+    "tokenize": ({"text": (TEXT, 1)}, {"token_ids": (INT, 2), "token_count": (INT, 1)}),
+    "detokenize": ({"token_ids": (INT, 2)}, {"text": (TEXT, 1), "text_bytes": (TEXT, 1)}),
+    "describe": ({"query": (TEXT, 1)}, {"description": (TEXT, 1)}),
 }
 
 
@@ -127,10 +148,11 @@ def shapes(infos: Any) -> dict[str, tuple[str, int]]:
 
 
 def values(signature: Any) -> dict[str, Any]:
-    """The defaults, each of shape [1]."""
+    """The defaults, each of one value with the rank of the input."""
     arrays = {name: tf.make_ndarray(value) for name, value in signature.defaults.items()}
-    assert all(array.shape == (1,) for array in arrays.values())
-    return {name: array[0] for name, array in arrays.items()}
+    ranks = {name: len(info.tensor_shape.dim) for name, info in signature.inputs.items()}
+    assert all(array.shape == (1,) * ranks[name] for name, array in arrays.items())
+    return {name: array.item() for name, array in arrays.items()}
 
 
 def test_fingerprint_is_that_of_the_file(tokens: tuple[Path, list[canary.Prompt]], tmp_path: Path):
@@ -181,17 +203,19 @@ def test_defaults_of_the_parameters(texts: Path):
         "seed": -1,
     }
     assert values(signatures["generate"]) == {**params, "stop": b""}
-    assert values(signatures["generate_tokens"]) == params
+    extras = {name: 0 for name in EXTRAS} | {"logit_bias_ids": -1, "stop": b""}
+    assert values(signatures["generate_tokens"]) == {**params, **extras}
     assert values(signatures["serving_default"]) == values(signatures["score"]) == {}
 
 
 def test_tokens_alone_are_the_default(tokens: tuple[Path, list[canary.Prompt]]):
     """A version without serving_default, or with a signature for text that its graph has no tokenizer for."""
     signatures = read(tokens[0])
-    expected = SIGNATURES["generate_tokens"]
-    assert sorted(signatures) == ["generate_tokens", "serving_default"]
-    for signature in signatures.values():
-        assert (shapes(signature.inputs), shapes(signature.outputs)) == expected
+    inputs, outputs = (dict(each) for each in SIGNATURES["generate_tokens"])
+    del inputs["stop"], outputs["completion_bytes"]
+    assert sorted(signatures) == ["describe", "generate_tokens", "serving_default"]
+    for signature in (signatures["generate_tokens"], signatures["serving_default"]):
+        assert (shapes(signature.inputs), shapes(signature.outputs)) == (inputs, outputs)
         assert values(signature)["max_new_tokens"] == 63
 
 
@@ -258,7 +282,7 @@ def test_canary_passes_what_is_whole(tokens: tuple[Path, list[canary.Prompt]]):
     """A check that refuses a good version, or says nothing of what it cost."""
     ballast = np.ones(2**27)  # what this process holds is none of the canary's
     result = canary.validate(*tokens, xla=False)
-    assert result.pop("records") == 1
+    assert result.pop("records") == 2
     assert all(result[name] > 0 for name in ("load_seconds", "warmup_seconds"))
     assert 100 < result["peak_memory_mib"] < ballast.nbytes / 2**20
 

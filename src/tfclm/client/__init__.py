@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import warnings
@@ -21,6 +22,8 @@ __all__ = ["Client", "Completion", "Score", "ServerError", "Signature", "unused_
 
 T = TypeVar("T")
 
+# Those of the signature `generate`.
+_PARAMETERS = {"max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop"}
 _INTEGERS = {"DT_INT32": 31, "DT_INT64": 63}
 
 
@@ -35,6 +38,10 @@ class Completion:
         finish_reason: "stop" (end-of-text token or stop string) or "length".
         prompt_tokens: number of tokens in the prompt.
         completion_tokens: number of new tokens.
+        token_ids: the new tokens; only with a parameter of `generate_tokens`, as the following.
+        token_logprobs: log-probability of each new token, before sampling parameters.
+        top_logprobs: of each new token's place, `top_logprobs` of the likeliest tokens, likeliest first: id to
+            log-probability.
     """
 
     generated_text: str
@@ -43,6 +50,9 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    token_ids: tuple[int, ...] = ()
+    token_logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[Mapping[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Score:
         token_count: number of scored tokens.
         token_ids: `token_count` + 1 token ids; the first is context only.
         token_logprobs: log-probability of each token; 0 for the first.
+        greedy_ids: the likeliest token in the place of each; -1 for the first. Empty if an old export has none.
     """
 
     loss: float
@@ -62,6 +73,7 @@ class Score:
     token_count: int
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
+    greedy_ids: tuple[int, ...] = ()
 
 
 class Client:
@@ -153,7 +165,13 @@ class Client:
         top_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | None = None,
+        stop: str | Sequence[str] | None = None,
+        min_p: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        min_new_tokens: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        top_logprobs: int | None = None,
     ) -> Completion: ...
 
     @overload
@@ -167,7 +185,13 @@ class Client:
         top_p: float | Sequence[float] | None = None,
         repetition_penalty: float | Sequence[float] | None = None,
         seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | None = None,
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        min_p: float | Sequence[float] | None = None,
+        presence_penalty: float | Sequence[float] | None = None,
+        frequency_penalty: float | Sequence[float] | None = None,
+        min_new_tokens: int | Sequence[int] | None = None,
+        logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
+        top_logprobs: int | Sequence[int] | None = None,
     ) -> list[Completion]: ...
 
     def generate(self, prompt: str | list[str] | tuple[str, ...], **params: Any) -> Completion | list[Completion]:
@@ -185,18 +209,40 @@ class Client:
             top_p: sample from the most likely tokens with this total probability; 1 = off.
             repetition_penalty: above 1, makes tokens that are in the text already less likely; 1 = off.
             seed: makes sampling reproducible; -1 = random.
-            stop: generation ends before this string; "" = none.
+            stop: generation ends before this string; "" = none. Several strings: a list for one prompt, or one list per
+                prompt.
+            min_p: leave out tokens less likely than this fraction of the likeliest one; 0 = off.
+            presence_penalty: subtracted from the logit of each token that was generated already; 0 = off.
+            frequency_penalty: the same for each time that it was generated; 0 = off.
+            min_new_tokens: the text does not end before this many new tokens; 0 = off.
+            logit_bias: token id -> number that is added to its logit.
+            top_logprobs: report the log-probabilities of the new tokens, and of this many of the likeliest.
+
+        From several stop strings on, these parameters are those of the signature `generate_tokens`: the prompts are
+        tokenized by another request, and the completion is the text of its bytes. An old export lacks them.
 
         Example:
             >>> client.generate("The import statement", max_new_tokens=5, temperature=0.0).completion
             >>> client.generate(["One", "Two"], temperature=[0.0, 0.8], seed=7)
+            >>> client.generate("One", stop=["Two", "."], top_logprobs=3).token_logprobs
         """
         given = {name: value for name, value in params.items() if value is not None}
-        known, outputs = self._predict("generate", {"prompt": _as_list(prompt), **given})
+        prompts = _as_list(prompt)
+        if isinstance(prompt, str) and _is_list(given.get("stop")):
+            given["stop"] = [given["stop"]]
+        several = _is_list(given.get("stop")) and any(map(_is_list, given["stop"]))
+        if several or not given.keys() <= _PARAMETERS:
+            known, completions = self._generate_tokens(prompts, given)
+        else:
+            known, completions = self._generate(prompts, given)
         if unused := unused_parameters(params, known):
             warnings.warn(f"the temperature is 0, so {', '.join(unused)} has no effect", stacklevel=2)
+        return completions[0] if isinstance(prompt, str) else completions
+
+    def _generate(self, prompts: Sequence[str], given: Mapping[str, Any]) -> tuple[Signature, list[Completion]]:
+        known, outputs = self._predict("generate", {"prompt": prompts, **given})
         with reading(self._transport.address, "a completion"):
-            completions = [
+            return known, [
                 Completion(
                     generated_text=row.text("generated_text"),
                     completion=row.text("completion"),
@@ -207,7 +253,87 @@ class Client:
                 )
                 for row in as_rows(outputs)
             ]
-        return completions[0] if isinstance(prompt, str) else completions
+
+    def _generate_tokens(self, prompts: Sequence[str], params: Mapping[str, Any]) -> tuple[Signature, list[Completion]]:
+        """Completions by `generate_tokens`, of prompts that `tokenize` tokenizes."""
+        given = {**params, **_rows_of_lists(params, len(prompts))}
+        known = self.signatures().get("generate_tokens")
+        missing = sorted(name for name in given if known is None or name not in known.inputs)
+        if missing or known is None:
+            names = ", ".join(f"`{name}`" for name in missing)
+            raise InputError(f"the served model does not offer {names}: export it again, with this version of tfclm")
+        ids = self._tokenize(prompts)
+        width = max(map(len, ids))
+        rows = {
+            "input_ids": [[*row, *[0] * (width - len(row))] for row in ids],
+            "attention_mask": [[1] * len(row) + [0] * (width - len(row)) for row in ids],
+        }
+        _, outputs = self._predict("generate_tokens", {**rows, **given})
+        completions = []
+        with reading(self._transport.address, "a completion"):
+            for prompt, prompt_ids, row in zip(prompts, ids, as_rows(outputs), strict=True):
+                data, count = row.raw("completion_bytes"), row.count("completion_tokens")
+                tops = zip(row.list_of("top_ids", list, count), row.list_of("top_logprobs", list, count), strict=True)
+                completions.append(
+                    Completion(
+                        generated_text=prompt + data.decode(errors="replace"),
+                        completion=data.decode(errors="replace"),
+                        completion_bytes=data,
+                        finish_reason=row.text("finish_reason"),
+                        prompt_tokens=len(prompt_ids),
+                        completion_tokens=count,
+                        token_ids=row.list_of("output_ids", int, count),
+                        token_logprobs=row.list_of("token_logprobs", float, count),
+                        top_logprobs=tuple({i: value for i, value in zip(*top, strict=True) if i >= 0} for top in tops),
+                    )
+                )
+        return known, completions
+
+    @overload
+    def tokenize(self, text: str) -> tuple[int, ...]: ...
+
+    @overload
+    def tokenize(self, text: list[str] | tuple[str, ...]) -> list[tuple[int, ...]]: ...
+
+    def tokenize(self, text: str | list[str] | tuple[str, ...]) -> tuple[int, ...] | list[tuple[int, ...]]:
+        """The token ids of a text, or of a list of texts in one request, with those that the tokenizer adds.
+
+        Example:
+            >>> client.tokenize("The import statement")
+        """
+        rows = self._tokenize(_as_list(text))
+        return rows[0] if isinstance(text, str) else rows
+
+    def _tokenize(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        outputs = self.predict("tokenize", {"text": texts})
+        with reading(self._transport.address, "tokens"):
+            return [row.list_of("token_ids", int, row.count("token_count")) for row in as_rows(outputs)]
+
+    def detokenize(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
+        """The text of token ids, or of a list of rows of ids in one request, without special tokens.
+
+        Example:
+            >>> client.detokenize(client.tokenize("The import statement"))
+        """
+        one = not any(map(_is_list, token_ids))
+        rows: Any = [token_ids] if one else token_ids
+        width = max(map(len, rows), default=0)
+        outputs = self.predict("detokenize", {"token_ids": [[*row, *[-1] * (width - len(row))] for row in rows]})
+        with reading(self._transport.address, "texts"):
+            texts = [row.text("text") for row in as_rows(outputs)]
+        return texts[0] if one else texts
+
+    def describe(self) -> dict[str, Any]:
+        """What the exported model tells about itself: type, context, limits, defaults, special tokens, perplexity.
+
+        Example:
+            >>> client.describe()["context"]
+        """
+        outputs = self.predict("describe", {"query": [""]})
+        with reading(self._transport.address, "a description"):
+            (row,) = as_rows(outputs)
+            description: dict[str, Any] = json.loads(row.text("description"))
+            return description
 
     @overload
     def score(self, text: str) -> Score: ...
@@ -231,6 +357,9 @@ class Client:
                     # Rows of a request are padded to the longest.
                     token_ids=row.list_of("token_ids", int, row.count("token_count") + 1),
                     token_logprobs=row.list_of("token_logprobs", float, row.count("token_count") + 1),
+                    greedy_ids=row.list_of("greedy_ids", int, row.count("token_count") + 1)
+                    if "greedy_ids" in row
+                    else (),
                 )
                 for row in as_rows(outputs)
             ]
@@ -294,8 +423,29 @@ def unused_parameters(given: Mapping[str, Any], signature: Signature) -> list[st
     if not isinstance(temperature, int | float) or temperature != 0:
         return []
     # The values that turn each of them off.
-    off = {"top_k": 0, "top_p": 1, "seed": -1}
+    off = {"top_k": 0, "top_p": 1, "min_p": 0, "seed": -1}
     return [name for name, value in off.items() if given.get(name) not in (None, value)]
+
+
+def _rows_of_lists(params: Mapping[str, Any], size: int) -> dict[str, list[list[Any]]]:
+    """The parameters that are lists in each of `size` rows, as `generate_tokens` takes them, padded to one length."""
+    lists: dict[str, list[list[Any]]] = {}
+    if "logit_bias" in params:
+        given = params["logit_bias"]
+        every = [given] * size if isinstance(given, Mapping) else given
+        if not _is_list(every) or not all(isinstance(biases, Mapping) for biases in every):
+            raise InputError(f"`logit_bias` is {given!r}: give a mapping from token ids to numbers")
+        lists["logit_bias_ids"] = _padded([list(biases) for biases in every], -1)
+        lists["logit_bias"] = _padded([list(biases.values()) for biases in every], 0.0)
+    if "stop" in params:
+        stops = [params["stop"]] * size if not _is_list(params["stop"]) else params["stop"]
+        lists["stop"] = _padded([list(each) if _is_list(each) else [each] for each in stops], "")
+    return lists
+
+
+def _padded(rows: list[list[Any]], value: Any) -> list[list[Any]]:
+    width = max([1, *map(len, rows)])
+    return [row + [value] * (width - len(row)) for row in rows]
 
 
 def _is_list(value: Any) -> bool:

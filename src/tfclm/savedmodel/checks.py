@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["broadcast", "ranked", "require", "require_at_most"]
+__all__ = ["broadcast", "broadcast_lists", "ranked", "require", "require_at_most"]
 
 Tensor = Any
 
@@ -48,6 +48,25 @@ def ranked(value: Tensor, name: str, rank: int, max_rows: int) -> Tensor:
         value = tf.identity(value)
     value.set_shape([None] * rank)
     return require_at_most(tf.shape(value)[0], max_rows, value, name, "rows")
+
+
+def broadcast_lists(value: Tensor, name: str, batch: Tensor, limit: int) -> Tensor:
+    """A list of up to `limit` values for all rows, or one per row, as [B, N]; in a list of [B], one value per row."""
+    rank = tf.rank(value)
+    message = tf.strings.join([f"{name} has rank ", tf.strings.as_string(rank), ": give rank 2, [B, N]"])
+    with tf.control_dependencies([tf.debugging.Assert(rank <= 2, [message])]):
+        shape = tf.concat([tf.shape(value), [1, 1]], 0)[:2]
+    value = tf.reshape(value, shape)
+    rows, size = tf.unstack(shape, num=2)
+    counts = tf.strings.as_string(tf.stack([rows, batch]))
+    unit = tf.where(rank == 2, " lists for ", " values for ")
+    message = tf.strings.join([f"{name} has ", counts[0], unit, counts[1], " rows: give one, or one per row"])
+    with tf.control_dependencies([tf.debugging.Assert((rows == 1) | (rows == batch), [message])]):
+        value = tf.identity(value)
+    value = require_at_most(size, limit, value, name, "values per row")
+    value = tf.broadcast_to(value, [batch, size])
+    value.set_shape([None, None])
+    return value
 
 
 def broadcast(value: Tensor, name: str, batch: Tensor) -> Tensor:

@@ -115,6 +115,12 @@ def export_saved_model(
     verdict = gate.decide(_decided_by_records(limits, texts), perplexities.exported, served)
     verdicts.require(verdict)
     expected = _Expected.of(servable, tokenizer)
+    exact = perplexities.exported
+    servable.about = {
+        "perplexity": exact.finite if exact else None,
+        "protocol": dict(exact.protocol) if exact else None,
+        "versions": _versions(),
+    }
     with directory.staged(log) as folder:
         log("writing the SavedModel")
         saving.write(servable, folder)
@@ -139,7 +145,7 @@ def export_saved_model(
             "export_seconds": round(seconds, 1),
             "peak_memory_mib": canary.peak_memory_mib(),
             **_sizes(folder),
-            "versions": {name: metadata.version(name) for name in ("tfclm", "tensorflow", "tf-keras", "transformers")},
+            "versions": _versions(),
         }
         saving.write_record(folder, entries)
         number = directory.publish(folder)
@@ -339,6 +345,11 @@ def _describe(
         "cache_tokens": servable.cached_tokens,
         "buckets": servable.buckets,
     }
+
+
+def _versions() -> dict[str, str]:
+    """The versions of the packages that make an export."""
+    return {name: metadata.version(name) for name in ("tfclm", "tensorflow", "tf-keras", "transformers")}
 
 
 def _sizes(folder: Path) -> dict[str, int]:

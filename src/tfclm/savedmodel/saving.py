@@ -16,9 +16,9 @@ __all__ = ["RECORD", "read_record", "write", "write_record"]
 
 RECORD = "assets.extra/tfclm.json"
 
-# The ranks of inputs in the signatures' metadata, 1 for all others. In the graph they are unknown, so that the graph
-# itself checks them.
-RANKS = {"input_ids": 2, "attention_mask": 2}
+# The inputs that have rank 2 in the signatures' metadata; all others have rank 1. In the graph the ranks are unknown,
+# so that the graph itself checks them.
+RANK_2 = {"input_ids", "attention_mask", "token_ids", "logit_bias_ids", "logit_bias"}
 
 
 def write(module: GenerationModule, folder: Path) -> None:
@@ -30,12 +30,11 @@ def write(module: GenerationModule, folder: Path) -> None:
     model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
     for graph in model.meta_graphs:
         for signature in graph.signature_def.values():
+            # `generate` takes one stop string per row.
+            rank_2 = RANK_2 | ({"stop"} if "input_ids" in signature.inputs else set())
             for name, info in signature.inputs.items():
-                info.tensor_shape.CopyFrom(
-                    tensor_shape_pb2.TensorShapeProto(
-                        dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=-1)] * RANKS.get(name, 1)
-                    )
-                )
+                sizes = [tensor_shape_pb2.TensorShapeProto.Dim(size=-1)] * (2 if name in rank_2 else 1)
+                info.tensor_shape.CopyFrom(tensor_shape_pb2.TensorShapeProto(dim=sizes))
     path.write_bytes(model.SerializeToString(deterministic=True))
     # TensorFlow's fingerprint is that of the file before this change; servers report it in their metrics.
     fingerprint = folder / FINGERPRINT_FILENAME

@@ -23,6 +23,7 @@ RANGES = {
     "cache_tokens": (1, 2**31 - 1),
     "max_request_rows": (1, 2**20),
     "max_request_tokens": (1, 2**24),
+    "max_top_logprobs": (0, 1000),
 }
 
 
@@ -55,6 +56,7 @@ class ServableSettings:
         "maximum number of tokens per request: its rows times the longest one, 4 bytes of text being one token; "
         "by default 1048576, or a batch of full contexts if that is more",
     )
+    max_top_logprobs: int = setting(20, "largest `top_logprobs` that a request may ask for")
     compile: Literal["none", "xla"] = setting(
         "none", "xla is faster, but only servers started with --xla_cpu_compilation_enabled can run it"
     )

@@ -31,13 +31,26 @@ def requests(module: GenerationModule) -> Iterator[tuple[str, dict[str, Any]]]:
         "seed": np.array([0], np.int64),
     }
     ids = np.zeros([1, min(8, module.network.context - 1)], np.int32)
-    yield "generate_tokens", {"input_ids": ids, "attention_mask": np.ones_like(ids), **params}
+    extra = {
+        "min_p": np.array([0.01], np.float32),
+        "presence_penalty": np.array([0.1], np.float32),
+        "frequency_penalty": np.array([0.1], np.float32),
+        "min_new_tokens": np.array([1], np.int32),
+        "logit_bias_ids": np.array([[0]], np.int32),
+        "logit_bias": np.array([[1]], np.float32),
+        "top_logprobs": np.array([min(2, module.max_top_logprobs)], np.int32),
+        **({"stop": np.array([["\n\n", "."]], object)} if module.tokenizer_problem is None else {}),
+    }
+    yield "generate_tokens", {"input_ids": ids, "attention_mask": np.ones_like(ids), **params, **extra}
     if module.tokenizer_problem is None:
         # A token has at least one byte. A prompt that does not fit into the context would be refused.
         prompts = [prompt[: max(1, module.network.context - EXTRA_TOKENS)] for prompt in PROMPTS]
         yield "generate", {"prompt": np.array(prompts, object), **params, "stop": np.array(["\n\n"], object)}
         yield "serving_default", {"prompt": np.array(prompts[:1], object)}
         yield "score", {"text": np.array(PROMPTS[1:], object)}
+        yield "tokenize", {"text": np.array(PROMPTS, object)}
+        yield "detokenize", {"token_ids": ids}
+    yield "describe", {"query": np.array([""], object)}
 
 
 def write(module: GenerationModule, folder: Path) -> int:

@@ -18,7 +18,7 @@ from transformers.generation.tf_logits_process import (
 )
 
 from tfclm.savedmodel.graph import sampling
-from tfclm.savedmodel.graph.sampling import SamplingParams
+from tfclm.savedmodel.graph.sampling import MAX_BIASES, ExtraParams, SamplingParams, no_extras
 
 DRAWS = 100_000 if LONG else 30_000
 COMPILED = pytest.mark.parametrize("xla", [False, True], ids=["default", "xla"])
@@ -53,40 +53,54 @@ def warped(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> 
 def traced_sampling(xla: bool) -> tf.types.experimental.GenericFunction:
     """`sample_next_token`, traced and compiled once for all tests with the same shapes."""
 
-    def sample(logits: tf.Tensor, settings: SamplingParams, uniform: tf.Tensor) -> tf.Tensor:
+    def sample(logits: tf.Tensor, settings: SamplingParams, extra: ExtraParams, uniform: tf.Tensor) -> tf.Tensor:
         tokens = tf.zeros([tf.shape(logits)[0], 1], tf.int32)
-        return sampling.sample_next_token(logits, tokens, tokens == 0, settings, uniform, xla=xla)
+        return sampling.sample_next_token(logits, tokens, tokens == 0, tokens > 0, settings, extra, uniform, xla=xla)
 
     return tf.function(sample, jit_compile=xla)
 
 
-def sample_tokens(logits: np.ndarray, settings: SamplingParams, uniform: np.ndarray, *, xla: bool) -> np.ndarray:
-    """`sample_next_token`, traced as in an exported model, after the token 0 in each row."""
-    traced = traced_sampling(xla)
-    return traced(tf.constant(logits, tf.float32), settings, tf.constant(uniform, tf.float64)).numpy()
+def sample_tokens(
+    logits: np.ndarray, settings: SamplingParams, uniform: np.ndarray, *, xla: bool, min_p: float = 0.0
+) -> np.ndarray:
+    """`sample_next_token`, traced as in an exported model, after the token 0 of the prompt in each row."""
+    traced, extra = traced_sampling(xla), no_extras(len(logits))
+    extra = extra._replace(min_p=tf.fill([len(logits)], min_p))
+    return traced(tf.constant(logits, tf.float32), settings, extra, tf.constant(uniform, tf.float64)).numpy()
 
 
 @COMPILED
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
+    ("temperature", "top_k", "top_p", "min_p"),
     [
-        (1.0, 0, 1.0),
-        (0.7, 0, 1.0),
-        (1.0, 5, 1.0),
-        (1.0, 0, 0.8),
-        (1.3, 9, 0.7),
-        (0.7, 1000, 0.95),
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 0, 1.0, 0.0),
+        (1.0, 5, 1.0, 0.0),
+        (1.0, 0, 0.8, 0.0),
+        (1.3, 9, 0.7, 0.0),
+        (0.7, 1000, 0.95, 0.0),
+        (1.0, 0, 1.0, 0.1),
+        (2.0, 0, 0.8, 0.2),
+        (2.0, 30, 0.9, 0.05),
+        (1.5, 0, 1.0, 1.0),
     ],
 )
-def test_frequencies(temperature: float, top_k: int, top_p: float, xla: bool) -> None:
+def test_frequencies(temperature: float, top_k: int, top_p: float, min_p: float, xla: bool) -> None:
     """Parameters applied in another order, a token too many or too few, or another distribution."""
     logits = np.random.default_rng(4).normal(0, 1.5, 40).astype(np.float32)
-    expected = warped(logits, temperature, top_k, top_p) * DRAWS
+    # After the temperature, and before top-k and top-p.
+    likely = np.exp((logits - logits.max()) / temperature) >= min_p
+    expected = warped(np.where(likely, logits, -np.inf), temperature, top_k, top_p) * DRAWS
     # Uniform samples as in requests, of many seeds and many steps.
     uniform = sampling.uniform_samples(tf.range(100, dtype=tf.int64), tf.range(100), DRAWS // 100).numpy().reshape(-1)
     settings = params([temperature] * DRAWS, [top_k] * DRAWS, [top_p] * DRAWS)
-    tokens = sample_tokens(np.tile(logits, [DRAWS, 1]), settings, uniform, xla=xla)
-    counts = np.bincount(tokens, minlength=40)
+    tokens = sample_tokens(np.tile(logits, [DRAWS, 1]), settings, uniform, xla=xla, min_p=min_p)
+    assert_frequencies(tokens, expected)
+
+
+def assert_frequencies(tokens: np.ndarray, expected: np.ndarray) -> None:
+    """Drawn tokens against the expected number of each, [V], by a chi-square test."""
+    counts = np.bincount(tokens, minlength=len(expected))
     kept = expected > 0
     assert not counts[~kept].any()
     statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
@@ -110,7 +124,8 @@ def test_compiled_and_not_keep_the_same_tokens() -> None:
         tokens = tf.zeros_like(top_k)[:, None]
         # The largest uniform sample draws the last token that is kept.
         uniform = tf.fill([tf.size(top_k)], tf.constant(np.nextafter(1.0, 0.0), tf.float64))
-        return sampling.sample_next_token(logits, tokens, tokens == 0, given, uniform, xla=xla)
+        off = no_extras(tf.size(top_k))
+        return sampling.sample_next_token(logits, tokens, tokens == 0, tokens > 0, given, off, uniform, xla=xla)
 
     def kept(xla: bool, rows: slice) -> np.ndarray:
         return traced[xla](logits[rows], top_k[rows], top_p[rows]).numpy() + 1
@@ -187,7 +202,9 @@ def test_a_row_uses_its_own_params(xla: bool) -> None:
     together = sample_tokens(logits, params(temperature, top_k, top_p), uniform, xla=xla)
     tokens = tf.zeros([1, 1], tf.int32)
     traced = tf.function(
-        lambda row, settings, number: sampling.sample_next_token(row, tokens, tokens == 0, settings, number, xla=xla),
+        lambda row, settings, number: sampling.sample_next_token(
+            row, tokens, tokens == 0, tokens > 0, settings, no_extras(1), number, xla=xla
+        ),
         jit_compile=xla,
     )
     alone = [
@@ -235,7 +252,12 @@ def test_repetition_penalty(xla: bool) -> None:
     lengths = np.array([1, 3, 12, 5, 12, 7])
     penalties = np.array([1.3, 1.0, 2.0, 0.5, 1.1, 1.0], np.float32)
     known = np.arange(12) < lengths[:, None]
-    ours = tf.function(sampling.apply_repetition_penalty, jit_compile=xla)(logits, tokens, known, penalties).numpy()
+
+    def apply(logits: tf.Tensor, tokens: tf.Tensor, known: tf.Tensor, penalties: tf.Tensor) -> tf.Tensor:
+        settings = params([1.0] * 6, [0] * 6, [1.0] * 6)._replace(repetition_penalty=penalties)
+        return sampling.apply_penalties(logits, tokens, known, known, settings, no_extras(6))
+
+    ours = tf.function(apply, jit_compile=xla)(logits, tokens, known, penalties).numpy()
     for row, (length, penalty) in enumerate(zip(lengths, penalties, strict=True)):
         processor = TFRepetitionPenaltyLogitsProcessor(float(penalty))
         theirs = processor(tf.constant(tokens[row : row + 1]), tf.constant(logits[row : row + 1]), int(length))
@@ -274,10 +296,128 @@ def test_extreme_params(xla: bool) -> None:
         logits, tokens, known, temperature, penalty, uniform = given
         one = tf.ones_like(temperature)
         settings = SamplingParams(one, temperature, tf.zeros_like(tokens[:, 0]), one, penalty, one)
-        return sampling.sample_next_token(logits, tokens, known, settings, uniform, xla=xla)
+        return sampling.sample_next_token(logits, tokens, known, known, settings, no_extras(rows), uniform, xla=xla)
 
     drawn = tf.function(sample, jit_compile=xla)(logits, tokens, known, temperature, penalty, uniform).numpy()
     # Rounding to float32 moves the edges between tokens by about 1e-6.
     unsure = (np.abs(edges - uniform[:, None]) < 1e-5).any(-1)
     assert unsure.mean() < 0.01
     assert (drawn == expected)[~unsure].all()
+
+
+def adjusted(
+    logits: np.ndarray,
+    prompt: list[int],
+    new: list[int],
+    biases: dict[int, float],
+    *,
+    repetition: float = 1.0,
+    frequency: float = 0.0,
+    presence: float = 0.0,
+) -> np.ndarray:
+    """Logits [V] by vLLM's definitions: biases, then the repetition, frequency and presence penalties."""
+    result = logits.astype(np.float64)
+    for token, bias in biases.items():
+        result[token] += bias
+    for token in range(len(result)):
+        if token in prompt + new:
+            result[token] = result[token] / repetition if result[token] > 0 else result[token] * repetition
+        result[token] -= frequency * new.count(token)
+        result[token] -= presence * (token in new)
+    return result
+
+
+@COMPILED
+def test_biases_and_penalties(xla: bool) -> None:
+    """A penalty for tokens of the prompt, once for a repeated token, or before the bias; EOS drawn too early."""
+    rng = np.random.default_rng(11)
+    size, length, eos = 30, 14, [3, 7, 600]
+    batch = 40
+    logits = rng.normal(0, 2, [batch, size]).astype(np.float32)
+    tokens = rng.integers(0, size, [batch, length]).astype(np.int32)
+    prompts, lengths = rng.integers(1, 8, batch), rng.integers(8, length + 1, batch)
+    ids = np.full([batch, MAX_BIASES], -1, np.int32)
+    biases = np.zeros([batch, MAX_BIASES], np.float32)
+    for row in range(0, batch, 3):
+        ids[row, :5], biases[row, :5] = rng.permutation(size)[:5], rng.uniform(-100, 100, 5)
+    off = np.arange(batch) % 4 == 0
+    repetition, frequency, presence = (
+        np.where(off, value, rng.uniform(low, 2, batch)).astype(np.float32)
+        for value, low in ((1, 0.5), (0, -2), (0, -2))
+    )
+    early = rng.random(batch) < 0.3
+
+    def apply(
+        logits: tf.Tensor, tokens: tf.Tensor, prompts: tf.Tensor, lengths: tf.Tensor, early: tf.Tensor
+    ) -> tf.Tensor:
+        settings = params([1.0] * batch, [0] * batch, [1.0] * batch)._replace(repetition_penalty=repetition)
+        extra = no_extras(batch)._replace(
+            frequency_penalty=tf.constant(frequency),
+            presence_penalty=tf.constant(presence),
+            logit_bias_ids=tf.constant(ids),
+            logit_bias=tf.constant(biases),
+        )
+        known = tf.range(length) < lengths[:, None]
+        new = known & (tf.range(length) >= prompts[:, None])
+        logits = sampling.adjust_logits(logits, extra, early, eos)
+        return sampling.apply_penalties(logits, tokens, known, new, settings, extra)
+
+    traced = tf.function(apply, jit_compile=xla)
+    ours = traced(logits, tokens, prompts.astype(np.int32), lengths.astype(np.int32), early).numpy()
+    for row in range(batch):
+        given = {int(token): float(bias) for token, bias in zip(ids[row], biases[row], strict=True) if token >= 0}
+        expected = adjusted(
+            logits[row],
+            tokens[row, : prompts[row]].tolist(),
+            tokens[row, prompts[row] : lengths[row]].tolist(),
+            given,
+            repetition=float(repetition[row]),
+            frequency=float(frequency[row]),
+            presence=float(presence[row]),
+        )
+        if early[row]:
+            expected[eos[:2]] = -np.inf
+        np.testing.assert_allclose(ours[row], expected, rtol=1e-5, atol=1e-4)
+
+
+@COMPILED
+def test_frequencies_after_penalties(xla: bool) -> None:
+    """A distribution that is drawn from the logits before the penalties."""
+    logits = np.random.default_rng(5).normal(0, 1, 20).astype(np.float32)
+    prompt, new = [1, 2], [2, 2, 9]
+    scores = adjusted(logits, prompt, new, {}, repetition=1.5, frequency=0.7, presence=-1.0)
+    weights = np.exp(scores / 1.2)
+
+    def sample(uniform: tf.Tensor) -> tf.Tensor:
+        tokens = tf.tile(tf.constant([prompt + new]), [DRAWS, 1])
+        known = tf.ones_like(tokens) > 0
+        after = tf.tile(tf.constant([[False] * 2 + [True] * 3]), [DRAWS, 1])
+        settings = params([1.2], [0], [1.0])
+        settings = settings._replace(repetition_penalty=tf.constant([1.5]))
+        settings = SamplingParams(*(tf.tile(value, [DRAWS]) for value in settings))
+        extra = no_extras(DRAWS)._replace(
+            frequency_penalty=tf.fill([DRAWS], 0.7), presence_penalty=tf.fill([DRAWS], -1.0)
+        )
+        rows = tf.tile(tf.constant(logits)[None], [DRAWS, 1])
+        return sampling.sample_next_token(rows, tokens, known, after, settings, extra, uniform, xla=xla)
+
+    uniform = tf.constant(np.random.default_rng(6).random(DRAWS))
+    assert_frequencies(tf.function(sample, jit_compile=xla)(uniform).numpy(), weights / weights.sum() * DRAWS)
+
+
+@COMPILED
+@pytest.mark.parametrize("size", [30, 1000])
+def test_reported_logprobs(size: int, xla: bool) -> None:
+    """Log-probabilities of other tokens, of another row, or after the sampling parameters; ties in another order."""
+    rng = np.random.default_rng(8)
+    logits = rng.choice(np.linspace(-4, 4, 23), [5, size]).astype(np.float32)
+    token = rng.integers(0, size, 5).astype(np.int32)
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    for count in (0, 1, 20):
+        traced = tf.function(partial(sampling.reported_logprobs, count=count), jit_compile=xla)
+        ids, values = (value.numpy() for value in traced(logits, token))
+        assert ids[:, 0].tolist() == token.tolist()
+        # The likeliest first, and equal ones by their ids.
+        assert ids[:, 1:].tolist() == np.argsort(-logits, -1, kind="stable")[:, :count].tolist()
+        np.testing.assert_allclose(values, np.take_along_axis(exact, ids, -1), atol=1e-5)

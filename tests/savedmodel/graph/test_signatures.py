@@ -20,6 +20,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from test_decoding import is_tie
 from tokenizers import decoders
 from transformers import AutoTokenizer, pipeline
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from tfclm.checkpoint import create
 from tfclm.corpus import prefix_ids
@@ -43,6 +44,13 @@ TYPES = {
     "seed": tf.int64,
     "input_ids": tf.int32,
     "attention_mask": tf.int32,
+    "min_p": tf.float32,
+    "presence_penalty": tf.float32,
+    "frequency_penalty": tf.float32,
+    "min_new_tokens": tf.int32,
+    "logit_bias_ids": tf.int32,
+    "logit_bias": tf.float32,
+    "top_logprobs": tf.int32,
 }
 PARAMS = {
     "max_new_tokens": [16],
@@ -51,6 +59,17 @@ PARAMS = {
     "top_p": [1.0],
     "repetition_penalty": [1.0],
     "seed": [-1],
+}
+# The parameters of `generate_tokens` alone, turned off.
+EXTRAS: dict[str, Any] = {
+    "min_p": [0.0],
+    "presence_penalty": [0.0],
+    "frequency_penalty": [0.0],
+    "min_new_tokens": [0],
+    "logit_bias_ids": [[-1]],
+    "logit_bias": [[0.0]],
+    "top_logprobs": [0],
+    "stop": [[""]],
 }
 Row = dict[str, Any]
 
@@ -64,8 +83,11 @@ class Export(NamedTuple):
 
     def ask(self, signature: str, **inputs: Any) -> dict[str, Any]:
         """The answer to a request, with default parameters if not given; rows as lists, texts as bytes."""
-        tensors = to_tensors(signature, inputs)
-        return {name: value.numpy().tolist() for name, value in self.signatures[signature](**tensors).items()}
+        function = self.signatures[signature]
+        # Loaded in Python, a signature has no defaults.
+        names = getattr(function, "structured_input_signature", ((), {}))[1]
+        extras = {name: value for name, value in EXTRAS.items() if signature == "generate_tokens" and name in names}
+        return {k: v.numpy().tolist() for k, v in function(**to_tensors(signature, extras | inputs)).items()}
 
     def generate(self, rows: list[Row]) -> list[dict[str, Any]]:
         """The answer for each row to one request with these rows."""
@@ -268,7 +290,8 @@ def test_seeds(exported: Export, tokens_only: Export) -> None:
     assert again[4:] == [texts[0]] * 2
     assert not set(again[1:4]) & set(texts)
     ids = {"input_ids": [[55]], "attention_mask": [[1]], "temperature": [1.5], "seed": [4]}
-    assert exported.ask("generate_tokens", **ids) == tokens_only.ask("generate_tokens", **ids)
+    answer = exported.ask("generate_tokens", **ids)
+    assert answer.items() >= tokens_only.ask("generate_tokens", **ids).items()
 
 
 # Ends of rows
@@ -450,7 +473,7 @@ def test_too_many_rows_take_no_memory(exported: Export, signature: str) -> None:
     rows = 1_000_000
     inputs: dict[str, Any] = {
         "generate": {"prompt": np.full(rows, "a")},
-        "generate_tokens": {"input_ids": np.ones([rows, 1]), "attention_mask": np.ones([rows, 1])},
+        "generate_tokens": EXTRAS | {"input_ids": np.ones([rows, 1]), "attention_mask": np.ones([rows, 1])},
         "score": {"text": np.full(rows, "a")},
         "serving_default": {"prompt": np.full(rows, "a")},
     }[signature]
@@ -510,13 +533,191 @@ def test_truncated_prompts(tokens_only: Export) -> None:
 
 def test_tokens_alone(tokens_only: Export) -> None:
     """An unsupported tokenizer that is exported all the same, or no signature `serving_default`."""
-    assert sorted(tokens_only.signatures) == ["generate_tokens", "serving_default"]
+    assert sorted(tokens_only.signatures) == ["describe", "generate_tokens", "serving_default"]
     ids = {name: tf.constant([[3, 4]]) for name in ("input_ids", "attention_mask")} | {
         "attention_mask": tf.ones([1, 2], 3)
     }
-    params = {name: tf.constant(value, TYPES[name]) for name, value in PARAMS.items()}
+    given = {name: value for name, value in (PARAMS | EXTRAS).items() if name != "stop"}
+    params = {name: tf.constant(value, TYPES[name]) for name, value in given.items()}
     answer = tokens_only.signatures["serving_default"](**ids, **params)
     assert answer["completion_tokens"].numpy() > 0
+    assert "completion_bytes" not in answer
+
+
+# Parameters and outputs of `generate_tokens` alone
+
+
+def expected_row(model: Any, pieces: list[bytes], row: Row) -> dict[str, Any]:
+    """The greedy tokens of a row and their log-probabilities, by the model's own logits and a plain loop in NumPy."""
+    text, new, logprobs = b"", [], []
+    while True:
+        logits = model(tf.constant([row["input_ids"] + new]), training=False).logits[0, -1].numpy().astype(np.float64)
+        exact = logits - np.log(np.exp(logits).sum())
+        for token, bias in zip(row["logit_bias_ids"], row["logit_bias"], strict=True):
+            logits[token] += bias if token >= 0 else 0
+        early = len(new) < row["min_new_tokens"]
+        logits[EOS] -= np.inf if early else 0
+        for token in {*row["input_ids"], *new}:
+            penalty = row["repetition_penalty"]
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        for token in set(new):
+            logits[token] -= row["frequency_penalty"] * new.count(token) + row["presence_penalty"]
+        new.append(int(logits.argmax()))
+        logprobs.append(exact)
+        ends = range(len(text) + 1, len(text) + len(pieces[new[-1]]) + 1)
+        text += pieces[new[-1]]
+        found = [end - len(s) for end in ends for s in sorted(row["stop"])[::-1] if s and text[:end].endswith(s)]
+        if (found and not early) or new[-1] in EOS or len(new) == row["max_new_tokens"]:
+            break
+    stopped = bool(found and not early)
+    return {
+        "output_ids": new,
+        "finish_reason": b"stop" if stopped or new[-1] in EOS else b"length",
+        "completion_bytes": text[: found[0]] if stopped else text,
+        "logprobs": logprobs,
+    }
+
+
+def random_row(rng: random.Random) -> Row:
+    """A greedy row with some of the parameters."""
+    return {
+        "input_ids": [rng.randrange(512) for _ in range(rng.choice([1, 6, 20]))],
+        "max_new_tokens": rng.choice([6, LIMIT]),
+        "repetition_penalty": rng.choice([1.0, 1.2]),
+        "min_p": rng.choice([0.0, 0.5]),
+        "presence_penalty": rng.choice([0.0, 0.0, -0.5, 2.0]),
+        "frequency_penalty": rng.choice([0.0, 0.0, -0.5, 1.0]),
+        "min_new_tokens": rng.choice([0, 0, 3, 6]),
+        # EOS are likely enough to end many rows.
+        "logit_bias_ids": rng.choice([[-1, -1], [EOS[1], 300], [300, 301], [EOS[2], -1]]),
+        "logit_bias": rng.choice([[2.0, -3.0], [0.5, 1.5]]),
+        "top_logprobs": rng.choice([0, 0, 1, 5, 20]),
+        "stop": rng.choice([[b"", b""], [b"e", b"the"], [b"t", b"it"], [b"\n", b" "]]),
+    }
+
+
+def ask_rows(one: Export, rows: list[Row]) -> list[dict[str, Any]]:
+    """The answers to rows in one request to `generate_tokens`, without padding."""
+    width = max(len(row["input_ids"]) for row in rows)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns["input_ids"] = [[0] * (width - len(ids)) + ids for ids in columns["input_ids"]]
+    columns["attention_mask"] = [[0] * (width - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows]
+    answer = one.ask("generate_tokens", **columns)
+    result = [dict(zip(answer, values, strict=True)) for values in zip(*answer.values(), strict=True)]
+    most = max(row["top_logprobs"] for row in rows)
+    for row, values in zip(rows, result, strict=True):
+        count, top = values["completion_tokens"], row["top_logprobs"]
+        assert {len(ids) for ids in values["top_ids"]} == {most}
+        # Where there is none, an id is -1 and a log-probability 0.
+        assert not any(values["token_logprobs"][count:])
+        for number, (ids, logprobs) in enumerate(zip(values["top_ids"], values["top_logprobs"], strict=True)):
+            there = top if number < count else 0
+            assert ids[there:] == [-1] * (most - there)
+            assert not any(logprobs[there:])
+        for name in ("output_ids", "token_logprobs", "top_ids", "top_logprobs"):
+            values[name] = values[name][:count]
+        for name in ("top_ids", "top_logprobs"):
+            values[name] = [each[:top] for each in values[name]]
+    return result
+
+
+def pieces_of(tokenizer: Any) -> list[bytes]:
+    """The bytes of each token, by the decoder of `tokenizers`."""
+    vocabulary = {number: token for token, number in tokenizer.get_vocab().items()}
+    points = bytes_to_unicode()
+    bytes_of = {character: byte for byte, character in points.items()}
+    return [bytes(bytes_of[c] for c in vocabulary[i]) if i else b"" for i in range(512)]
+
+
+@pytest.mark.parametrize("name", ["exported", "compiled"])
+def test_parameters_of_tokens(name: str, tokenizer: Any, request: pytest.FixtureRequest) -> None:
+    """A penalty, bias or end by another definition, or another row's; log-probabilities of what was sampled from."""
+    one, rng = request.getfixturevalue(name), random.Random(12)
+    rows = [random_row(rng) for _ in range(40 if name == "exported" else 12)]
+    pieces, ties = pieces_of(tokenizer), 0
+    alone = [ask_rows(one, [row])[0] for row in rows]
+    for start in range(0, len(rows), 7):
+        together = ask_rows(one, rows[start : start + 7])
+        for row, answer, single in zip(rows[start:], together, alone[start:], strict=False):
+            expected = expected_row(one.model, pieces, row)
+            if answer["output_ids"] != expected["output_ids"]:
+                ties += 1  # as in `assert_like_generate`
+                continue
+            assert answer["finish_reason"] == expected["finish_reason"]
+            assert answer["completion_bytes"] == expected["completion_bytes"]
+            for number, exact in enumerate(expected["logprobs"]):
+                ids = [answer["output_ids"][number], *answer["top_ids"][number]]
+                found = [answer["token_logprobs"][number], *answer["top_logprobs"][number]]
+                np.testing.assert_allclose(found, exact[ids], atol=1e-4)
+                likeliest = np.sort(exact)[::-1][: row["top_logprobs"]]
+                np.testing.assert_allclose(found[1:], likeliest, atol=1e-4)
+            exactly = ("output_ids", "top_ids", "finish_reason", "completion_bytes")
+            assert [answer[key] for key in exactly] == [single[key] for key in exactly]
+            np.testing.assert_allclose(answer["token_logprobs"], single["token_logprobs"], atol=1e-5)
+    assert ties <= 1
+    ends = [answer["finish_reason"] for answer in alone]
+    assert len(rows) // 6 < ends.count(b"stop") < len(rows)
+    assert len({tuple(answer["output_ids"]) for answer in alone}) > len(rows) // 2
+
+
+def test_sampled_parameters_of_tokens(exported: Export, rows: list[Row]) -> None:
+    """Parameters of rows that join others while these are decoded, and log-probabilities in another row's place."""
+    rng = random.Random(13)
+    some = [random_row(rng) | {"temperature": rng.choice([0.0, 1.0]), "seed": number} for number in range(24)]
+    alone = [ask_rows(exported, [row])[0] for row in some]
+    with ThreadPoolExecutor(8) as pool:
+        numbers = [rng.sample(range(24), rng.randrange(1, 6)) for _ in range(20)]
+        other = pool.map(lambda at: exported.generate([rows[each] for each in at]), numbers)
+        answers = list(pool.map(lambda at: ask_rows(exported, [some[each] for each in at]), numbers))
+    assert len(list(other)) == 20
+    for at, answer in zip(numbers, answers, strict=True):
+        for each, found in zip(at, answer, strict=True):
+            assert found["output_ids"] == alone[each]["output_ids"]
+            assert found["top_ids"] == alone[each]["top_ids"]
+            np.testing.assert_allclose(found["token_logprobs"], alone[each]["token_logprobs"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"min_p": [0.0, 1.5]}, r"min_p\[1\] is 1.5\d*: give 0 \(off\) to 1"),
+        ({"presence_penalty": [math.nan]}, r"presence_penalty\[0\] is nan: give -2 to 2"),
+        ({"frequency_penalty": [-2.5]}, r"frequency_penalty\[0\] is -2.5\d*: give -2 to 2"),
+        ({"min_new_tokens": [17]}, r"min_new_tokens\[0\] is 17: give 0 \(off\) to max_new_tokens"),
+        ({"logit_bias_ids": [[512]]}, r"logit_bias_ids\[0\] has 512: give 0 to 511, or -1 for none"),
+        (
+            {"logit_bias": [[0.0], [101.0]], "logit_bias_ids": [[1], [2]]},
+            r"logit_bias\[1\] has 101.0*: give -100 to 100",
+        ),
+        ({"logit_bias": [[0.0, 1.0]]}, "logit_bias has another shape than logit_bias_ids"),
+        ({"logit_bias_ids": [[[1]]], "logit_bias": [[1.0]]}, r"logit_bias_ids has rank 3: give rank 2, \[B, N\]"),
+        ({"stop": [["a"] * 5]}, "stop has 5 values per row: give at most 4"),
+        ({"stop": [["a"]] * 3}, "stop has 3 lists for 2 rows: give one, or one per row"),
+        ({"stop": [["a", "b" * 65]]}, r"stop\[0\] is too long: give at most 64 bytes"),
+        ({"top_logprobs": [21]}, r"top_logprobs\[0\] is 21: give 0 to 20"),
+    ],
+)
+def test_parameters_of_tokens_refused(exported: Export, inputs: dict[str, Any], message: str) -> None:
+    """An invalid value that is used, or an error that does not name the input and the row."""
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        exported.ask("generate_tokens", input_ids=[[1], [2]], attention_mask=[[1], [1]], **inputs)
+
+
+def test_too_many_log_probabilities(exported: Export) -> None:
+    """A small request whose answer takes gigabytes."""
+    rows = 1024
+    ids = {"input_ids": [[1]] * rows, "attention_mask": [[1]] * rows}
+    with pytest.raises(tf.errors.InvalidArgumentError, match="top_logprobs has 1945600 log-probabilities"):
+        exported.ask("generate_tokens", **ids, max_new_tokens=[95], top_logprobs=[20])
+
+
+def test_lists_of_one_value(exported: Export) -> None:
+    """Clients that send one value per row where a row may have several, as for all other parameters."""
+    ids = {"input_ids": [[5], [6]], "attention_mask": [[1], [1]], "max_new_tokens": [8]}
+    lists = exported.ask("generate_tokens", **ids, logit_bias_ids=[[7], [8]], logit_bias=[[90.0]] * 2, stop=[["e"]] * 2)
+    flat = exported.ask("generate_tokens", **ids, logit_bias_ids=[7, 8], logit_bias=[90.0, 90.0], stop=["e", "e"])
+    assert flat == lists
+    assert [set(row) for row in flat["output_ids"]] == [{7}, {8}]
 
 
 # Scores
@@ -573,24 +774,67 @@ def test_scores_with_a_bos(tokenizer_dir: Path, documents: list[str], bos: str) 
     answer = {name: value.numpy() for name, value in score(text=tf.constant(texts)).items()}
     for row, text in enumerate(texts):
         ids, end_before = tokenizer(text, add_special_tokens=False)["input_ids"], 0
-        logprobs = []
+        logprobs, likeliest = [], []
         while end_before < len(ids):
             begin = max(0, end_before - room + 16) if end_before else 0
             window = [*prefix, *ids[begin : begin + room]]
             logits = tf.nn.log_softmax(tf.cast(model(tf.constant([window])).logits[0], tf.float64)).numpy()
             end = min(begin + room, len(ids))
-            logprobs += [logits[len(prefix) + i - begin - 1, ids[i]] for i in range(end_before, end)]
+            places = [len(prefix) + i - begin - 1 for i in range(end_before, end)]
+            logprobs += [logits[place, ids[i]] for place, i in zip(places, range(end_before, end), strict=True)]
+            likeliest += logits[places].argmax(-1).tolist()
             end_before = end
         assert answer["token_count"][row] == len(logprobs) == len(ids)
-        found = answer["token_logprobs"][row]
+        found, first = answer["token_logprobs"][row], len(prefix)
         assert not found[: len(prefix)].any()
         assert not found[len(prefix) + len(ids) :].any()
         np.testing.assert_allclose(found[len(prefix) : len(prefix) + len(ids)], logprobs, atol=1e-4)
+        greedy = answer["greedy_ids"][row]
+        assert (greedy == -1).tolist() == [not first <= at < first + len(ids) for at in range(len(greedy))]
+        assert (greedy[first : first + len(ids)] == likeliest).mean() > 0.99
         assert answer["loss"][row] == pytest.approx(-np.mean(logprobs), rel=1e-5)
         library = perplexity(model, tokenizer(text)["input_ids"], window=32, stride=16, prefix=prefix)
         assert (library.tokens, library.loss) == (len(ids), pytest.approx(-np.mean(logprobs), rel=1e-5))
     with pytest.raises(tf.errors.InvalidArgumentError, match=f"fewer than {len(prefix) + 1} tokens"):
         score(text=tf.constant([""]))
+
+
+# The tokenizer and the description
+
+
+def test_tokenize_and_detokenize(exported: Export, tokenizer: Any, documents: list[str]) -> None:
+    """Padding that looks like a token or is in the text; bytes of a character that are not there to be joined."""
+    texts = [documents[9][:70], "", "<|endoftext|>né 漢字", "x"]
+    answer = exported.ask("tokenize", text=texts)
+    ids = tokenizer(texts)["input_ids"]
+    width = max(map(len, ids))
+    assert answer["token_count"] == [len(row) for row in ids]
+    assert answer["token_ids"] == [row + [-1] * (width - len(row)) for row in ids]
+    back = exported.ask("detokenize", token_ids=answer["token_ids"])
+    assert [text.decode() for text in back["text"]] == tokenizer.batch_decode(ids, skip_special_tokens=True)
+    cut = exported.ask("detokenize", token_ids=[[*row[:-1], -1, row[-1]] for row in answer["token_ids"][2:3]])
+    assert cut == {name: values[2:3] for name, values in back.items()}
+    half = tokenizer("é")["input_ids"][:1]
+    assert len(tokenizer("é")["input_ids"]) == 2
+    assert exported.ask("detokenize", token_ids=[half]) == {"text": ["\ufffd".encode()], "text_bytes": [b"\xc3"]}
+    for bad in ([[512]], [[-2]]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"token_ids\[0\] has an id that is no token"):
+            exported.ask("detokenize", token_ids=bad)
+
+
+def test_describe(exported: Export, tokens_only: Export) -> None:
+    """What a program needs and cannot find out, or a description that is not JSON."""
+    answer = exported.ask("describe", query=["", "x"])["description"]
+    assert answer[0] == answer[1]
+    told = json.loads(answer[0])
+    assert (told["model_type"], told["context"], told["eos_ids"]) == ("gpt2", CONTEXT, EOS)
+    assert told["limits"]["max_new_tokens"] == CONTEXT - 1
+    assert told["limits"]["top_logprobs"] == 20
+    assert told["defaults"]["max_new_tokens"] == CONTEXT - 1
+    assert told["special_tokens"]["eos_token"] == {"text": "<|endoftext|>", "id": 0}
+    assert told["signatures"] == sorted(exported.signatures)
+    assert told["tokenizer_problem"] is None
+    assert "CTC" in json.loads(tokens_only.ask("describe", query=["x"])["description"][0])["tokenizer_problem"]
 
 
 # Unmodified servers
@@ -725,10 +969,11 @@ def test_two_models_in_one_process(exported: Export, compiled: Export, unsupport
         for export in (exported, compiled)
     ]
     exports = [exported, compiled, *(Export(None, exported.folder, signatures) for signatures in made)]
-    expected = [export.ask("generate_tokens", **ids) for export in exports]
+    expected = [export.ask("generate_tokens", **ids)["output_ids"] for export in exports]
     assert expected[0] == expected[2] != expected[1] == expected[3]
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda number: exports[number % 4].ask("generate_tokens", **ids), range(32)))
+        asked = pool.map(lambda number: exports[number % 4].ask("generate_tokens", **ids)["output_ids"], range(32))
+        answers = list(asked)
     assert answers == expected * 8
 
 
@@ -824,7 +1069,7 @@ counts.append(modules())
 types = json.loads(sys.stdin.read())
 for inputs in types:
     tensors = {name: tf.constant(value, kind) for name, (value, kind) in inputs.items()}
-    name = "generate" if "stop" in inputs else "generate_tokens" if "input_ids" in inputs else "score"
+    name = "generate_tokens" if "input_ids" in inputs else "generate" if "stop" in inputs else "score"
     loaded.signatures[name](**tensors)
 counts.append(modules())
 print(json.dumps(counts))
@@ -844,8 +1089,10 @@ def test_no_request_compiles(compiled: Export, rows: list[Row], tmp_path: Path) 
         requests.append({name: (value, TYPES.get(name, tf.string).name) for name, value in columns.items()})
         for length in (1, 8, 9, CONTEXT - 1):
             ids = [[rng.randrange(512) for _ in range(length)] for _ in range(count)]
-            columns = PARAMS | {"input_ids": ids, "attention_mask": [[1] * length] * count, "max_new_tokens": [LIMIT]}
-            requests.append({name: (value, TYPES[name].name) for name, value in columns.items()})
+            columns = PARAMS | EXTRAS | {"input_ids": ids, "attention_mask": [[1] * length] * count}
+            columns |= {"max_new_tokens": [LIMIT], "top_logprobs": [length % 5], "stop": [["e", "\n"]]}
+            columns |= {"logit_bias_ids": [[5] * count], "logit_bias": [[1.0] * count], "presence_penalty": [0.5]}
+            requests.append({name: (value, TYPES.get(name, tf.string).name) for name, value in columns.items()})
     requests.append({"text": (["import x", "x" * 1000], "string")})
     # What is compiled is counted here, not what it computes.
     flags = [f"--xla_dump_to={tmp_path}", "--xla_dump_hlo_as_text", "--xla_backend_optimization_level=0"]

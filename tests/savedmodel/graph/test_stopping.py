@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfclm.savedmodel.graph.stopping import MAX_STOP_BYTES, Stop, StopFinder
+from tfclm.savedmodel.graph.stopping import MAX_STOP_BYTES, MAX_STOPS, Stop, StopFinder
 
 PIECES = [b"a", b"b", b"ab", b"ba", b"aab", b"", b"\xc3", b"\xa9", b"e\xcc", b"\x81 ", b"bbbbbbbbb", b"\0", b"\n\n"]
 
@@ -23,7 +23,7 @@ def search(finder: StopFinder, stops: list[bytes], rows: np.ndarray, ends: list[
 
         return tf.while_loop(lambda index, _: index < tokens.shape[1], step, (0, state))[1]
 
-    return find_all(finder.begin(tf.constant(stops)), tf.constant(rows), tf.constant(ends))
+    return find_all(finder.begin(tf.constant(stops)[:, None]), tf.constant(rows), tf.constant(ends))
 
 
 @pytest.mark.parametrize("xla", [False, True], ids=["default", "xla"])
@@ -81,3 +81,36 @@ def test_ids_beyond_the_pieces() -> None:
     finder = StopFinder([b"a", b"b", b""])
     state = search(finder, [b"ab"], np.array([[0, 700, 1]], np.int32), [3], xla=False)
     assert state.found.numpy().tolist() == [True]
+
+
+@pytest.mark.parametrize("xla", [False, True], ids=["default", "xla"])
+def test_several_stop_strings(xla: bool) -> None:
+    """One of them missed, or text that still holds another one; a stop string that ends a row that is too short."""
+    rng = random.Random(9)
+    batch, length, kinds = 300, 8, [*[b""] * 8, b"ab", b"ba", b"bb", b"bba", b"aab", "é".encode(), b"\n\n"]
+    rows = np.array([[rng.randrange(len(PIECES)) for _ in range(length)] for _ in range(batch)], np.int32)
+    stops = [[rng.choice(kinds) for _ in range(MAX_STOPS)] for _ in rows]
+    least = [rng.choice([0, 0, 1, 4]) for _ in rows]
+    finder = StopFinder(PIECES)
+
+    @tf.function(jit_compile=xla)
+    def find_all(state: Stop) -> Stop:
+        def step(index: tf.Tensor, state: Stop) -> tuple[tf.Tensor, Stop]:
+            return index + 1, finder.find(state, tf.constant(rows)[:, index], ~state.found, index < tf.constant(least))
+
+        return tf.while_loop(lambda index, _: index < length, step, (0, state))[1]
+
+    state = find_all(finder.begin(tf.constant(stops)))
+    for row in range(batch):
+        text, before = b"", -1
+        for number, token in enumerate(rows[row]):
+            for end in range(len(text) + 1, len(text) + len(PIECES[token]) + 1):
+                ending = [stop for stop in stops[row] if stop and (text + PIECES[token])[:end].endswith(stop)]
+                if before < 0 and ending and number >= least[row]:
+                    before = end - max(map(len, ending))
+            text += PIECES[token]
+            if before >= 0:
+                break
+        assert state.found[row] == (before >= 0)
+        assert before in (-1, state.length[row])
+    assert 100 < state.found.numpy().sum() < 290

@@ -11,12 +11,25 @@ import tensorflow as tf
 from tfclm.compat import xla_optimization_barrier
 from tfclm.savedmodel.graph import key_value_cache
 from tfclm.savedmodel.graph.network import Network, Weights
-from tfclm.savedmodel.graph.sampling import SamplingParams, sample_next_token
+from tfclm.savedmodel.graph.sampling import (
+    ExtraParams,
+    SamplingParams,
+    adjust_logits,
+    reported_logprobs,
+    sample_next_token,
+)
 from tfclm.savedmodel.graph.stopping import Stop, StopFinder
 
-__all__ = ["CompiledDecoder", "Decoder", "DecodingRows"]
+__all__ = ["CompiledDecoder", "Decoder", "DecodingRows", "NewLogprobs"]
 
 Tensor = Any
+
+
+class NewLogprobs(NamedTuple):
+    """Of the tokens of each step, the token's own id and log-probability, then those of the likeliest tokens."""
+
+    ids: Tensor  # int32 [B, steps, 0 or 1 + the largest top_logprobs]
+    values: Tensor  # float32 of the same shape
 
 
 class DecodingRows(NamedTuple):
@@ -24,10 +37,12 @@ class DecodingRows(NamedTuple):
 
     tokens: Tensor  # int32 [B, capacity + 1], prompt and generated tokens
     length: Tensor  # int32 [B], their number
+    prompt_length: Tensor  # int32 [B]
     finished: Tensor  # bool [B]
     stopped: Tensor  # bool [B], whether an EOS or a stop string ended the row
     stop: Stop
     buffers: tuple[Tensor, ...]  # the key-value cache, [B, key-value heads, capacity, head size] each
+    logprobs: Any = None  # NewLogprobs, set by `Decoder.run`
 
 
 class Decoder:
@@ -37,15 +52,20 @@ class Decoder:
         network: the model.
         eos_ids: tokens that end a row.
         finder: finds stop strings; None if there are none.
+        top_logprobs: the largest value of the parameter.
     """
 
-    def __init__(self, network: Network, eos_ids: Sequence[int], finder: StopFinder | None) -> None:
+    def __init__(
+        self, network: Network, eos_ids: Sequence[int], finder: StopFinder | None, top_logprobs: int = 0
+    ) -> None:
         self._network, self._eos, self._finder = network, list(eos_ids), finder
+        self._top_logprobs = top_logprobs
 
     def run(
         self,
         rows: DecodingRows,
         params: SamplingParams,
+        extra: ExtraParams,
         end: Tensor,
         uniform: Tensor,
         weights: Weights,
@@ -58,12 +78,14 @@ class Decoder:
         Args:
             rows: none is finished; the capacity of the cache is enough for the steps that `go_on` allows.
             params: [B] each.
+            extra: [B] each.
             end: int32 [B], the length at which a row is finished.
             uniform: float64 [B, steps], samples in [0, 1), one column per step.
             weights: of the network.
             go_on: takes the number of steps so far, 1 or more.
         """
-        choose = self._chooser(rows, params, uniform, xla=False)
+        rows = rows._replace(logprobs=_no_logprobs(uniform, extra))
+        choose = self._chooser(rows, params, extra, uniform, xla=False)
 
         def step(number: Tensor, rows: DecodingRows) -> tuple[Tensor, DecodingRows]:
             last = tf.gather(rows.tokens, rows.length - 1, batch_dims=1)
@@ -77,23 +99,40 @@ class Decoder:
         return cast("DecodingRows", tf.while_loop(again, step, (tf.constant(0), rows), parallel_iterations=1)[1])
 
     def _chooser(
-        self, rows: DecodingRows, params: SamplingParams, uniform: Tensor, *, xla: bool
+        self, rows: DecodingRows, params: SamplingParams, extra: ExtraParams, uniform: Tensor, *, xla: bool
     ) -> Callable[[Tensor, DecodingRows, Tensor], DecodingRows]:
         """Returns a function that adds one token to each row, given the number of the step and the logits [B, V]."""
         sample = tf.function(partial(sample_next_token, xla=xla), autograph=False)
         positions = tf.range(tf.shape(rows.tokens)[1])[None]
         indices = tf.range(tf.shape(rows.length)[0])
         all_rows = tf.ones_like(rows.finished)
+        not_in_prompt = positions >= rows.prompt_length[:, None]
+        adjusts = tf.reduce_any(extra.logit_bias_ids >= 0) | tf.reduce_any(extra.min_new_tokens > 0)
+        reports = tf.reduce_any(extra.top_logprobs >= 0)
+        # XLA needs a static number.
+        top = self._top_logprobs if xla else tf.shape(rows.logprobs.ids)[2] - 1
 
         def choose(number: Tensor, rows: DecodingRows, logits: Tensor) -> DecodingRows:
             known = positions < rows.length[:, None]
-            token = sample(logits, rows.tokens, known, params, tf.gather(uniform, number, axis=1))
-            stop = self._finder.find(rows.stop, token, all_rows) if self._finder is not None else rows.stop
+            early = rows.length - rows.prompt_length < extra.min_new_tokens
+            adjusted = tf.cond(adjusts, lambda: adjust_logits(logits, extra, early, self._eos), lambda: logits)
+            samples = tf.gather(uniform, number, axis=1)
+            token = sample(adjusted, rows.tokens, known, known & not_in_prompt, params, extra, samples)
+            stop = self._finder.find(rows.stop, token, all_rows, early) if self._finder is not None else rows.stop
             stopped = stop.found
             if self._eos:
                 stopped |= tf.reduce_any(token[:, None] == tf.constant(self._eos, tf.int32)[None], 1)
             tokens = tf.tensor_scatter_nd_update(rows.tokens, tf.stack([indices, rows.length], 1), token)
-            return rows._replace(tokens=tokens, length=rows.length + 1, stop=stop, stopped=stopped)
+
+            def reported() -> NewLogprobs:
+                at = tf.stack([indices, tf.fill(tf.shape(indices), number)], 1)
+                new = reported_logprobs(logits, token, top)
+                return NewLogprobs(
+                    *(tf.tensor_scatter_nd_update(old, at, each) for old, each in zip(rows.logprobs, new, strict=True))
+                )
+
+            logprobs = tf.cond(reports, reported, lambda: rows.logprobs)
+            return rows._replace(tokens=tokens, length=rows.length + 1, stop=stop, stopped=stopped, logprobs=logprobs)
 
         return choose
 
@@ -107,14 +146,17 @@ class CompiledDecoder(Decoder):
 
     STEPS = 4
 
-    def __init__(self, network: Network, eos_ids: Sequence[int], finder: StopFinder | None) -> None:
-        super().__init__(network, eos_ids, finder)
+    def __init__(
+        self, network: Network, eos_ids: Sequence[int], finder: StopFinder | None, top_logprobs: int = 0
+    ) -> None:
+        super().__init__(network, eos_ids, finder, top_logprobs)
         self._compiled = tf.function(self._run_compiled, autograph=False, jit_compile=True)
 
     def run(
         self,
         rows: DecodingRows,
         params: SamplingParams,
+        extra: ExtraParams,
         end: Tensor,
         uniform: Tensor,
         weights: Weights,
@@ -123,15 +165,25 @@ class CompiledDecoder(Decoder):
         """See `Decoder.run`; rows whose `end` is 0 only fill the batch, and are never finished."""
         uniform = tf.pad(uniform, [[0, 0], [0, self.STEPS]])
         capacity = tf.shape(rows.buffers[0])[2]
+        rows = rows._replace(logprobs=_no_logprobs(uniform, extra))
 
         def few_steps(number: Tensor, rows: DecodingRows) -> tuple[Tensor, DecodingRows]:
             remaining = capacity + 1 - tf.reduce_max(rows.length)
             drawn = tf.ensure_shape(uniform[:, number : number + self.STEPS], [None, self.STEPS])
-            taken, after, recent = self._compiled(rows, params, end, drawn, tf.minimum(remaining, self.STEPS))
+            # XLA would compile for each size of `logprobs`.
+            asked = rows._replace(logprobs=None)
+            taken, after, recent = self._compiled(asked, params, extra, end, drawn, tf.minimum(remaining, self.STEPS))
             slots = rows.length[:, None] - 1 + tf.range(taken)
             write = key_value_cache.Writer(rows.buffers[0], slots).write
             buffers = [write(buffer, new[:, :, :taken]) for buffer, new in zip(rows.buffers, recent, strict=True)]
-            return number + taken, after._replace(buffers=tuple(buffers))
+
+            def with_new(old: Tensor, new: Tensor) -> Tensor:
+                size = tf.shape(old)[2]
+                parts = [old[:, :number], new[:, :taken, :size], old[:, number + taken :]]
+                return tf.ensure_shape(tf.concat(parts, 1), old.shape)
+
+            logprobs = NewLogprobs(*map(with_new, rows.logprobs, after.logprobs))
+            return number + taken, after._replace(buffers=tuple(buffers), logprobs=logprobs)
 
         def again(number: Tensor, rows: DecodingRows) -> Tensor:
             return (number == 0) | (~tf.reduce_any(rows.finished) & go_on(number))
@@ -148,14 +200,20 @@ class CompiledDecoder(Decoder):
             )[1],
         )
 
-    def compile(self, rows: DecodingRows, params: SamplingParams) -> Tensor:
+    def compile(self, rows: DecodingRows, params: SamplingParams, extra: ExtraParams) -> Tensor:
         """Compiles for the sizes of `rows`; returns the number of steps that were run, which is 0."""
         uniform = tf.zeros([tf.shape(rows.length)[0], self.STEPS], tf.float64)
-        taken, *_ = self._compiled(rows, params, rows.length, uniform, tf.constant(0))
+        taken, *_ = self._compiled(rows, params, extra, rows.length, uniform, tf.constant(0))
         return taken
 
     def _run_compiled(
-        self, rows: DecodingRows, params: SamplingParams, end: Tensor, uniform: Tensor, limit: Tensor
+        self,
+        rows: DecodingRows,
+        params: SamplingParams,
+        extra: ExtraParams,
+        end: Tensor,
+        uniform: Tensor,
+        limit: Tensor,
     ) -> tuple[Tensor, DecodingRows, list[Tensor]]:
         """Runs at most `limit` [] steps: their number, the rows without buffers, and the new keys and values."""
         network, starts, buffers = self._network, rows.length - 1, rows.buffers
@@ -163,7 +221,9 @@ class CompiledDecoder(Decoder):
         batch, heads, _, size = buffers[0].shape
         batch = tf.shape(buffers[0])[0] if batch is None else batch
         recent = [tf.zeros([batch, heads, self.STEPS, size]) for _ in buffers]
-        choose = self._chooser(rows, params, uniform, xla=True)
+        shape = [batch, self.STEPS, 1 + self._top_logprobs]
+        rows = rows._replace(logprobs=NewLogprobs(tf.zeros(shape, tf.int32), tf.zeros(shape)))
+        choose = self._chooser(rows, params, extra, uniform, xla=True)
 
         def loop(read_weights: Callable[[Tensor], Weights]) -> tuple[Tensor, DecodingRows, list[Tensor]]:
             """Runs with the weights that `read_weights` returns at each step, given the last tokens."""
@@ -195,6 +255,12 @@ class CompiledDecoder(Decoder):
                 lambda: loop(lambda token: weights),
             ),
         )
+
+
+def _no_logprobs(uniform: Tensor, extra: ExtraParams) -> NewLogprobs:
+    """Zeros, for as many steps as `uniform` [B, steps] is for."""
+    shape = [*tf.unstack(tf.shape(uniform)), 1 + tf.reduce_max(extra.top_logprobs)]
+    return NewLogprobs(tf.zeros(shape, tf.int32), tf.zeros(shape))
 
 
 def _cast_at_each_step(weights: Weights, token: Tensor) -> Weights:

@@ -18,8 +18,8 @@ from tfclm.savedmodel.graph.decoding import CompiledDecoder, Decoder
 from tfclm.savedmodel.graph.network import Network
 from tfclm.savedmodel.graph.passes import CompiledSizes, Passes
 from tfclm.savedmodel.graph.prefix_cache import PrefixCache
-from tfclm.savedmodel.graph.sampling import PARAM_TYPES, SamplingParams, resolve_seeds
-from tfclm.savedmodel.graph.state import ENDED, FINISHED, Rows, SharedState, State, Submission
+from tfclm.savedmodel.graph.sampling import PARAM_TYPES, ExtraParams, SamplingParams, no_extras, resolve_seeds
+from tfclm.savedmodel.graph.state import ENDED, FINISHED, Logprobs, Rows, SharedState, State, Submission
 from tfclm.savedmodel.graph.stopping import Stop, StopFinder
 
 __all__ = ["Completions", "Engine", "EngineLimits"]
@@ -36,6 +36,7 @@ class EngineLimits(NamedTuple):
         cached_tokens: the maximum number of tokens whose keys and values are kept; the context or more.
         prefix_cache: whether prompts may start from the keys and values of other rows.
         waiting: the maximum number of requests; a server answers UNAVAILABLE to more.
+        top_logprobs: the largest value of the parameter.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class EngineLimits(NamedTuple):
     cached_tokens: int
     prefix_cache: bool = True
     waiting: int = 1024
+    top_logprobs: int = 0
 
 
 class Completions(NamedTuple):
@@ -52,6 +54,10 @@ class Completions(NamedTuple):
     count: Tensor  # int32 [B], tokens, including an EOS and a stop string's
     stopped: Tensor  # bool [B], whether an EOS or a stop string ended the row
     length_in_bytes: Tensor  # int32 [B], bytes of the text before the stop string; -1 if none was found
+    # Of each new token its own id, then the likeliest ones, int32 [B, the largest count, 0 or 1 + the largest
+    # top_logprobs]; -1 where there are none.
+    logprob_ids: Tensor
+    logprobs: Tensor  # float32 of the same shape, their log-probabilities
 
 
 class Engine:
@@ -102,7 +108,7 @@ class Engine:
         kind = Decoder if sizes is None else CompiledDecoder
         self._passes = Passes(
             network,
-            kind(network, eos_ids, finder),
+            kind(network, eos_ids, finder, limits.top_logprobs),
             self._cache,
             self._shared,
             max_rows=limits.rows,
@@ -114,18 +120,27 @@ class Engine:
             tf.TensorSpec([1], tf.int64, "request")
         )
 
-    def complete(self, ids: Tensor, lengths: Tensor, params: SamplingParams, stop: Tensor | None = None) -> Completions:
+    def complete(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        params: SamplingParams,
+        stop: Tensor | None = None,
+        extra: ExtraParams | None = None,
+    ) -> Completions:
         """Continues each prompt until an EOS, its stop string, its max_new_tokens or the end of the context.
 
         Args:
             ids: int32 [B, L], padded on the right.
             lengths: int32 [B], tokens of each prompt, 1 to the context size - 1.
             params: [B] each.
-            stop: string [B], "" = none; required if there is a finder.
+            stop: string [B, up to MAX_STOPS], "" = none; required if there is a finder.
+            extra: [B] each; None turns them off.
         """
+        extra = no_extras(tf.size(lengths)) if extra is None else extra
         request = resolve_seeds(tf.constant([-1], tf.int64))
         params = params._replace(seed=resolve_seeds(params.seed))
-        rows = self._submission(request, ids, lengths, params, stop)
+        rows = self._submission(request, ids, lengths, params, stop, extra)
 
         def turn(known: Tensor, finished: Tensor, *completions: Tensor) -> tuple[Tensor, ...]:
             # Rows that a pass had taken when it failed are unknown: they are submitted again.
@@ -135,8 +150,10 @@ class Engine:
             return tuple(value[0] for value in results)
 
         none = tf.zeros_like(lengths)
-        nothing = (tf.zeros([0, self._limits.new_tokens], tf.int32), none[:0], none[:0] > 0, none[:0])
+        no_logprobs = tf.zeros([0, 0, 0], tf.int32), tf.zeros([0, 0, 0])
+        nothing = (tf.zeros([0, self._limits.new_tokens], tf.int32), none[:0], none[:0] > 0, none[:0], *no_logprobs)
         shapes = [tf.TensorShape([None, self._limits.new_tokens]), *[tf.TensorShape([None])] * 3]
+        shapes += [tf.TensorShape([None, None, None])] * 2
         no = tf.constant(False)
         _, _, *completions = tf.while_loop(
             lambda known, finished, *_: ~finished,
@@ -188,24 +205,32 @@ class Engine:
         mine = rows.of(request)
         finished = known & _all(rows.status >= FINISHED, mine)
         taken = tf.where(mine & finished)[:, 0]
-        completions = self._completions(rows.chosen(taken))
+        completions = self._completions(state, taken)
         # The rows leave with the next pass, which puts their keys and values into the prefix cache.
         state = state._replace(rows=rows._replace(status=tf.where(mine & finished, ENDED, rows.status)))
         with tf.control_dependencies([*completions, self._shared.write(state)]):
             return known[None], tf.identity(finished)[None], *(tf.identity(value)[None] for value in completions)
 
-    def _completions(self, rows: Rows) -> Completions:
-        limit = self._limits.new_tokens
+    def _completions(self, state: State, indices: Tensor) -> Completions:
+        """The completions of the rows at `indices` [M]."""
+        rows, limit = state.rows.chosen(indices), self._limits.new_tokens
         count = rows.length - rows.prompt_length
         width = tf.shape(rows.tokens)[1]
         positions = tf.minimum(rows.prompt_length[:, None] + tf.range(limit), width - 1)
         generated = tf.gather(rows.tokens, positions, batch_dims=1)
         output = tf.where(tf.range(limit) < count[:, None], generated, self._pad_id)
         output.set_shape([None, limit])
-        return Completions(output, count, rows.stopped, tf.where(rows.stop.found, rows.stop.length, -1))
+        length_in_bytes = tf.where(rows.stop.found, rows.stop.length, -1)
+        return Completions(output, count, rows.stopped, length_in_bytes, *state.logprobs.of(state.rows, indices))
 
     def _submission(
-        self, request: Tensor, ids: Tensor, lengths: Tensor, params: SamplingParams, stop: Tensor | None
+        self,
+        request: Tensor,
+        ids: Tensor,
+        lengths: Tensor,
+        params: SamplingParams,
+        stop: Tensor | None,
+        extra: ExtraParams,
     ) -> Submission:
         network = self._network
         ids = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), ids, 0)
@@ -219,6 +244,7 @@ class Engine:
             prompt_length=lengths,
             end=tf.minimum(lengths + params.max_new_tokens, end),
             params=params,
+            extra=extra,
             stop=self._stop(stop, lengths),
         )
 
@@ -233,7 +259,8 @@ class Engine:
         params = SamplingParams(*(tf.TensorSpec([None], kind) for kind in PARAM_TYPES))
 
         def example(ids: Tensor, lengths: Tensor, params: SamplingParams, stop: Tensor) -> Submission:
-            return self._submission(tf.constant([0], tf.int64), ids, lengths, params, stop)
+            extra = no_extras(tf.size(lengths))
+            return self._submission(tf.constant([0], tf.int64), ids, lengths, params, stop, extra)
 
         structure = (
             tf.function(example, autograph=False)
@@ -241,7 +268,7 @@ class Engine:
                 tf.TensorSpec([None, None], tf.int32),
                 tf.TensorSpec([None], tf.int32),
                 params,
-                tf.TensorSpec([None], tf.string),
+                tf.TensorSpec([None, None], tf.string),
             )
             .structured_outputs
         )
@@ -254,7 +281,8 @@ class Engine:
         """A state without rows."""
         buffers = tuple(tf.zeros(self._cache_shape) for _ in range(2 * self._network.spec.layers))
         rows = _no_rows(self._specs)
-        return State(tf.constant(0, tf.int64), rows, self._cache.empty(), buffers)
+        logprobs = Logprobs(tf.zeros([0], tf.int32), tf.zeros([0]))
+        return State(tf.constant(0, tf.int64), rows, self._cache.empty(), buffers, logprobs)
 
     def _first(self) -> State:
         """The state before the first pass. With XLA, all sizes are compiled at once here."""

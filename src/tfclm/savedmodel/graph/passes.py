@@ -88,11 +88,12 @@ class Passes:
             no = chosen.length > 0
             tokens = tf.zeros([count, capacity + 1], tf.int32)
             buffers = tuple(self._network.buffers(count, capacity))
-            decoding = DecodingRows(tokens, chosen.length + 1, no, no, chosen.stop, buffers)
+            length = chosen.length + 1
+            decoding = DecodingRows(tokens, length, chosen.prompt_length, no, no, chosen.stop, buffers)
             one = tf.constant(1)
             extended = self._extension(first.tokens, tf.constant(0), one, [part[:1] for part in buffers])
             with tf.control_dependencies(extended):
-                return index + 1, steps + decoder.compile(decoding, chosen.params)
+                return index + 1, steps + decoder.compile(decoding, chosen.params, chosen.extra)
 
         return tf.while_loop(lambda index, _: index < len(pairs), compile_one, (0, 0), parallel_iterations=1)[1]
 
@@ -261,7 +262,8 @@ class Passes:
         remaining = tf.where(state.rows.status != ENDED)[:, 0]
 
         def without_ended() -> State:
-            return state._replace(rows=state.rows.chosen(remaining))
+            logprobs = state.logprobs.remaining(state.rows, remaining)
+            return state._replace(rows=state.rows.chosen(remaining), logprobs=logprobs)
 
         fewer = tf.size(remaining) < tf.size(state.rows.status)
         return cast("State", tf.cond(fewer, without_ended, lambda: state))
@@ -374,8 +376,10 @@ class Passes:
             lambda: tf.zeros([batch, MAX_STEPS], tf.float64),
         )
         no = tf.zeros_like(end, tf.bool)
-        decoding = DecodingRows(chosen.tokens[:, : capacity + 1], chosen.length, no, no, chosen.stop, state.buffers)
-        done = self._decoder.run(decoding, chosen.params, end, uniform, weights, go_on)
+        decoding = DecodingRows(
+            chosen.tokens[:, : capacity + 1], chosen.length, chosen.prompt_length, no, no, chosen.stop, state.buffers
+        )
+        done = self._decoder.run(decoding, chosen.params, chosen.extra, end, uniform, weights, go_on)
         tokens = tf.concat([done.tokens, chosen.tokens[:, capacity + 1 :]], 1)
         status = tf.where(done.finished, FINISHED, DECODING)
 
@@ -389,7 +393,14 @@ class Passes:
             status=updated(rows.status, status),
             stop=tf.nest.map_structure(updated, rows.stop, done.stop),
         )
-        return state._replace(rows=rows, buffers=done.buffers)
+        first, last = chosen.length - chosen.prompt_length, done.length - chosen.prompt_length
+        new = [field[:count] for field in (first, last, *done.logprobs)]
+        logprobs = tf.cond(
+            tf.reduce_any(chosen.extra.top_logprobs >= 0),
+            lambda: state.logprobs.updated(rows, indices, *new),
+            lambda: state.logprobs,
+        )
+        return state._replace(rows=rows, buffers=done.buffers, logprobs=logprobs)
 
 
 def _in_order(number: Tensor) -> Tensor:

@@ -1,23 +1,29 @@
-"""From logits to the next token: repetition penalty, temperature, top-k and top-p with one value per row.
+"""From logits to the next token: biases, penalties, temperature, min-p, top-k and top-p with one value per row.
 
-The distribution is the one that transformers' processors and warpers define, in their order. Each row uses one uniform
-sample per step, so that its tokens depend on its own seed and logits alone. Tokens that tie with the last one that
-top-k or top-p keeps are all kept.
+The distribution is the one that transformers' processors and warpers define, in their order; what they do not have is
+defined, and comes, as in vLLM. Each row uses one uniform sample per step, so that its tokens depend on its own seed and
+logits alone. Tokens that tie with the last one that top-k or top-p keeps are all kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tensorflow as tf
 
 __all__ = [
+    "EXTRA_TYPES",
+    "MAX_BIASES",
     "PARAM_TYPES",
+    "ExtraParams",
     "SamplingParams",
-    "apply_repetition_penalty",
+    "adjust_logits",
+    "apply_penalties",
     "highest_scores",
+    "no_extras",
+    "reported_logprobs",
     "resolve_seeds",
     "sample_next_token",
     "uniform_samples",
@@ -30,6 +36,7 @@ COMPILED_CANDIDATES = 64  # the same with XLA, for every row
 MAX_FLOAT32_PARAM = 1e6  # temperatures and penalties from its inverse up to it are applied in float32
 MIN_SCORE = -3e38  # close to the lowest float32; such a token is never drawn
 BLOCK_OF_POSITIONS = 64  # whose random numbers are drawn at once
+MAX_BIASES = 300  # entries of logit_bias per row
 BLOCK = 16  # tokens per block; only blocks with the highest maxima are searched for the highest scores
 
 
@@ -53,6 +60,37 @@ PARAM_TYPES = SamplingParams(
     repetition_penalty=tf.float32,
     seed=tf.int64,
 )
+
+
+class ExtraParams(NamedTuple):
+    """The parameters that `generate_tokens` alone has, [B] each if not stated otherwise."""
+
+    min_p: Tensor  # float32 from 0 (off) to 1
+    presence_penalty: Tensor  # float32, 0 = off
+    frequency_penalty: Tensor  # float32, 0 = off
+    min_new_tokens: Tensor  # int32, 0 = off
+    logit_bias_ids: Tensor  # int32 [B, MAX_BIASES], -1 = none
+    logit_bias: Tensor  # float32 [B, MAX_BIASES]
+    top_logprobs: Tensor  # int32, reported per new token besides its own; -1 = not even its own
+
+
+# The types of these parameters.
+EXTRA_TYPES = ExtraParams(
+    min_p=tf.float32,
+    presence_penalty=tf.float32,
+    frequency_penalty=tf.float32,
+    min_new_tokens=tf.int32,
+    logit_bias_ids=tf.int32,
+    logit_bias=tf.float32,
+    top_logprobs=tf.int32,
+)
+
+
+def no_extras(batch: Tensor) -> ExtraParams:
+    """The values for `batch` [] rows that turn all of these parameters off."""
+    off = tf.zeros([batch])
+    none = tf.fill([batch, MAX_BIASES], -1)
+    return ExtraParams(off, off, off, tf.zeros([batch], tf.int32), none, tf.zeros([batch, MAX_BIASES]), none[:, 0])
 
 
 def resolve_seeds(seeds: Tensor) -> Tensor:
@@ -87,15 +125,49 @@ def uniform_samples(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
         return tf.map_fn(row, (seeds, positions), fn_output_signature=tf.TensorSpec([count], tf.float64))
 
 
-def apply_repetition_penalty(logits: Tensor, tokens: Tensor, known: Tensor, penalty: Tensor) -> Tensor:
-    """Logits [B, V] after the repetition penalty [B]: those of repeated tokens divided if positive, else multiplied.
+def adjust_logits(logits: Tensor, extra: ExtraParams, early: Tensor, eos_ids: Sequence[int]) -> Tensor:
+    """Logits float32 [B, V] plus the biases, and -inf for EOS in rows that are too short to end, `early` bool [B]."""
+    batch = tf.shape(logits)[0]
+    eos = [number for number in eos_ids if 0 <= number < logits.shape[-1]]
+    biases = tf.where(extra.logit_bias_ids >= 0, extra.logit_bias, 0.0)
+    ids = tf.concat([tf.maximum(extra.logit_bias_ids, 0), tf.tile(tf.constant([eos], tf.int32), [batch, 1])], 1)
+    added = tf.concat([biases, tf.tile(tf.where(early, -np.inf, 0.0)[:, None], [1, len(eos)])], 1)
+    return tf.tensor_scatter_nd_add(logits, _with_rows(ids), added)
+
+
+def apply_penalties(
+    logits: Tensor, tokens: Tensor, known: Tensor, new: Tensor, params: SamplingParams, extra: ExtraParams
+) -> Tensor:
+    """Logits [B, V] after the repetition penalty, then the frequency and presence penalties.
 
     Args:
-        logits: float32 [B, V], or float64 for penalties whose result float32 cannot hold.
+        logits: float32 [B, V], or float64 for repetition penalties whose result float32 cannot hold.
         tokens: int32 [B, C], the prompt and the generated tokens.
-        known: bool [B, C], which of `tokens` count; the first one always does.
-        penalty: float32 [B].
+        known: bool [B, C], which of `tokens` count for the repetition penalty; the first one always does.
+        new: bool [B, C], which of `tokens` count for the other penalties.
+        params: [B] each.
+        extra: [B] each.
     """
+    logits = _apply_repetition_penalty(logits, tokens, known, params.repetition_penalty)
+
+    def subtract() -> Tensor:
+        shape = [tf.shape(logits)[0], logits.shape[-1]]
+        counts = tf.scatter_nd(_with_rows(tokens), tf.cast(new, tf.float32), shape)
+        penalty = extra.frequency_penalty[:, None] * counts
+        penalty += extra.presence_penalty[:, None] * tf.cast(counts > 0, tf.float32)
+        return logits - tf.cast(penalty, logits.dtype)
+
+    used = tf.reduce_any((extra.presence_penalty != 0) | (extra.frequency_penalty != 0))
+    return tf.cond(used, subtract, lambda: logits)
+
+
+def _with_rows(ids: Tensor) -> Tensor:
+    """The indices [B, C, 2] of token ids [B, C] in logits [B, V]."""
+    return tf.stack([tf.broadcast_to(tf.range(tf.shape(ids)[0])[:, None], tf.shape(ids)), ids], -1)
+
+
+def _apply_repetition_penalty(logits: Tensor, tokens: Tensor, known: Tensor, penalty: Tensor) -> Tensor:
+    """Logits [B, V] after the repetition penalty [B]: those of repeated tokens divided if positive, else multiplied."""
 
     def apply() -> Tensor:
         repeated = tf.where(known, tokens, tokens[:, :1])
@@ -103,36 +175,47 @@ def apply_repetition_penalty(logits: Tensor, tokens: Tensor, known: Tensor, pena
         factor = tf.cast(penalty, tf.float64)
         inverse = tf.cast(1 / factor, logits.dtype)
         after = before * tf.where(before > 0, inverse[:, None], tf.cast(factor, logits.dtype)[:, None])
-        rows = tf.broadcast_to(tf.range(tf.shape(logits)[0])[:, None], tf.shape(repeated))
-        return tf.tensor_scatter_nd_update(logits, tf.stack([rows, repeated], -1), after)
+        return tf.tensor_scatter_nd_update(logits, _with_rows(repeated), after)
 
     return tf.cond(tf.reduce_any(penalty != 1), apply, lambda: logits)
 
 
 def sample_next_token(
-    logits: Tensor, tokens: Tensor, known: Tensor, params: SamplingParams, uniform: Tensor, *, xla: bool = False
+    logits: Tensor,
+    tokens: Tensor,
+    known: Tensor,
+    new: Tensor,
+    params: SamplingParams,
+    extra: ExtraParams,
+    uniform: Tensor,
+    *,
+    xla: bool = False,
 ) -> Tensor:
     """The next token of each row, int32 [B]: the likeliest if the temperature is 0, else a sampled one.
 
     Args:
-        logits: float32 [B, V].
-        tokens: int32 [B, C], as for `apply_repetition_penalty`.
-        known: bool [B, C], as for `apply_repetition_penalty`.
+        logits: float32 [B, V], after `adjust_logits`.
+        tokens: int32 [B, C], as for `apply_penalties`.
+        known: bool [B, C], as for `apply_penalties`.
+        new: bool [B, C], as for `apply_penalties`.
         params: [B] each.
+        extra: [B] each.
         uniform: float64 [B], samples in [0, 1).
         xla: use ops that compile well instead of those that are fast without XLA.
     """
     vocab_size = logits.shape[-1]
     needs_float64 = _needs_float64(params)
+    samples = tf.reduce_any(params.temperature > 0)
 
     def in_float32() -> tuple[Tensor, Tensor]:
-        """The likeliest tokens int32 [B], and the scores float32 [B, V]."""
-        penalized = apply_repetition_penalty(logits, tokens, known, params.repetition_penalty)
-        return _likeliest(penalized), _scores(penalized, params.temperature)
+        """The likeliest tokens int32 [B], and the scores float32 [B, V] if any row is sampled."""
+        penalized = apply_penalties(logits, tokens, known, new, params, extra)
+        scores = tf.cond(samples, lambda: _scores(penalized, params.temperature), lambda: penalized)
+        return _likeliest(penalized), scores
 
     def partly_in_float64() -> tuple[Tensor, Tensor]:
         """The same, in float64 for the rows that need it only: a row must not depend on its neighbours' parameters."""
-        wide = apply_repetition_penalty(tf.cast(logits, tf.float64), tokens, known, params.repetition_penalty)
+        wide = apply_penalties(tf.cast(logits, tf.float64), tokens, known, new, params, extra)
         exact, narrow = (_likeliest(wide), _scores(wide, params.temperature)), in_float32()
         return tf.where(needs_float64, exact[0], narrow[0]), tf.where(needs_float64[:, None], exact[1], narrow[1])
 
@@ -140,12 +223,42 @@ def sample_next_token(
 
     def sampled() -> Tensor:
         padded = _pad_to_groups(scores)
-        weights = tf.exp(padded)
+        padded, weights = _keep_min_p(padded, tf.exp(padded), extra.min_p)
         threshold = _lowest_kept_score(padded, weights, params, vocab_size, xla)
         weights = tf.where(padded >= threshold[:, None], weights, 0.0)
         return tf.where(params.temperature > 0, _draw(weights, uniform, _group_size(vocab_size)), greedy)
 
-    return tf.cond(tf.reduce_any(params.temperature > 0), sampled, lambda: greedy)
+    return tf.cond(samples, sampled, lambda: greedy)
+
+
+def reported_logprobs(logits: Tensor, token: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Ids int32 and log-probabilities float32 [B, 1 + count] of `token` int32 [B] and of the likeliest tokens.
+
+    They are those of the model: of its logits float32 [B, V], before anything is done to them.
+    """
+    own = token[:, None]
+
+    def with_highest() -> Tensor:
+        return tf.concat([own, _highest_ids(_pad_to_groups(logits), count)], 1)
+
+    if isinstance(count, int):
+        ids = with_highest() if count else own
+    else:
+        ids = tf.cond(count > 0, with_highest, lambda: own)
+    # Fewer passes over the logits than tf.reduce_logsumexp, which also expects infinities.
+    highest = tf.reduce_max(logits, -1, keepdims=True)
+    total = highest + tf.math.log(tf.reduce_sum(tf.exp(logits - highest), -1, keepdims=True))
+    return ids, tf.gather(logits, ids, batch_dims=1) - total
+
+
+def _keep_min_p(scores: Tensor, weights: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [B, N], and `weights`, their exp, without tokens less likely than `min_p` [B] times the likeliest."""
+
+    def keep() -> tuple[Tensor, Tensor]:
+        kept = weights >= min_p[:, None]
+        return tf.where(kept, scores, -np.inf), tf.where(kept, weights, 0.0)
+
+    return cast("tuple[Tensor, Tensor]", tf.cond(tf.reduce_any(min_p > 0), keep, lambda: (scores, weights)))
 
 
 def _needs_float64(params: SamplingParams) -> Tensor:
@@ -211,6 +324,19 @@ def highest_scores(scores: Tensor, count: Tensor | int) -> Tensor:
     if isinstance(count, int):
         return in_best_blocks() if count <= blocks.shape[1] else in_all()
     return tf.cond(count <= blocks.shape[1], in_best_blocks, in_all)
+
+
+def _highest_ids(scores: Tensor, count: Tensor | int) -> Tensor:
+    """The positions int32 [B, count] of the highest of scores [B, N], the first one of equal scores first."""
+    blocks = tf.reshape(scores, [-1, scores.shape[-1] // BLOCK, BLOCK])
+    # They are in at most `count` blocks. XLA needs a static number.
+    most = blocks.shape[1]
+    searched = min(count, most) if isinstance(count, int) else tf.minimum(count, most)
+    # In ascending order, so that equal scores keep theirs.
+    best = tf.sort(tf.math.top_k(tf.reduce_max(blocks, -1), searched).indices, -1)
+    candidates = tf.reshape(tf.gather(blocks, best, batch_dims=1), [-1, searched * BLOCK])
+    ids = tf.reshape(best[:, :, None] * BLOCK + tf.range(BLOCK), tf.shape(candidates))
+    return tf.gather(ids, tf.math.top_k(candidates, count).indices, batch_dims=1)
 
 
 def _first_above(running: Tensor, target: Tensor) -> Tensor:

@@ -13,10 +13,13 @@ from typing import Any, NamedTuple, cast
 import tensorflow as tf
 
 from tfclm.savedmodel.graph.prefix_cache import Entries
-from tfclm.savedmodel.graph.sampling import SamplingParams
+from tfclm.savedmodel.graph.sampling import ExtraParams, SamplingParams
 from tfclm.savedmodel.graph.stopping import Stop
 
-__all__ = ["DECODING", "ENDED", "FINISHED", "READING", "WAITING", "Rows", "SharedState", "State", "Submission"]
+__all__ = [
+    *("DECODING", "ENDED", "FINISHED", "READING", "WAITING"),
+    *("Logprobs", "Rows", "SharedState", "State", "Submission"),
+]
 
 Tensor = Any
 
@@ -36,6 +39,7 @@ class Submission(NamedTuple):
     prompt_length: Tensor  # int32 [N]
     end: Tensor  # int32 [N], the length at which a row ends
     params: SamplingParams
+    extra: ExtraParams
     stop: Stop
 
 
@@ -47,6 +51,7 @@ class Rows(NamedTuple):
     prompt_length: Tensor  # int32 [N]
     end: Tensor  # int32 [N]
     params: SamplingParams
+    extra: ExtraParams
     stop: Stop
     status: Tensor  # int32 [N]
     length: Tensor  # int32 [N], tokens of the prompt and generated ones
@@ -82,6 +87,74 @@ class Rows(NamedTuple):
         return cast("Rows", tf.nest.map_structure(lambda field: tf.gather(field, indices), self))
 
 
+class Logprobs(NamedTuple):
+    """The log-probabilities of all rows in one array, because few rows ask for any.
+
+    Rows follow one another in their order, each with room for its new tokens: of each token its own log-probability,
+    then those of the likeliest ones.
+    """
+
+    ids: Tensor  # int32 [F], the tokens whose log-probabilities these are
+    values: Tensor  # float32 [F]
+
+    def extended(self, rows: Rows) -> Logprobs:
+        """The same with room for the last of the `rows`, which are new."""
+        missing = tf.reduce_sum(_logprob_counts(rows)) - tf.size(self.ids)
+        return Logprobs(*(tf.pad(field, [[0, missing]]) for field in self))
+
+    def remaining(self, rows: Rows, indices: Tensor) -> Logprobs:
+        """Those of the rows at `indices` [M], ascending."""
+        keep = tf.scatter_nd(tf.cast(indices, tf.int32)[:, None], tf.ones_like(indices), tf.shape(rows.end)) > 0
+        kept = tf.repeat(keep, _logprob_counts(rows))
+        return Logprobs(*(tf.boolean_mask(field, kept) for field in self))
+
+    def updated(
+        self, rows: Rows, indices: Tensor, first: Tensor, last: Tensor, ids: Tensor, values: Tensor
+    ) -> Logprobs:
+        """With those of more tokens.
+
+        Args:
+            rows: all rows.
+            indices: int32 [M], the rows with new tokens.
+            first: int32 [M], the number of new tokens that each had.
+            last: int32 [M], the number that it has now.
+            ids: int32 [M, last - first or more, top].
+            values: float32 of the same shape.
+        """
+        at, inside = _logprob_positions(rows, indices, first, last, tf.shape(ids))
+        at = tf.boolean_mask(at, inside)[:, None]
+        return Logprobs(
+            tf.tensor_scatter_nd_update(self.ids, at, tf.boolean_mask(ids, inside)),
+            tf.tensor_scatter_nd_update(self.values, at, tf.boolean_mask(values, inside)),
+        )
+
+    def of(self, rows: Rows, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids, -1 where there are none, and values [M, tokens, top], of the rows at `indices` [M]."""
+        count = tf.gather(rows.length - rows.prompt_length, indices)
+        width = 1 + tf.reduce_max(tf.concat([tf.gather(rows.extra.top_logprobs, indices), [-1]], 0))
+        shape = tf.stack([tf.size(indices), tf.reduce_max(tf.concat([count, [0]], 0)), width])
+        at, inside = _logprob_positions(rows, indices, tf.zeros_like(count), count, shape)
+        at = tf.where(inside, at, tf.size(self.ids))
+        return tf.gather(tf.pad(self.ids, [[0, 1]], constant_values=-1), at), tf.gather(
+            tf.pad(self.values, [[0, 1]]), at
+        )
+
+
+def _logprob_counts(rows: Rows) -> Tensor:
+    """The log-probabilities int32 [N] that each row has room for."""
+    return (rows.end - rows.prompt_length) * (1 + rows.extra.top_logprobs)
+
+
+def _logprob_positions(
+    rows: Rows, indices: Tensor, first: Tensor, last: Tensor, shape: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where the log-probabilities of tokens from `first` [M] on are, int32 [M, tokens, top], and which there are."""
+    starts = tf.gather(tf.cumsum(_logprob_counts(rows), exclusive=True), indices)[:, None, None]
+    size = tf.gather(1 + rows.extra.top_logprobs, indices)[:, None, None]
+    token, rank = first[:, None, None] + tf.range(shape[1])[:, None], tf.range(shape[2])
+    return starts + token * size + rank, (token < last[:, None, None]) & (rank < size)
+
+
 class State(NamedTuple):
     """What a pass leaves to the next one."""
 
@@ -89,6 +162,7 @@ class State(NamedTuple):
     rows: Rows
     entries: Entries
     buffers: tuple[Tensor, ...]  # the key-value cache of decoded rows, [B, key-value heads, capacity, head size] each
+    logprobs: Logprobs
 
 
 class SharedState:
@@ -151,7 +225,7 @@ class SharedState:
             shape_invariants=(tf.TensorShape([]), specs),
             parallel_iterations=1,
         )
-        return state._replace(rows=rows)
+        return state._replace(rows=rows, logprobs=state.logprobs.extended(rows))
 
     def write(self, state: State) -> Any:
         """Replaces the state; returns a tensor that exists once it is done."""

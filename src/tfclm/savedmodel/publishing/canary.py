@@ -273,15 +273,22 @@ def _generate(loaded: Any, ids: list[int], new: int) -> list[int]:
     """The new tokens of `generate_tokens` for one prompt, greedy."""
     import tensorflow as tf
 
-    outputs = loaded.signatures["generate_tokens"](
-        input_ids=tf.constant([ids]),
-        attention_mask=tf.ones([1, len(ids)], tf.int32),
-        max_new_tokens=tf.constant([new]),
-        temperature=tf.constant([0.0]),
-        top_k=tf.constant([0]),
-        top_p=tf.constant([1.0]),
-        repetition_penalty=tf.constant([1.0]),
-        seed=tf.constant([-1], tf.int64),
+    signature = loaded.signatures["generate_tokens"]
+    # TensorFlow in Python fills in no defaults. All other parameters of all versions are off if they are 0 or empty.
+    given = {
+        "input_ids": [ids],
+        "attention_mask": [[1] * len(ids)],
+        "max_new_tokens": [new],
+        "top_p": [1.0],
+        "repetition_penalty": [1.0],
+        "stop": [[""]],
+    }
+    specs = signature.structured_input_signature[1]
+    outputs = signature(
+        **{
+            name: tf.constant(given.get(name, [[0]] if name.startswith("logit_bias") else [0]), spec.dtype)
+            for name, spec in specs.items()
+        }
     )
     tokens: list[int] = outputs["output_ids"][0, : int(outputs["completion_tokens"][0])].numpy().tolist()
     return tokens
