@@ -4,9 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 # The tests of a file share fixtures that are slow to make, so they run in one process; tests/conftest.py orders them.
-# One more than there are processors, because some tests wait.
-WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PYTEST = -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# "logical", because "auto" would count cores and not their threads.
+PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Without bytecode, which containers often turn off, every process that imports TensorFlow compiles its sources again.
 export PYTHONDONTWRITEBYTECODE =
 

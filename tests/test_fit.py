@@ -321,7 +321,7 @@ def test_fit_gate_canary_and_publishing_in_one_go(
     record = json.loads((serving / "1/assets.extra/tfclm.json").read_text())
     assert record["perplexity"] == record["gate"]["perplexity"] == perplexity
     # The canary was asked token ids, and texts of several scripts for the tokenizer.
-    assert (record["canary"]["prompts"], record["canary"]["texts"], record["canary"]["records"]) == (3, 3, 4)
+    assert (record["canary"]["prompts"], record["canary"]["texts"], record["canary"]["records"]) == (3, 3, 7)
 
 
 def test_pipeline_opens_the_folder(fitted: Path):

@@ -321,12 +321,12 @@ def old(servable_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (lambda client: client.generate(["a", "b", "c"], seed=[1, 2]), "`seed` has 2 values for 3 rows"),
         (
             lambda client: client.generate("a", beams=3),
-            "signature generate has no input beams; it has max_new_tokens, ",
+            "there is no parameter beams; there are frequency_penalty, logit_bias, ",
         ),
         (lambda client: client.generate("\udce9"), "`prompt` is not UTF-8"),
         (lambda client: client.generate(3), "`prompt` is 3: give a text"),
         (lambda client: client.score("a b"[:1]), r"text\[0\] has fewer than 2 tokens"),
-        (lambda client: client.predict("nope", {}), "no signature nope; it has generate, generate_tokens, score, "),
+        (lambda client: client.predict("nope", {}), "no signature nope; it has describe, detokenize, generate, "),
         (lambda client: client.predict("score", {}), "signature score needs the input text"),
         (
             lambda client: client.generate("word " * 200),

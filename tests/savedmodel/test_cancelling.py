@@ -154,7 +154,8 @@ def run_mixed_load(version: Path, folder: Path, seconds: float) -> Counter[str]:
     (folder / "model").mkdir()
     (folder / "model" / "1").symlink_to(version)
     with launcher() as launch:
-        server = launch(f"--model_base_path={folder / 'model'}", "--no_access_log").listens()
+        flags = ["--no_access_log", "--rest_api_timeout_in_ms=120000"]  # the first request takes long on a busy machine
+        server = launch(f"--model_base_path={folder / 'model'}", *flags).listens()
         clients = MixedLoad(server)
         until = time.monotonic() + seconds
         threads = [threading.Thread(target=clients.ask_until, args=(seed, until)) for seed in range(8)]

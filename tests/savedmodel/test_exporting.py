@@ -324,11 +324,12 @@ def test_canary_refuses_a_version_without_variables(tokens: tuple[Path, list[can
 
 
 def spoil_record(version: Path, target: Path) -> Path:
-    """A copy whose warm-up record asks for what the graph refuses."""
+    """A copy whose only warm-up record asks for what the graph refuses."""
     folder = shutil.copytree(version, target)
     path = str(folder / warmup.PATH)
-    (record,) = (each.numpy() for each in tf.data.TFRecordDataset(path))
-    log = prediction_log_pb2.PredictionLog.FromString(record)
+    records = [each.numpy() for each in tf.data.TFRecordDataset(path)]
+    logs = map(prediction_log_pb2.PredictionLog.FromString, records)
+    log = next(log for log in logs if log.predict_log.request.model_spec.signature_name == "generate_tokens")
     log.predict_log.request.inputs["temperature"].CopyFrom(tf.make_tensor_proto([-1.0]))
     with tf.io.TFRecordWriter(path) as writer:
         writer.write(log.SerializeToString())

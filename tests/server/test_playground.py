@@ -125,7 +125,7 @@ class Page:
     def wait(self, condition: Callable[[], object]) -> None:
         from selenium.webdriver.support.ui import WebDriverWait
 
-        WebDriverWait(self.driver, 30).until(lambda _: condition())
+        WebDriverWait(self.driver, 90).until(lambda _: condition())
 
     def submit(self, form: str) -> None:
         """Presses the form's button, and waits for the end of what it began."""

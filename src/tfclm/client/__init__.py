@@ -24,6 +24,15 @@ T = TypeVar("T")
 
 # Those of the signature `generate`.
 _PARAMETERS = {"max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop"}
+# Those that `generate_tokens` alone has.
+_TOKEN_PARAMETERS = {
+    "frequency_penalty",
+    "logit_bias",
+    "min_new_tokens",
+    "min_p",
+    "presence_penalty",
+    "top_logprobs",
+}
 _INTEGERS = {"DT_INT32": 31, "DT_INT64": 63}
 
 
@@ -256,6 +265,10 @@ class Client:
 
     def _generate_tokens(self, prompts: Sequence[str], params: Mapping[str, Any]) -> tuple[Signature, list[Completion]]:
         """Completions by `generate_tokens`, of prompts that `tokenize` tokenizes."""
+        for name in params:
+            if name not in _PARAMETERS | _TOKEN_PARAMETERS:
+                names = ", ".join(sorted(_PARAMETERS | _TOKEN_PARAMETERS))
+                raise InputError(f"there is no parameter {name}; there are {names}")
         given = {**params, **_rows_of_lists(params, len(prompts))}
         known = self.signatures().get("generate_tokens")
         missing = sorted(name for name in given if known is None or name not in known.inputs)

@@ -51,6 +51,7 @@ TYPES = {
     "logit_bias_ids": tf.int32,
     "logit_bias": tf.float32,
     "top_logprobs": tf.int32,
+    "token_ids": tf.int32,
 }
 PARAMS = {
     "max_new_tokens": [16],
@@ -504,9 +505,13 @@ def test_padding_does_not_matter(exported: Export) -> None:
     ids = [[5, 6, 7, 9999, -1, 0], [0, 0, 0, 5, 6, 7], [5, 1, 6, 1, 1, 7]]
     mask = [[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 0, 1]]
     padded = exported.ask("generate_tokens", input_ids=ids, attention_mask=mask)
+    # Products of one row and of three are rounded differently.
+    logprobs = clean.pop("token_logprobs")
+    np.testing.assert_allclose(padded.pop("token_logprobs"), logprobs * 3, rtol=0, atol=1e-5)
     assert padded == {name: value * 3 for name, value in clean.items()}
-    wide = [[5, 6, 7] + [0] * 200]
-    assert exported.ask("generate_tokens", input_ids=wide, attention_mask=[[1] * 3 + [0] * 200]) == clean
+    wide = exported.ask("generate_tokens", input_ids=[[5, 6, 7] + [0] * 200], attention_mask=[[1] * 3 + [0] * 200])
+    assert wide.pop("token_logprobs") == logprobs
+    assert wide == clean
 
 
 def test_truncated_prompts(tokens_only: Export) -> None:
