@@ -212,20 +212,22 @@ class Client:
 
         Args:
             prompt: the text to continue, or a list of texts.
-            max_new_tokens: the maximum number of new tokens.
-            temperature: divides the logits before sampling; 0 = greedy.
-            top_k: sample from this many of the most likely tokens; 0 = off.
-            top_p: sample from the most likely tokens with this total probability; 1 = off.
-            repetition_penalty: above 1, makes tokens that are in the text already less likely; 1 = off.
-            seed: makes sampling reproducible; -1 = random.
-            stop: generation ends before this string; "" = none. Several strings: a list for one prompt, or one list per
-                prompt.
-            min_p: leave out tokens less likely than this fraction of the likeliest one; 0 = off.
-            presence_penalty: subtracted from the logit of each token that was generated already; 0 = off.
-            frequency_penalty: the same for each time that it was generated; 0 = off.
-            min_new_tokens: the text does not end before this many new tokens; 0 = off.
-            logit_bias: token id -> number that is added to its logit.
-            top_logprobs: report the log-probabilities of the new tokens, and of this many of the likeliest.
+
+        Keyword Args:
+            max_new_tokens (int): the maximum number of new tokens.
+            temperature (float): divides the logits before sampling; 0 = greedy.
+            top_k (int): sample from this many of the most likely tokens; 0 = off.
+            top_p (float): sample from the most likely tokens with this total probability; 1 = off.
+            repetition_penalty (float): above 1, makes tokens that are in the text already less likely; 1 = off.
+            seed (int): makes sampling reproducible; -1 = random.
+            stop (str): generation ends before this string; "" = none. Several strings: a list for one prompt, or one
+                list per prompt.
+            min_p (float): leave out tokens less likely than this fraction of the likeliest one; 0 = off.
+            presence_penalty (float): subtracted from the logit of each token that was generated already; 0 = off.
+            frequency_penalty (float): the same for each time that it was generated; 0 = off.
+            min_new_tokens (int): the text does not end before this many new tokens; 0 = off.
+            logit_bias (Mapping[int, float]): token id -> number that is added to its logit.
+            top_logprobs (int): report the log-probabilities of the new tokens, and of this many of the likeliest.
 
         From several stop strings on, these parameters are those of the signature `generate_tokens`: the prompts are
         tokenized by another request, and the completion is the text of its bytes. An old export lacks them.

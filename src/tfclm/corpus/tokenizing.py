@@ -60,8 +60,8 @@ def tokenize(
         A dataset in the datasets cache with one row per text and one column `input_ids`, a list of int32.
 
     Example:
-        >>> tokenize(Dataset.from_dict({"text": ["Hello world"]}), tokenizer)["input_ids"][0]
-        [15496, 995]
+        >>> list(tokenize(Dataset.from_dict({"text": ["Hello world"]}), tokenizer)["input_ids"])
+        [[15496, 995]]
     """
     columns = texts.column_names
     encode: dict[str, Any] = encoder_arguments(tokenizer) if tokenizer.is_fast else {"tokenizer": tokenizer}
