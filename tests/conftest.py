@@ -149,6 +149,18 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str, make: Cal
 SERVED = {"max_new_tokens": 9, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
 SERVED_CONTEXT = 128
 
+# The parameters of `generate_tokens` alone, turned off: loaded in Python, a signature has no defaults.
+EXTRAS_OFF = {
+    "min_p": [0.0],
+    "presence_penalty": [0.0],
+    "frequency_penalty": [0.0],
+    "min_new_tokens": [0],
+    "logit_bias_ids": [[-1]],
+    "logit_bias": [[0.0]],
+    "top_logprobs": [0],
+    "stop": [[""]],
+}
+
 
 @pytest.fixture(scope="session")
 def servable_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:

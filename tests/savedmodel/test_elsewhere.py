@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import LONG, tiny_config
+from conftest import EXTRAS_OFF, LONG, tiny_config
 from tensorflow.core.protobuf import saved_model_pb2
 
 pytestmark = pytest.mark.slow
@@ -47,17 +47,7 @@ TYPES = {
     "seed": "int64",
 }
 
-# The parameters of `generate_tokens` alone, off and with values for the rows.
-OFF: dict[str, list[Any]] = {
-    "min_p": [0.0],
-    "presence_penalty": [0.0],
-    "frequency_penalty": [0.0],
-    "min_new_tokens": [0],
-    "logit_bias_ids": [[-1]],
-    "logit_bias": [[0.0]],
-    "top_logprobs": [0],
-    "stop": [[""]],
-}
+# The parameters of `generate_tokens` alone, with values for the rows.
 EXTRAS: dict[str, list[Any]] = {
     "min_p": [0.0, 0.05],
     "presence_penalty": [0.5, -0.5],
@@ -368,7 +358,7 @@ value = {asked}
 assert not {{"tfclm", "transformers"}} & {{name.split(".")[0] for name in sys.modules}}
 print(json.dumps(value))
 """
-    given = (version.folder, *map(json.dumps, (REQUEST, TYPES, OFF, TOKEN_TYPES, version.more)))
+    given = (version.folder, *map(json.dumps, (REQUEST, TYPES, EXTRAS_OFF, TOKEN_TYPES, version.more)))
     return json.loads(run_command(folder, python, "-I", "-c", code, *given).splitlines()[-1])
 
 

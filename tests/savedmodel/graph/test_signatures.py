@@ -15,7 +15,7 @@ import forked
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import LONG, put_bos, tiny_config
+from conftest import EXTRAS_OFF, LONG, put_bos, tiny_config
 from tensorflow.core.protobuf import saved_model_pb2
 from test_decoding import is_tie
 from tokenizers import decoders
@@ -61,17 +61,6 @@ PARAMS = {
     "repetition_penalty": [1.0],
     "seed": [-1],
 }
-# The parameters of `generate_tokens` alone, turned off.
-EXTRAS: dict[str, Any] = {
-    "min_p": [0.0],
-    "presence_penalty": [0.0],
-    "frequency_penalty": [0.0],
-    "min_new_tokens": [0],
-    "logit_bias_ids": [[-1]],
-    "logit_bias": [[0.0]],
-    "top_logprobs": [0],
-    "stop": [[""]],
-}
 Row = dict[str, Any]
 
 
@@ -87,7 +76,7 @@ class Export(NamedTuple):
         function = self.signatures[signature]
         # Loaded in Python, a signature has no defaults.
         names = getattr(function, "structured_input_signature", ((), {}))[1]
-        extras = {name: value for name, value in EXTRAS.items() if signature == "generate_tokens" and name in names}
+        extras = {name: value for name, value in EXTRAS_OFF.items() if signature == "generate_tokens" and name in names}
         return {k: v.numpy().tolist() for k, v in function(**to_tensors(signature, extras | inputs)).items()}
 
     def generate(self, rows: list[Row]) -> list[dict[str, Any]]:
@@ -474,7 +463,7 @@ def test_too_many_rows_take_no_memory(exported: Export, signature: str) -> None:
     rows = 1_000_000
     inputs: dict[str, Any] = {
         "generate": {"prompt": np.full(rows, "a")},
-        "generate_tokens": EXTRAS | {"input_ids": np.ones([rows, 1]), "attention_mask": np.ones([rows, 1])},
+        "generate_tokens": EXTRAS_OFF | {"input_ids": np.ones([rows, 1]), "attention_mask": np.ones([rows, 1])},
         "score": {"text": np.full(rows, "a")},
         "serving_default": {"prompt": np.full(rows, "a")},
     }[signature]
@@ -542,7 +531,7 @@ def test_tokens_alone(tokens_only: Export) -> None:
     ids = {name: tf.constant([[3, 4]]) for name in ("input_ids", "attention_mask")} | {
         "attention_mask": tf.ones([1, 2], 3)
     }
-    given = {name: value for name, value in (PARAMS | EXTRAS).items() if name != "stop"}
+    given = {name: value for name, value in (PARAMS | EXTRAS_OFF).items() if name != "stop"}
     params = {name: tf.constant(value, TYPES[name]) for name, value in given.items()}
     answer = tokens_only.signatures["serving_default"](**ids, **params)
     assert answer["completion_tokens"].numpy() > 0
@@ -1094,7 +1083,7 @@ def test_no_request_compiles(compiled: Export, rows: list[Row], tmp_path: Path) 
         requests.append({name: (value, TYPES.get(name, tf.string).name) for name, value in columns.items()})
         for length in (1, 8, 9, CONTEXT - 1):
             ids = [[rng.randrange(512) for _ in range(length)] for _ in range(count)]
-            columns = PARAMS | EXTRAS | {"input_ids": ids, "attention_mask": [[1] * length] * count}
+            columns = PARAMS | EXTRAS_OFF | {"input_ids": ids, "attention_mask": [[1] * length] * count}
             columns |= {"max_new_tokens": [LIMIT], "top_logprobs": [length % 5], "stop": [["e", "\n"]]}
             columns |= {"logit_bias_ids": [[5] * count], "logit_bias": [[1.0] * count], "presence_penalty": [0.5]}
             requests.append({name: (value, TYPES.get(name, tf.string).name) for name, value in columns.items()})

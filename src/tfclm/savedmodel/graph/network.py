@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -268,7 +269,7 @@ def _pairs(buffers: Sequence[Any]) -> list[tuple[Any, Any]]:
     return list(zip(buffers[::2], buffers[1::2], strict=True))
 
 
-class _Products:
+class _Products(ABC):
     """The weights of a decoder as tensors, and the products with them; see `tfclm.models.decoder.Weights`."""
 
     def __init__(self, spec: Spec, modules: Mapping[str, Module], weights: Weights) -> None:
@@ -295,9 +296,9 @@ class _Products:
     def _add_bias(self, name: str, outputs: Tensor) -> Tensor:
         return tf.nn.bias_add(outputs, tf.reshape(self._weights[f"{name}.bias"], [-1]))
 
+    @abstractmethod
     def _multiply(self, rows: Tensor, name: str) -> Tensor:
         """The product [N, out] of rows [N, in] with the matrix of a module."""
-        raise NotImplementedError
 
     def _as_computed(self, logits: Tensor) -> Tensor:
         return logits
