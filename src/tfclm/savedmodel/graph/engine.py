@@ -200,7 +200,7 @@ class Engine:
         news = tf.reduce_any(mine & (state.rows.seen < state.number)) | _all(state.rows.status >= FINISHED, mine)
         seen = tf.where(mine, state.number, state.rows.seen)
         state = state._replace(rows=state.rows._replace(seen=seen))
-        state = tf.cond(known & ~news, lambda: self._passes.run(state), lambda: state)
+        state = self._passes.run(state, known & ~news)
         rows = state.rows
         mine = rows.of(request)
         finished = known & _all(rows.status >= FINISHED, mine)

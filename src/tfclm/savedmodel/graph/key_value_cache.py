@@ -10,28 +10,45 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["Writer", "padded", "rearranged", "row_of", "zeros"]
+__all__ = ["Writer", "fitted", "rearranged", "row_of", "zeros"]
 
 Tensor = Any
 
 
-def zeros(shape: Sequence[Tensor | int]) -> Tensor:
-    """Zeros float32 [B, heads, capacity, size] in a tensor of their own, which may be written to.
+def zeros(shape: Sequence[Tensor | int], count: int) -> list[Tensor]:
+    """`count` times zeros float32 [B, heads, capacity, size], in tensors of their own, which may be written to.
 
     TensorFlow makes equal tensors of `tf.zeros` one.
     """
     static = [size if isinstance(size, int) else None for size in shape]
-    return tf.ensure_shape(tf.raw_ops.Empty(shape=tf.stack(shape), dtype=tf.float32, init=True), static)
+    dynamic = tf.stack(shape)
+    return [tf.ensure_shape(tf.raw_ops.Empty(shape=dynamic, dtype=tf.float32, init=True), static) for _ in range(count)]
 
 
-def padded(part: Tensor, capacity: Tensor) -> Tensor:
-    """Keys or values [B, heads, L, size] with `capacity` [] slots, L or more; those after the first L are free."""
-    return tf.pad(part, [[0, 0], [0, 0], [0, capacity - tf.shape(part)[2]], [0, 0]])
+def fitted(parts: Sequence[Tensor], length: Tensor, capacity: Tensor) -> list[Tensor]:
+    """The first `length` [] slots of keys and values [B, heads, L, size], with `capacity` [] slots, `length` or more.
+
+    The other slots are free.
+    """
+    size, paddings = tf.stack([-1, -1, length, -1]), _at_the_end(capacity - length)
+    return [_as_before(tf.pad(tf.slice(part, [0] * 4, size), paddings), part) for part in parts]
 
 
-def row_of(buffer: Tensor, slot: Tensor, length: Tensor) -> Tensor:
-    """The first `length` [] slots of one row of a buffer, [1, heads, length, size]."""
-    return tf.slice(buffer, [slot, 0, 0, 0], [1, -1, length, -1])
+def row_of(buffers: Sequence[Tensor], slot: Tensor, length: Tensor) -> list[Tensor]:
+    """The first `length` [] slots of one row of each buffer, [1, heads, length, size]."""
+    begin, size = tf.stack([slot, 0, 0, 0]), tf.stack([1, -1, length, -1])
+    return [_as_before(tf.slice(buffer, begin, size), buffer, 1) for buffer in buffers]
+
+
+def _at_the_end(slots: Tensor) -> Tensor:
+    """Paddings of `slots` [] at the end."""
+    return tf.scatter_nd([[2, 1]], slots[None], [4, 2])
+
+
+def _as_before(changed: Tensor, part: Tensor, batch: int | None = None) -> Tensor:
+    """Sets the static shape of keys or values whose slots have changed."""
+    changed.set_shape([batch, part.shape[1], None, part.shape[3]])
+    return changed
 
 
 def rearranged(
@@ -53,17 +70,18 @@ def rearranged(
         capacity: int32 [].
     """
     count = tf.size(staying)
-    free = batch - count
+    kept = tf.minimum(tf.shape(buffers[0])[2], capacity)
+    size = tf.stack([-1, -1, kept, -1])
+    paddings = tf.scatter_nd([[0, 1], [2, 1]], tf.stack([batch - count, capacity - kept]), [4, 2])
 
     def extended(buffer: Tensor) -> Tensor:
-        kept = tf.gather(buffer[:, :, :capacity], staying)
-        return tf.pad(kept, [[0, free], [0, 0], [0, capacity - tf.shape(kept)[2]], [0, 0]])
+        return tf.pad(tf.gather(tf.slice(buffer, [0] * 4, size), staying), paddings)
 
     def join(index: Tensor, *new: Tensor) -> tuple[Tensor, ...]:
         parts = parts_of(joining[index])
-        at = (count + index)[None]
+        at, free = (count + index)[None], _at_the_end(capacity - tf.shape(parts[0])[2])
         return index + 1, *(
-            tf.raw_ops.InplaceUpdate(x=buffer, i=at, v=padded(part, capacity))
+            tf.raw_ops.InplaceUpdate(x=buffer, i=at, v=tf.pad(part, free))
             for buffer, part in zip(new, parts, strict=True)
         )
 

@@ -86,7 +86,7 @@ class Network:
     def buffers(self, batch: Tensor | int, capacity: Tensor | int) -> list[Tensor]:
         """Empty buffers of a key-value cache, [batch, key-value heads, capacity, head size] each."""
         shape = [batch, self.spec.kv_heads, capacity, self.spec.head_dim]
-        return [key_value_cache.zeros(shape) for _ in range(2 * self.spec.layers)]
+        return key_value_cache.zeros(shape, 2 * self.spec.layers)
 
     def logits(self, hidden: Tensor, weights: Weights, *, small_batch: bool, xla: bool = False) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., D].

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import tensorflow as tf
 
+from tfclm.savedmodel.graph.branching import apply_if
 from tfclm.savedmodel.graph.decoding import CompiledDecoder, Decoder, DecodingRows
-from tfclm.savedmodel.graph.key_value_cache import Writer, padded, rearranged, row_of
+from tfclm.savedmodel.graph.key_value_cache import Writer, fitted, rearranged, row_of
 from tfclm.savedmodel.graph.network import Network, Weights
 from tfclm.savedmodel.graph.prefix_cache import PrefixCache
 from tfclm.savedmodel.graph.sampling import uniform_samples
@@ -97,20 +98,20 @@ class Passes:
 
         return tf.while_loop(lambda index, _: index < len(pairs), compile_one, (0, 0), parallel_iterations=1)[1]
 
-    def run(self, state: State) -> State:
-        """The state after one more pass."""
-        weights = self._network.weights()
-        state = self._without_gone(state)
-        state = self._admit(state)
-        state = self._read(state, weights)
-        state = self._rearrange(state)
-        state = tf.cond(self._is_decoded(state), lambda: self._decode(state, weights), lambda: state)
-        return state._replace(number=state.number + 1)
+    def run(self, state: State, due: Tensor) -> State:
+        """The state after one more pass if `due` bool [], else the state as it is."""
+        state = self._without_gone(state, due)
+        state = apply_if(due & tf.reduce_any(state.rows.status == WAITING), self._admit, state)
+        state = apply_if(due & tf.reduce_any(self._unread(state) > 0), self._read, state)
+        state = apply_if(due & self._is_rearranged(state), self._rearrange, state)
+        state = self._without_ended(state, due)
+        state = apply_if(due & self._is_decoded(state), self._decode, state)
+        return state._replace(number=state.number + tf.cast(due, tf.int64))
 
-    def _without_gone(self, state: State) -> State:
+    def _without_gone(self, state: State, due: Tensor) -> State:
         """Ends the rows whose requests have not asked for a while."""
         rows = state.rows
-        gone = state.number - rows.seen >= self._missed_passes
+        gone = due & (state.number - rows.seen >= self._missed_passes)
         reading = gone & (rows.status == READING)
 
         def released() -> Any:
@@ -163,7 +164,7 @@ class Passes:
         size = unread if self._sizes is None else _at_least(self._sizes.capacities, unread)
         parts = tf.cond(
             count > 0,
-            lambda: [padded(part[:, :, :count], size) for part in self._cache.read(entries, best)],
+            lambda: fitted(self._cache.read(entries, best), count, size),
             lambda: self._network.buffers(1, size),
         )
         used = tf.cond(
@@ -192,8 +193,9 @@ class Passes:
         read = tf.gather(state.entries.length, tf.maximum(rows.entry, 0))
         return tf.where(rows.status == READING, rows.prompt_length - 1 - read, -1)
 
-    def _read(self, state: State, weights: Weights) -> State:
+    def _read(self, state: State) -> State:
         """Reads chunks of prompts: of the shortest rests, or in order of arrival."""
+        weights = self._network.weights()
         is_waited_for = self._is_waited_for(state)
         chunk = tf.where(is_waited_for, CHUNK_BETWEEN_STEPS, CHUNK)
 
@@ -244,29 +246,31 @@ class Passes:
         network = self._network
         return network.extension(tokens, start, COMPILED_CHUNK, length, parts, network.weights())
 
+    def _is_rearranged(self, state: State) -> Tensor:
+        """Whether rows join or leave the key-value cache, or need more slots in it."""
+        rows = state.rows
+        longest = _largest(rows.length, rows.status == DECODING)
+        full = longest > tf.shape(state.buffers[0])[2]
+        return tf.reduce_any(self._joining(state) | self._leaving(state)) | full
+
     def _rearrange(self, state: State) -> State:
         """Moves rows whose prompts are read into the key-value cache, and those that ended out of it."""
-        rows = state.rows
-        joins = self._joining(state)
-        leaves = (rows.status >= FINISHED) & (rows.slot >= 0)
-        decoding = rows.status == DECODING
-        longest = tf.reduce_max(tf.concat([tf.boolean_mask(rows.length, decoding), [0]], 0))
-        full = longest > tf.shape(state.buffers[0])[2]
+        left = self._leave(state, tf.where(self._leaving(state))[:, 0])
+        return self._join(left, self._joining(state))
 
-        def rearranged_state() -> State:
-            left = self._leave(state, tf.where(leaves)[:, 0])
-            return self._join(left, joins)
-
-        state = tf.cond(tf.reduce_any(joins | leaves) | full, rearranged_state, lambda: state)
-        # Rows that ended without having been decoded leave here, too.
+    def _without_ended(self, state: State, due: Tensor) -> State:
         remaining = tf.where(state.rows.status != ENDED)[:, 0]
 
         def without_ended() -> State:
             logprobs = state.logprobs.remaining(state.rows, remaining)
             return state._replace(rows=state.rows.chosen(remaining), logprobs=logprobs)
 
-        fewer = tf.size(remaining) < tf.size(state.rows.status)
+        fewer = due & (tf.size(remaining) < tf.size(state.rows.status))
         return cast("State", tf.cond(fewer, without_ended, lambda: state))
+
+    def _leaving(self, state: State) -> Tensor:
+        """Which rows bool [N] are in the key-value cache and not decoded any more."""
+        return (state.rows.status >= FINISHED) & (state.rows.slot >= 0)
 
     def _joining(self, state: State) -> Tensor:
         """Which rows bool [N] have read their prompts and find a place among those that are decoded."""
@@ -286,7 +290,7 @@ class Passes:
         def leave(index: Tensor, entries: Any) -> tuple[Tensor, Any]:
             row = tf.cast(leaving[index], tf.int32)
             length = rows.length[row] - 1
-            parts = [row_of(buffer, rows.slot[row], length) for buffer in state.buffers]
+            parts = row_of(state.buffers, rows.slot[row], length)
             return index + 1, self._cache.add(entries, state.number, rows.tokens[row], parts, length)
 
         _, entries = tf.while_loop(
@@ -345,9 +349,9 @@ class Passes:
         unread = tf.boolean_mask(rows.request, self._unread(state) > 0)
         return tf.reduce_any(~tf.reduce_any(decoding[:, None] == unread, 1))
 
-    def _decode(self, state: State, weights: Weights) -> State:
+    def _decode(self, state: State) -> State:
         """Decodes the rows of the key-value cache by a few tokens."""
-        rows = state.rows
+        rows, weights = state.rows, self._network.weights()
         decoded = tf.where(rows.status == DECODING)[:, 0]
         indices = tf.gather(decoded, tf.argsort(tf.gather(rows.slot, decoded)))
         count, batch = tf.size(indices), tf.shape(state.buffers[0])[0]

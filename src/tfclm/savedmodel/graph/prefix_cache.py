@@ -62,11 +62,11 @@ class PrefixCache:
         parts = [
             tf.raw_ops.TensorListGetItem(
                 input_handle=entries.lists,
-                index=index * self._parts + part,
+                index=place,
                 element_shape=-1,
                 element_dtype=tf.float32,
             )
-            for part in range(self._parts)
+            for place in self._places(index)
         ]
         for part in parts:
             part.set_shape(self._shape)
@@ -75,9 +75,13 @@ class PrefixCache:
     def write(self, entries: Entries, index: Tensor, parts: Sequence[Tensor]) -> Entries:
         """The cache with other keys and values in an entry."""
         lists = entries.lists
-        for number, part in enumerate(parts):
-            lists = tf.raw_ops.TensorListSetItem(input_handle=lists, index=index * self._parts + number, item=part)
+        for place, part in zip(self._places(index), parts, strict=True):
+            lists = tf.raw_ops.TensorListSetItem(input_handle=lists, index=place, item=part)
         return entries._replace(lists=lists)
+
+    def _places(self, index: Tensor) -> list[Tensor]:
+        """Where the parts of an entry are in the list."""
+        return cast("list[Tensor]", tf.unstack(index * self._parts + tf.range(self._parts)))
 
     def longest_match(self, entries: Entries, tokens: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
         """The entry that shares the most tokens with the beginning of `tokens` int32 [width], and how many.

@@ -70,8 +70,8 @@ class GraphDetokenizer(tf.Module):
                     pieces[number] = (text if first else text[1:]).encode()
             return pieces
 
-        self._bytes = table(first=False)
-        self._pieces = tf.constant(self._bytes)
+        # A list would be tracked, entry by entry, each time TensorFlow looks for variables.
+        self._pieces = tf.constant(table(first=False))
         # Strip is for the whole text, because the first token may be one of several bytes of a character.
         self._strips = "Strip" in kinds
         depends_on_position = kinds != ["ByteLevel"] and "ByteFallback" not in kinds
@@ -82,7 +82,8 @@ class GraphDetokenizer(tf.Module):
 
     def pieces(self, count: int) -> list[bytes]:
         """The bytes that each of the first `count` ids adds to a text."""
-        return (self._bytes + [b""] * count)[:count]
+        pieces: list[bytes] = self._pieces.numpy().tolist()
+        return (pieces + [b""] * count)[:count]
 
     def decode_bytes(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """The raw bytes, string [B], of the first `lengths` [B] of `ids` int32 [B, L], which continue other text.
