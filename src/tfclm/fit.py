@@ -114,7 +114,7 @@ class FitSettings(HubSettings, TrainingSettings, DataSettings):
 QUICKSTART: dict[str, Any] = {
     "dataset": "python-docs",
     "output_dir": "runs/quickstart",
-    "epochs": 6,
+    "epochs": 4,
     "batch_size": 8,
     "learning_rate": 2e-3,
     "schedule": "cosine",
