@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
+from tfclm.client.inputs import broadcast, check_value, is_list, rows_of_lists
 from tfclm.client.replies import as_rows, reading
 from tfclm.client.rest import RestTransport
+from tfclm.client.results import Completion, Score
 from tfclm.client.rpc import RpcTransport
 from tfclm.client.tls import Tls
 from tfclm.client.transport import Call, Limits, Model, ServerError, Signature, Transport
@@ -33,56 +33,6 @@ _TOKEN_PARAMETERS = {
     "presence_penalty",
     "top_logprobs",
 }
-_INTEGERS = {"DT_INT32": 31, "DT_INT64": 63}
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The generated continuation of one prompt: a row of the signature `generate`.
-
-    Attributes:
-        generated_text: prompt and completion.
-        completion: the new text alone.
-        completion_bytes: its raw bytes, which need not be valid UTF-8.
-        finish_reason: "stop" (end-of-text token or stop string) or "length".
-        prompt_tokens: number of tokens in the prompt.
-        completion_tokens: number of new tokens.
-        token_ids: the new tokens; only with a parameter of `generate_tokens`, as the following.
-        token_logprobs: log-probability of each new token, before sampling parameters.
-        top_logprobs: of each new token's place, `top_logprobs` of the likeliest tokens, likeliest first: id to
-            log-probability.
-    """
-
-    generated_text: str
-    completion: str
-    completion_bytes: bytes
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    token_ids: tuple[int, ...] = ()
-    token_logprobs: tuple[float, ...] = ()
-    top_logprobs: tuple[Mapping[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Score:
-    """The score of one text: a row of the signature `score`.
-
-    Attributes:
-        loss: mean negative log-likelihood per token (natural log).
-        perplexity: exp(loss).
-        token_count: number of scored tokens.
-        token_ids: `token_count` + 1 token ids; the first is context only.
-        token_logprobs: log-probability of each token; 0 for the first.
-        greedy_ids: the likeliest token in the place of each; -1 for the first. Empty if an old export has none.
-    """
-
-    loss: float
-    perplexity: float
-    token_count: int
-    token_ids: tuple[int, ...]
-    token_logprobs: tuple[float, ...]
-    greedy_ids: tuple[int, ...] = ()
 
 
 class Client:
@@ -239,9 +189,9 @@ class Client:
         """
         given = {name: value for name, value in params.items() if value is not None}
         prompts = _as_list(prompt)
-        if isinstance(prompt, str) and _is_list(given.get("stop")):
+        if isinstance(prompt, str) and is_list(given.get("stop")):
             given["stop"] = [given["stop"]]
-        several = _is_list(given.get("stop")) and any(map(_is_list, given["stop"]))
+        several = is_list(given.get("stop")) and any(map(is_list, given["stop"]))
         if several or not given.keys() <= _PARAMETERS:
             known, completions = self._generate_tokens(prompts, given)
         else:
@@ -271,7 +221,7 @@ class Client:
             if name not in _PARAMETERS | _TOKEN_PARAMETERS:
                 names = ", ".join(sorted(_PARAMETERS | _TOKEN_PARAMETERS))
                 raise InputError(f"there is no parameter {name}; there are {names}")
-        given = {**params, **_rows_of_lists(params, len(prompts))}
+        given = {**params, **rows_of_lists(params, len(prompts))}
         known = self.signatures().get("generate_tokens")
         missing = sorted(name for name in given if known is None or name not in known.inputs)
         if missing or known is None:
@@ -330,7 +280,7 @@ class Client:
         Example:
             >>> client.detokenize(client.tokenize("The import statement"))
         """
-        one = not any(map(_is_list, token_ids))
+        one = not any(map(is_list, token_ids))
         rows: Any = [token_ids] if one else token_ids
         width = max(map(len, rows), default=0)
         outputs = self.predict("detokenize", {"token_ids": [[*row, *[-1] * (width - len(row))] for row in rows]})
@@ -411,7 +361,7 @@ class Client:
         for name in known.required:
             if name not in inputs:
                 raise InputError(f"signature {signature} needs the input {name}")
-        sizes = {name: len(value) for name, value in inputs.items() if _is_list(value)}
+        sizes = {name: len(value) for name, value in inputs.items() if is_list(value)}
         size = max(sizes.values(), default=1)
         for name, given in sizes.items():
             if given != size:
@@ -421,7 +371,7 @@ class Client:
         # TensorFlow Serving does not use defaults in REST requests, so every input is sent.
         complete = {**known.defaults, **inputs}
         rows = {
-            name: (dtype, [_check_value(value, dtype, name) for value in _broadcast(complete[name], size)])
+            name: (dtype, [check_value(value, dtype, name) for value in broadcast(complete[name], size)])
             for name, dtype in known.inputs.items()
         }
         return known, self._transport.predict(signature, known, rows, call)
@@ -442,64 +392,5 @@ def unused_parameters(given: Mapping[str, Any], signature: Signature) -> list[st
     return [name for name, value in off.items() if given.get(name) not in (None, value)]
 
 
-def _rows_of_lists(params: Mapping[str, Any], size: int) -> dict[str, list[list[Any]]]:
-    """The parameters that are lists in each of `size` rows, as `generate_tokens` takes them, padded to one length."""
-    lists: dict[str, list[list[Any]]] = {}
-    if "logit_bias" in params:
-        given = params["logit_bias"]
-        every = [given] * size if isinstance(given, Mapping) else given
-        if not _is_list(every) or not all(isinstance(biases, Mapping) for biases in every):
-            raise InputError(f"`logit_bias` is {given!r}: give a mapping from token ids to numbers")
-        lists["logit_bias_ids"] = _padded([list(biases) for biases in every], -1)
-        lists["logit_bias"] = _padded([list(biases.values()) for biases in every], 0.0)
-    if "stop" in params:
-        stops = [params["stop"]] * size if not _is_list(params["stop"]) else params["stop"]
-        lists["stop"] = _padded([list(each) if _is_list(each) else [each] for each in stops], "")
-    return lists
-
-
-def _padded(rows: list[list[Any]], value: Any) -> list[list[Any]]:
-    width = max([1, *map(len, rows)])
-    return [row + [value] * (width - len(row)) for row in rows]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _broadcast(value: Any, size: int) -> Sequence[Any]:
-    return value if _is_list(value) else [value] * size
-
-
 def _as_list(text: str | list[str] | tuple[str, ...]) -> Sequence[str]:
     return text if isinstance(text, list | tuple) else [text]
-
-
-def _check_value(value: Any, dtype: str, name: str) -> Any:
-    """A value of a row, converted to its type; its rank and range are checked by the model."""
-    if _is_list(value):
-        return [_check_value(item, dtype, name) for item in value]
-    if dtype == "DT_STRING":
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "surrogateescape")
-        if not isinstance(value, str):
-            raise InputError(f"`{name}` is {value!r}: give a text")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"`{name}` is not UTF-8: give the text as UTF-8") from error
-        return value
-    if dtype in _INTEGERS:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise InputError(f"`{name}` is {value!r}: give a whole number")
-        limit = 2 ** _INTEGERS[dtype]
-        if not -limit <= value < limit:
-            raise InputError(f"`{name}` is {value}: give a number that fits {_INTEGERS[dtype] + 1} bits")
-        return int(value)
-    if dtype in ("DT_FLOAT", "DT_DOUBLE"):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise InputError(f"`{name}` is {value!r}: give a number")
-        return float(value)
-    if dtype == "DT_BOOL" and isinstance(value, bool):
-        return value
-    raise InputError(f"`{name}` is {value!r}: the signature takes {dtype}")
