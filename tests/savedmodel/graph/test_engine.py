@@ -110,6 +110,30 @@ def test_a_text_continued_in_several_requests(engine: tuple[Engine, Complete], p
         assert text[len(prompt) :][: len(whole)] == tuple(whole)
 
 
+def test_a_text_that_is_continued_is_not_read_again(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose keys and values reach the prefix cache after the request that continues it has begun."""
+    read: list[int] = []
+    extend = network.extend
+
+    def note(count: np.ndarray) -> np.int32:
+        read.append(int(count))
+        return np.int32(0)
+
+    def counted(row: Any, start: Any, count: Any, *others: Any) -> Any:
+        with tf.control_dependencies([tf.numpy_function(note, [count], tf.int32)]):
+            return extend(row, start, tf.identity(count), *others)
+
+    monkeypatch.setattr(network, "extend", counted)
+    complete = completer(network, EngineLimits(4, NEW, 6 * CONTEXT))[1]
+    text = tuple(np.random.default_rng(5).integers(1, 512, 30).tolist())
+    # The last token of a prompt is read by the step that adds the first new one.
+    for new_text, expected in [((), 29), ((), 0), ((7, 8, 9), 3), ((), 0)]:
+        text += new_text
+        text += tuple(complete(Request((text,), 11))[0])
+        assert sum(read) == expected
+        read.clear()
+
+
 def random_request(rng: random.Random, texts: list[tuple[int, ...]]) -> Request:
     """One to three rows, half of which begin like an earlier text."""
     prompts = []

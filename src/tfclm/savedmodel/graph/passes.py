@@ -101,6 +101,8 @@ class Passes:
     def run(self, state: State, due: Tensor) -> State:
         """The state after one more pass if `due` bool [], else the state as it is."""
         state = self._without_gone(state, due)
+        # Before others begin, which may continue their texts.
+        state = apply_if(due & tf.reduce_any(self._leaving(state)), self._leave, state)
         state = apply_if(due & tf.reduce_any(state.rows.status == WAITING), self._admit, state)
         state = apply_if(due & tf.reduce_any(self._unread(state) > 0), self._read, state)
         state = apply_if(due & self._is_rearranged(state), self._rearrange, state)
@@ -253,11 +255,6 @@ class Passes:
         full = longest > tf.shape(state.buffers[0])[2]
         return tf.reduce_any(self._joining(state) | self._leaving(state)) | full
 
-    def _rearrange(self, state: State) -> State:
-        """Moves rows whose prompts are read into the key-value cache, and those that ended out of it."""
-        left = self._leave(state, tf.where(self._leaving(state))[:, 0])
-        return self._join(left, self._joining(state))
-
     def _without_ended(self, state: State, due: Tensor) -> State:
         remaining = tf.where(state.rows.status != ENDED)[:, 0]
 
@@ -283,9 +280,10 @@ class Passes:
         fits = (count <= self._max_rows) & (_wide(count) * _wide(longest) + prompts <= self._max_tokens)
         return read & ~_any_before(read & ~fits)
 
-    def _leave(self, state: State, leaving: Tensor) -> State:
-        """Moves the keys and values of the rows at `leaving` [M] into the prefix cache."""
+    def _leave(self, state: State) -> State:
+        """Copies the keys and values of rows that leave into the prefix cache."""
         rows = state.rows
+        leaving = tf.where(self._leaving(state))[:, 0]
 
         def leave(index: Tensor, entries: Any) -> tuple[Tensor, Any]:
             row = tf.cast(leaving[index], tf.int32)
@@ -296,12 +294,11 @@ class Passes:
         _, entries = tf.while_loop(
             lambda index, _: index < tf.size(leaving), leave, (tf.constant(0), state.entries), parallel_iterations=1
         )
-        slot = tf.where(rows.status == DECODING, rows.slot, -1)
-        return state._replace(rows=rows._replace(slot=slot), entries=entries)
+        return state._replace(entries=entries)
 
-    def _join(self, state: State, joins: Tensor) -> State:
-        """Makes the key-value cache anew, for the decoded rows and those that `joins` [N]."""
-        rows = state.rows
+    def _rearrange(self, state: State) -> State:
+        """Makes the key-value cache anew, for the rows that are decoded and those whose prompts are read."""
+        rows, joins = state.rows, self._joining(state)
         decoded = tf.where(rows.status == DECODING)[:, 0]
         staying = tf.gather(decoded, tf.argsort(tf.gather(rows.slot, decoded)))
         joining = tf.where(joins)[:, 0]
@@ -316,10 +313,11 @@ class Passes:
             tf.size(order) if self._sizes is None else _at_least(self._sizes.rows, tf.size(order)),
             capacity,
         )
+        slot = tf.where(rows.status == DECODING, rows.slot, -1)
         rows = rows._replace(
             status=tf.where(joins, DECODING, rows.status),
             entry=tf.where(joins, -1, rows.entry),
-            slot=tf.tensor_scatter_nd_update(rows.slot, order[:, None], tf.range(tf.size(order))),
+            slot=tf.tensor_scatter_nd_update(slot, order[:, None], tf.range(tf.size(order))),
             started=tf.where(joins, state.number, rows.started),
         )
         released = self._cache.within(self._cache.release(state.entries, entries), self._room(rows))
