@@ -142,7 +142,7 @@ def test_cache(reference: Reference):
             for end in range(length + 1, length + steps + 1):
                 own[row, end - 1] = reference.model(ids[row : row + 1, :end]).logits.numpy()[0, -1]
     out = decode_tokens(spec, weights, ids[:, : lengths[0]], lengths=tf.constant(lengths))
-    pairs = [tuple(key_value_cache.padded(part, tf.constant(24)) for part in pair) for pair in out.pairs]
+    pairs = [key_value_cache.fitted(pair, tf.shape(pair[0])[2], tf.constant(24)) for pair in out.pairs]
     for step in range(steps):
         positions = tf.constant(lengths + step)
         append = key_value_cache.Writer(pairs[0][0], positions[:, None]).write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -132,6 +133,79 @@ def test_a_text_that_is_continued_is_not_read_again(network: Network, monkeypatc
         text += tuple(complete(Request((text,), 11))[0])
         assert sum(read) == expected
         read.clear()
+
+
+def test_a_pass_that_fails_does_not_fail_forever(
+    network: Network, plain: Complete, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that makes each pass fail, and that nobody waits for any more."""
+    step = network.step
+    # Long enough for its row to be in the state of a pass that has succeeded.
+    prompts = (((3, number),) for number in range(512))
+    bad = next(Request(each, 100) for each in prompts if len(plain(Request(each, 100))[0]) == 100)
+
+    def check(starts: np.ndarray) -> np.int32:
+        if max(starts) > 80:
+            raise MemoryError
+        return np.int32(0)
+
+    def checked(tokens: Any, starts: Any, *others: Any) -> Any:
+        with tf.control_dependencies([tf.numpy_function(check, [starts], tf.int32)]):
+            return step(tokens, tf.identity(starts), *others)
+
+    monkeypatch.setattr(network, "step", checked)
+    complete = completer(network, EngineLimits(4, NEW, 6 * CONTEXT))[1]
+    with pytest.raises(tf.errors.ResourceExhaustedError):
+        complete(bad)
+    good = Request(((3, 4, 5),), 4)
+    for _ in range(20):
+        with contextlib.suppress(tf.errors.ResourceExhaustedError):
+            complete(good)
+    assert complete(good) == plain(good)
+
+
+def test_rows_at_the_original_context_of_a_longrope() -> None:
+    """A row whose prompt fills the original context, for whose next token there is no room, alone or beside others."""
+    from tf_keras.utils import set_random_seed
+    from transformers import Phi3Config
+
+    from tfclm.checkpoint import create
+
+    original, context = 30, 64
+    set_random_seed(4)
+    model = create(
+        Phi3Config(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=context,
+            original_max_position_embeddings=original,
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    model.set_weights([5 * weight for weight in model.get_weights()])
+    complete = completer(Network(model), EngineLimits(4, 50, 4 * context))[1]
+    rng = np.random.default_rng(6)
+    prompts = [tuple(rng.integers(1, 512, original + more).tolist()) for more in (-1, 0, 1)]
+
+    def expected(prompt: tuple[int, ...]) -> list[int]:
+        text, end = list(prompt), original + 1 if len(prompt) <= original else context
+        while len(text) < end:
+            text.append(int(np.argmax(model(tf.constant([text])).logits[0, -1])))
+            if text[-1] % 40 == 0:  # an EOS of `completer`
+                break
+        return text[len(prompt) :]
+
+    answers = [expected(prompt) for prompt in prompts]
+    assert [len(answer) for answer in answers[:2]] == [2, 1]
+    assert len(answers[2]) > 4
+    assert [complete(Request((prompt,), 50))[0] for prompt in prompts] == answers
+    assert complete(Request(tuple(prompts), 50)) == answers
 
 
 def random_request(rng: random.Random, texts: list[tuple[int, ...]]) -> Request:

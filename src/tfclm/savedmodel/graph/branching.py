@@ -11,7 +11,7 @@ __all__ = ["apply_if"]
 
 Structure = TypeVar("Structure")
 
-# Functions are optimized with the graph that calls them, so they need not be once more at their first call.
+# Functions are optimized with the graph that calls them, so they need not be optimized again at their first call.
 CONFIG = tf.compat.v1.ConfigProto()
 CONFIG.graph_options.rewrite_options.disable_meta_optimizer = True
 
@@ -20,7 +20,7 @@ def apply_if(condition: Any, function: Callable[[Structure], Structure], values:
     """`function(values)` if the condition bool [] holds, else `values`; for large functions.
 
     `tf.cond` means the same, but its branches become part of the graph around them. The time that Grappler needs grows
-    faster than a graph, and it optimizes a branch once more for each branch around it.
+    faster than the size of the graph, and it optimizes a branch once more for each branch around it.
 
     Example:
         >>> apply_if(tf.constant(True), lambda pair: (pair[0] + 1, pair[1]), (tf.constant(1), tf.constant(2)))
@@ -54,7 +54,7 @@ def apply_if(condition: Any, function: Callable[[Structure], Structure], values:
         then_branch=tf.function(call, autograph=False).get_concrete_function(*all_kinds),
         else_branch=tf.function(keep, autograph=False).get_concrete_function(*all_kinds),
     )
-    for output, changed in zip(outputs, called.outputs, strict=True):
-        output.set_shape(changed.shape)
+    for output, kind, changed in zip(outputs, kinds, called.outputs, strict=True):
+        output.set_shape(kind.shape.most_specific_compatible_shape(changed.shape))
     result: Structure = tf.nest.pack_sequence_as(values, outputs)
     return result

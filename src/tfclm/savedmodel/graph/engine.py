@@ -3,7 +3,8 @@
 A request submits its rows and then asks again and again, one turn at a time, until they are finished. Turns go through
 the queue of one BatchFunction with one thread, so that they never overlap. A turn that finds nothing new runs the next
 pass, for the rows of all requests; the others take what that pass has brought. So a request that is cancelled or fails
-in a turn takes no other with it: the next one in the queue goes on from the same state.
+in a turn takes no other with it: the next one in the queue goes on from the same state. If that fails again and again,
+because of a row or for want of memory, all rows begin anew.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from tfclm.savedmodel.graph.stopping import Stop, StopFinder
 __all__ = ["Completions", "Engine", "EngineLimits"]
 
 Tensor = Any
+
+# Passes in a row that fail before all rows begin anew. Some, because requests that are cancelled at once fail, too.
+MAX_FAILURES = 8
 
 
 class EngineLimits(NamedTuple):
@@ -166,7 +170,8 @@ class Engine:
 
     def row_count(self) -> Tensor:
         """The number of rows int32 [] that have not ended, as of the last pass. For tests."""
-        return tf.reduce_sum(tf.cast(self._shared.read(self._empty).rows.status < FINISHED, tf.int32))
+        rows = self._shared.read(self._empty, MAX_FAILURES).rows
+        return tf.reduce_sum(tf.cast(rows.status < FINISHED, tf.int32))
 
     def _in_turn(self, request: Tensor) -> tuple[Tensor, ...]:
         """Runs `_take_turn` while no other turn runs."""
@@ -194,13 +199,15 @@ class Engine:
 
         Runs a pass unless there is news since the request's last turn. Only finished rows are returned.
         """
-        state = self._shared.with_submitted(self._shared.read(self._first))
+        state = self._shared.with_submitted(self._shared.read(self._first, MAX_FAILURES))
         mine = state.rows.of(request)
         known = tf.reduce_any(mine)
         news = tf.reduce_any(mine & (state.rows.seen < state.number)) | _all(state.rows.status >= FINISHED, mine)
         seen = tf.where(mine, state.number, state.rows.seen)
         state = state._replace(rows=state.rows._replace(seen=seen))
-        state = self._passes.run(state, known & ~news)
+        due = known & ~news
+        with tf.control_dependencies([self._shared.begin(due)]):
+            state = self._passes.run(state, tf.identity(due))
         rows = state.rows
         mine = rows.of(request)
         finished = known & _all(rows.status >= FINISHED, mine)
@@ -234,9 +241,9 @@ class Engine:
     ) -> Submission:
         network = self._network
         ids = tf.where(tf.sequence_mask(lengths, tf.shape(ids)[1]), ids, 0)
-        # The end of the context, or of the lengths that the cache is of use for.
+        # The end of the context, or of the lengths that the cache is of use for; it is not read after the last token.
         threshold = network.spec.threshold
-        end = tf.where(lengths <= threshold, min(threshold, network.context), network.context)
+        end = tf.where(lengths <= threshold, min(threshold + 1, network.context), network.context)
         tokens = tf.pad(ids, [[0, 0], [0, self._width]])[:, : self._width]
         return Submission(
             request=tf.broadcast_to(request, tf.shape(lengths)),

@@ -16,9 +16,9 @@ Tensor = Any
 
 
 def zeros(shape: Sequence[Tensor | int], count: int) -> list[Tensor]:
-    """`count` times zeros float32 [B, heads, capacity, size], in tensors of their own, which may be written to.
+    """`count` tensors of zeros, float32 [B, heads, capacity, size], each with its own memory, which may be written to.
 
-    TensorFlow makes equal tensors of `tf.zeros` one.
+    TensorFlow merges equal tensors of `tf.zeros`.
     """
     static = [size if isinstance(size, int) else None for size in shape]
     dynamic = tf.stack(shape)
@@ -28,7 +28,7 @@ def zeros(shape: Sequence[Tensor | int], count: int) -> list[Tensor]:
 def fitted(parts: Sequence[Tensor], length: Tensor, capacity: Tensor) -> list[Tensor]:
     """The first `length` [] slots of keys and values [B, heads, L, size], with `capacity` [] slots, `length` or more.
 
-    The other slots are free.
+    The other slots are free. If there are none, these may be the given tensors themselves.
     """
     size, paddings = tf.stack([-1, -1, length, -1]), _at_the_end(capacity - length)
     return [_as_before(tf.pad(tf.slice(part, [0] * 4, size), paddings), part) for part in parts]
@@ -41,7 +41,7 @@ def row_of(buffers: Sequence[Tensor], slot: Tensor, length: Tensor) -> list[Tens
 
 
 def _at_the_end(slots: Tensor) -> Tensor:
-    """Paddings of `slots` [] at the end."""
+    """Paddings that add `slots` [] slots at the end."""
     return tf.scatter_nd([[2, 1]], slots[None], [4, 2])
 
 

@@ -1,4 +1,4 @@
-"""A pass of the engine: rows that wait are admitted, prompts are read on, and all rows are decoded by a few tokens."""
+"""A pass of the engine: rows that are done leave, others join, prompts are read further, and rows are decoded."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Passes:
         reading = gone & (rows.status == READING)
 
         def released() -> Any:
-            return self._cache.release(state.entries, tf.boolean_mask(rows.entry, reading))
+            return self._cache.remove(state.entries, tf.boolean_mask(rows.entry, reading))
 
         entries = tf.cond(tf.reduce_any(reading), released, lambda: state.entries)
         rows = rows._replace(status=tf.where(gone, ENDED, rows.status), entry=tf.where(reading, -1, rows.entry))
@@ -256,6 +256,7 @@ class Passes:
         return tf.reduce_any(self._joining(state) | self._leaving(state)) | full
 
     def _without_ended(self, state: State, due: Tensor) -> State:
+        """Removes the rows that have ended, whether they were decoded or not."""
         remaining = tf.where(state.rows.status != ENDED)[:, 0]
 
         def without_ended() -> State:
@@ -266,7 +267,7 @@ class Passes:
         return cast("State", tf.cond(fewer, without_ended, lambda: state))
 
     def _leaving(self, state: State) -> Tensor:
-        """Which rows bool [N] are in the key-value cache and not decoded any more."""
+        """Which rows bool [N] are in the key-value cache and no longer decoded."""
         return (state.rows.status >= FINISHED) & (state.rows.slot >= 0)
 
     def _joining(self, state: State) -> Tensor:
@@ -281,7 +282,7 @@ class Passes:
         return read & ~_any_before(read & ~fits)
 
     def _leave(self, state: State) -> State:
-        """Copies the keys and values of rows that leave into the prefix cache."""
+        """Copies the keys and values of rows that leave into the prefix cache; `_rearrange` must follow."""
         rows = state.rows
         leaving = tf.where(self._leaving(state))[:, 0]
 
@@ -297,7 +298,7 @@ class Passes:
         return state._replace(entries=entries)
 
     def _rearrange(self, state: State) -> State:
-        """Makes the key-value cache anew, for the rows that are decoded and those whose prompts are read."""
+        """Makes the key-value cache anew, for the rows that are decoded and those that join."""
         rows, joins = state.rows, self._joining(state)
         decoded = tf.where(rows.status == DECODING)[:, 0]
         staying = tf.gather(decoded, tf.argsort(tf.gather(rows.slot, decoded)))
@@ -326,10 +327,12 @@ class Passes:
     def _capacity(self, rows: Rows, order: Tensor, old: Tensor, staying: Tensor) -> Tensor:
         """Slots int32 [] for the rows at `order` [B], of which `staying` [] have `old` [] slots now."""
         longest = tf.reduce_max(tf.concat([tf.gather(rows.length, order), [0]], 0))
-        # The keys and values of a row's last token are never needed.
-        most = tf.reduce_max(tf.concat([tf.gather(rows.end, order) - 1, [0]], 0))
+        most = tf.reduce_max(tf.concat([tf.gather(rows.end, order), [0]], 0))
         if self._sizes is not None:
-            return _at_least(self._sizes.capacities, tf.minimum(most, longest + COMPILED_CHUNK))
+            # The keys and values of a row's last token are never needed.
+            return _at_least(self._sizes.capacities, tf.minimum(most - 1, longest + COMPILED_CHUNK))
+        # The slot of the last token stays free, because the slice of a whole row would not be a copy: its entry of the
+        # prefix cache would keep the rows beside it in memory.
         growth = tf.maximum(MIN_GROWTH, longest // 4)
         wanted = tf.minimum(most, (longest + growth + MIN_GROWTH - 1) // MIN_GROWTH * MIN_GROWTH)
         # Shrinking costs a copy that is not worth it for a few slots.

@@ -58,7 +58,7 @@ class PrefixCache:
         )
 
     def read(self, entries: Entries, index: Tensor) -> list[Tensor]:
-        """The keys and values of an entry that is not empty, or busy."""
+        """The keys and values of an entry that is busy, or not empty."""
         parts = [
             tf.raw_ops.TensorListGetItem(
                 input_handle=entries.lists,
@@ -129,10 +129,28 @@ class PrefixCache:
         return self._placed(entries, index, number, tokens, length, busy=True), index
 
     def release(self, entries: Entries, indices: Tensor) -> Entries:
-        """The cache without rows' prompts being read into the entries at `indices` int32 [M]."""
+        """The cache after the prompts have been read into the entries at `indices` int32 [M]."""
+        if not self._enabled:
+            return self.remove(entries, indices)
         no = tf.zeros_like(indices, tf.bool)
-        released = entries._replace(busy=tf.tensor_scatter_nd_update(entries.busy, indices[:, None], no))
-        return released if self._enabled else self._emptied(released, indices)
+        return entries._replace(busy=tf.tensor_scatter_nd_update(entries.busy, indices[:, None], no))
+
+    def remove(self, entries: Entries, indices: Tensor) -> Entries:
+        """The cache without the entries at `indices` int32 [M], busy or not."""
+        nothing, no = tf.zeros(self._empty_shape), tf.zeros_like(indices, tf.bool)
+
+        def clear(position: Tensor, lists: Tensor) -> tuple[Tensor, Tensor]:
+            changed = self.write(entries._replace(lists=lists), indices[position], [nothing] * self._parts)
+            return position + 1, changed.lists
+
+        _, lists = tf.while_loop(
+            lambda position, lists: position < tf.size(indices), clear, (0, entries.lists), parallel_iterations=1
+        )
+        return entries._replace(
+            lists=lists,
+            length=tf.tensor_scatter_nd_update(entries.length, indices[:, None], tf.zeros_like(indices)),
+            busy=tf.tensor_scatter_nd_update(entries.busy, indices[:, None], no),
+        )
 
     def within(self, entries: Entries, tokens: Tensor) -> Entries:
         """The cache without the entries that were used least recently, so that it holds at most `tokens` [] tokens.
@@ -143,25 +161,14 @@ class PrefixCache:
         def held(entries: Entries) -> Tensor:
             return tf.reduce_sum(tf.where(entries.busy, 0, entries.length))
 
-        def remove(entries: Entries) -> tuple[Entries]:
+        def without_oldest(entries: Entries) -> tuple[Entries]:
             oldest = tf.where(entries.busy | (entries.length == 0), tf.int64.max, entries.used)
-            return (self._emptied(entries, tf.argmin(oldest, output_type=tf.int32)[None]),)
+            return (self.remove(entries, tf.argmin(oldest, output_type=tf.int32)[None]),)
 
-        (entries,) = tf.while_loop(lambda entries: held(entries) > tokens, remove, (entries,), parallel_iterations=1)
-        return entries
-
-    def _emptied(self, entries: Entries, indices: Tensor) -> Entries:
-        nothing = tf.zeros(self._empty_shape)
-
-        def clear(position: Tensor, lists: Tensor) -> tuple[Tensor, Tensor]:
-            changed = self.write(entries._replace(lists=lists), indices[position], [nothing] * self._parts)
-            return position + 1, changed.lists
-
-        _, lists = tf.while_loop(
-            lambda position, lists: position < tf.size(indices), clear, (0, entries.lists), parallel_iterations=1
+        (entries,) = tf.while_loop(
+            lambda entries: held(entries) > tokens, without_oldest, (entries,), parallel_iterations=1
         )
-        length = tf.tensor_scatter_nd_update(entries.length, indices[:, None], tf.zeros_like(indices))
-        return entries._replace(lists=lists, length=length)
+        return entries
 
     def _placed(
         self, entries: Entries, index: Tensor, number: Tensor, tokens: Tensor, length: Tensor, *, busy: bool

@@ -2,7 +2,7 @@
 
 The state outlives a request in a staging area of the session. A pass reads it without taking it out and puts the new
 state there in one operation, so that a pass that fails or is cancelled changes nothing: it may only have written to
-slots of the key-value cache that no token uses yet.
+slots of the key-value cache, and of an entry of the prefix cache, that no token uses yet.
 """
 
 from __future__ import annotations
@@ -182,6 +182,8 @@ class SharedState:
         self._state: dict[str, Any] = {"dtypes": _dtypes(self._specs), "shared_name": f"{name}-state"}
         self._submission = submission
         self._submitted: dict[str, Any] = {"dtypes": _dtypes(submission), "shared_name": f"{name}-submitted"}
+        # Holds a value for each pass that has begun since a state was written.
+        self._begun: dict[str, Any] = {"dtypes": [tf.bool], "shared_name": f"{name}-begun"}
 
     @property
     def specs(self) -> State:
@@ -196,14 +198,24 @@ class SharedState:
         """The number of requests, int32 [], whose rows were submitted since the last pass."""
         return tf.raw_ops.StageSize(**self._submitted)
 
-    def read(self, first: Callable[[], State]) -> State:
-        """The state; before the first pass, what `first` returns."""
+    def read(self, first: Callable[[], State], failures: int) -> State:
+        """The state; before the first pass, and after so many `failures` in a row, what `first` returns."""
         size = tf.raw_ops.StageSize(**self._state)
+        failed = tf.raw_ops.StageSize(**self._begun) >= failures
 
         def last() -> State:
             return cast("State", _packed(self._specs, tf.raw_ops.StagePeek(index=size - 1, **self._state)))
 
-        return cast("State", tf.cond(size > 0, last, first))
+        return cast("State", tf.cond((size > 0) & ~failed, last, first))
+
+    def begin(self, due: Tensor) -> Tensor:
+        """Notes that a pass begins if `due` bool []; it has failed if no state is written after it."""
+
+        def note() -> Tensor:
+            with tf.control_dependencies([tf.raw_ops.Stage(values=[due], shared_name=self._begun["shared_name"])]):
+                return tf.constant(0)
+
+        return tf.cond(due, note, lambda: tf.constant(0))
 
     def with_submitted(self, state: State) -> State:
         """The state with the rows that were submitted since the last pass."""
@@ -233,13 +245,21 @@ class SharedState:
         with tf.control_dependencies([before]):
             staged = tf.raw_ops.Stage(values=tf.nest.flatten(state), shared_name=self._state["shared_name"])
 
-        def remove(index: Tensor) -> tuple[Tensor]:
-            old = tf.raw_ops.Unstage(**self._state)
-            with tf.control_dependencies(old[:1]):
-                return (index + 1,)
-
         with tf.control_dependencies([staged]):
-            return tf.while_loop(lambda index: index < before, remove, (tf.constant(0),), parallel_iterations=1)[0]
+            removed = _take_out(self._state, before)
+        with tf.control_dependencies([removed]):
+            return _take_out(self._begun, tf.raw_ops.StageSize(**self._begun))
+
+
+def _take_out(area: dict[str, Any], count: Tensor) -> Tensor:
+    """Removes the `count` [] oldest values of a staging area; returns a tensor that exists once it is done."""
+
+    def remove(index: Tensor) -> tuple[Tensor]:
+        old = tf.raw_ops.Unstage(**area)
+        with tf.control_dependencies(old[:1]):
+            return (index + 1,)
+
+    return tf.while_loop(lambda index: index < count, remove, (tf.constant(0),), parallel_iterations=1)[0]
 
 
 def _dtypes(specs: Any) -> list[tf.DType]:
