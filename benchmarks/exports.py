@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 PROMPT = 16  # tokens
 TYPES = {1: ctypes.c_float, 3: ctypes.c_int32, 9: ctypes.c_int64}
+STRING, EMPTY_STRING = 7, 24  # the type, and the zero bytes that are an empty text in memory
 
 
 class _Output(ctypes.Structure):
@@ -72,7 +73,10 @@ class _Library:
 
     def _tensor(self, given: dict[str, Any]) -> Any:
         shape, values = given["shape"], given["values"]
-        data = (TYPES[given["type"]] * len(values))(*values)
+        if given["type"] == STRING:
+            data = (ctypes.c_char * (EMPTY_STRING * len(values)))()
+        else:
+            data = (TYPES[given["type"]] * len(values))(*values)
         dims = (ctypes.c_int64 * len(shape))(*shape)
         size = ctypes.c_size_t(ctypes.sizeof(data))
         tensor = self._pointer("TF_AllocateTensor", given["type"], dims, len(shape), size)

@@ -47,7 +47,7 @@ class ServableSettings:
     cache_tokens: int | None = setting(
         None,
         "maximum number of tokens whose keys and values are kept, of rows that are decoded and in the prefix cache; by "
-        "default as many as take the memory of the weights, at least two contexts",
+        "default as many as take the memory of the weights in float32, at least two contexts",
     )
     prefix_cache: bool = setting(True, "start from the keys and values of earlier rows that begin with the same tokens")
     max_request_rows: int = setting(4096, "maximum number of rows per request")

@@ -166,8 +166,9 @@ class GenerationModule(tf.Module):
                     f"`cache_tokens` {settings.cache_tokens}: give at least {network.context}, the model's context"
                 )
             return settings.cache_tokens
-        # As much memory as the weights take, but for two full contexts at least and for two full batches at most.
-        weights = sum(int(np.prod(variable.shape)) * variable.dtype.size for variable in network.variables)
+        # As much memory as the weights take in float32, but for two full contexts at least and for two full batches at
+        # most. Smaller weights do not make keys and values smaller, and fewer rows could be decoded together.
+        weights = 4 * sum(int(np.prod(variable.shape)) for variable in network.variables)
         as_weights: int = weights // network.bytes_per_token
         return min(max(as_weights, 2 * network.context), 2 * settings.max_batch_size * network.context)
 
