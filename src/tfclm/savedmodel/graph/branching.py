@@ -27,34 +27,34 @@ def apply_if(condition: Any, function: Callable[[Structure], Structure], values:
         (<tf.Tensor: shape=(), dtype=int32, numpy=2>, <tf.Tensor: shape=(), dtype=int32, numpy=2>)
     """
     inputs = tf.nest.flatten(values)
-    kinds = [tf.TensorSpec(each.shape, each.dtype) for each in inputs]
+    specs = [tf.TensorSpec(each.shape, each.dtype) for each in inputs]
 
     def flat(*inputs: Any) -> list[Any]:
         changed: list[Any] = tf.nest.flatten(function(tf.nest.pack_sequence_as(values, inputs)))
         return changed
 
-    apart = tf.function(flat, autograph=False, experimental_attributes={"_noinline": True})
-    called = apart.get_concrete_function(*kinds)
+    separate = tf.function(flat, autograph=False, experimental_attributes={"_noinline": True})
+    called = separate.get_concrete_function(*specs)
 
     # A branch of `If` lacks the kernels of oneDNN, a function that is called has them.
     def call(*inputs: Any) -> Any:
         return tf.raw_ops.StatefulPartitionedCall(
-            args=inputs, Tout=[kind.dtype for kind in kinds], f=called, config_proto=CONFIG.SerializeToString()
+            args=inputs, Tout=[spec.dtype for spec in specs], f=called, config_proto=CONFIG.SerializeToString()
         )
 
     def keep(*inputs: Any) -> Any:
-        return inputs[: len(kinds)]
+        return inputs[: len(specs)]
 
     captured = called.captured_inputs
-    all_kinds = kinds + [tf.TensorSpec(each.shape, each.dtype) for each in captured]
+    all_specs = specs + [tf.TensorSpec(each.shape, each.dtype) for each in captured]
     outputs = tf.raw_ops.If(
         cond=condition,
         input=[*inputs, *captured],
-        Tout=[kind.dtype for kind in kinds],
-        then_branch=tf.function(call, autograph=False).get_concrete_function(*all_kinds),
-        else_branch=tf.function(keep, autograph=False).get_concrete_function(*all_kinds),
+        Tout=[spec.dtype for spec in specs],
+        then_branch=tf.function(call, autograph=False).get_concrete_function(*all_specs),
+        else_branch=tf.function(keep, autograph=False).get_concrete_function(*all_specs),
     )
-    for output, kind, changed in zip(outputs, kinds, called.outputs, strict=True):
-        output.set_shape(kind.shape.most_specific_compatible_shape(changed.shape))
+    for output, spec, changed in zip(outputs, specs, called.outputs, strict=True):
+        output.set_shape(spec.shape.most_specific_compatible_shape(changed.shape))
     result: Structure = tf.nest.pack_sequence_as(values, outputs)
     return result

@@ -4,7 +4,7 @@ A request submits its rows and then asks again and again, one turn at a time, un
 the queue of one BatchFunction with one thread, so that they never overlap. A turn that finds nothing new runs the next
 pass, for the rows of all requests; the others take what that pass has brought. So a request that is cancelled or fails
 in a turn takes no other with it: the next one in the queue goes on from the same state. If that fails again and again,
-because of a row or for want of memory, all rows begin anew.
+because of a row or because memory runs out, all rows start over.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ from tfclm.savedmodel.graph.stopping import Stop, StopFinder
 __all__ = ["Completions", "Engine", "EngineLimits"]
 
 Tensor = Any
-
-# Passes in a row that fail before all rows begin anew. Some, because requests that are cancelled at once fail, too.
-MAX_FAILURES = 8
 
 
 class EngineLimits(NamedTuple):
@@ -170,8 +167,7 @@ class Engine:
 
     def row_count(self) -> Tensor:
         """The number of rows int32 [] that have not ended, as of the last pass. For tests."""
-        rows = self._shared.read(self._empty, MAX_FAILURES).rows
-        return tf.reduce_sum(tf.cast(rows.status < FINISHED, tf.int32))
+        return tf.reduce_sum(tf.cast(self._shared.read(self._empty).rows.status < FINISHED, tf.int32))
 
     def _in_turn(self, request: Tensor) -> tuple[Tensor, ...]:
         """Runs `_take_turn` while no other turn runs."""
@@ -199,7 +195,7 @@ class Engine:
 
         Runs a pass unless there is news since the request's last turn. Only finished rows are returned.
         """
-        state = self._shared.with_submitted(self._shared.read(self._first, MAX_FAILURES))
+        state = self._shared.with_submitted(self._shared.read(self._first))
         mine = state.rows.of(request)
         known = tf.reduce_any(mine)
         news = tf.reduce_any(mine & (state.rows.seen < state.number)) | _all(state.rows.status >= FINISHED, mine)

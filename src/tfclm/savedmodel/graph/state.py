@@ -30,6 +30,9 @@ DECODING = 2
 FINISHED = 3  # its request has not taken the tokens yet
 ENDED = 4  # the request has its tokens, or is gone
 
+# Passes in a row that fail before all rows start over. Several, because requests that are cancelled at once fail, too.
+MAX_FAILURES = 8
+
 
 class Submission(NamedTuple):
     """The rows of a request."""
@@ -198,10 +201,10 @@ class SharedState:
         """The number of requests, int32 [], whose rows were submitted since the last pass."""
         return tf.raw_ops.StageSize(**self._submitted)
 
-    def read(self, first: Callable[[], State], failures: int) -> State:
-        """The state; before the first pass, and after so many `failures` in a row, what `first` returns."""
+    def read(self, first: Callable[[], State]) -> State:
+        """The state; before the first pass, and after MAX_FAILURES passes that failed, what `first` returns."""
         size = tf.raw_ops.StageSize(**self._state)
-        failed = tf.raw_ops.StageSize(**self._begun) >= failures
+        failed = tf.raw_ops.StageSize(**self._begun) >= MAX_FAILURES
 
         def last() -> State:
             return cast("State", _packed(self._specs, tf.raw_ops.StagePeek(index=size - 1, **self._state)))
