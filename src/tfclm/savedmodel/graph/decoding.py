@@ -142,6 +142,9 @@ class CompiledDecoder(Decoder):
 
     XLA would copy buffers that it writes to. So it only reads them, for a few steps at a time, and the keys and values
     of these steps are written afterwards.
+
+    Attributes:
+        compiled: the function that XLA compiles, which runs a few steps.
     """
 
     STEPS = 4
@@ -150,7 +153,7 @@ class CompiledDecoder(Decoder):
         self, network: Network, eos_ids: Sequence[int], finder: StopFinder | None, top_logprobs: int = 0
     ) -> None:
         super().__init__(network, eos_ids, finder, top_logprobs)
-        self._compiled = tf.function(self._run_compiled, autograph=False, jit_compile=True)
+        self.compiled = tf.function(self._run_compiled, autograph=False, jit_compile=True)
 
     def run(
         self,
@@ -164,15 +167,44 @@ class CompiledDecoder(Decoder):
     ) -> DecodingRows:
         """See `Decoder.run`; rows whose `end` is 0 only fill the batch, and are never finished."""
         uniform = tf.pad(uniform, [[0, 0], [0, self.STEPS]])
-        capacity = tf.shape(rows.buffers[0])[2]
         rows = rows._replace(logprobs=_no_logprobs(uniform, extra))
+        return cast(
+            "DecodingRows",
+            self._with_fast_weights(
+                weights, rows, lambda fast: self._loop(rows, params, extra, end, uniform, fast, go_on)
+            ),
+        )
+
+    def _with_fast_weights(self, weights: Weights, rows: DecodingRows, run: Callable[[Weights], Any]) -> Any:
+        """What `run` returns, given the weights in the type that is fastest for as many rows.
+
+        The products of one row are limited by memory bandwidth: reading the smaller weights at each step is faster. For
+        more rows, weights that are cast to float32 once are faster.
+        """
+        if self._network.dtype == tf.float32:
+            return run(weights)
+        alone = tf.shape(rows.length)[0] == 1
+        return tf.cond(alone, lambda: run(weights), lambda: run(tf.nest.map_structure(_as_float32, weights)))
+
+    def _loop(
+        self,
+        rows: DecodingRows,
+        params: SamplingParams,
+        extra: ExtraParams,
+        end: Tensor,
+        uniform: Tensor,
+        weights: Weights,
+        go_on: Callable[[Tensor], Tensor],
+    ) -> DecodingRows:
+        capacity = tf.shape(rows.buffers[0])[2]
 
         def few_steps(number: Tensor, rows: DecodingRows) -> tuple[Tensor, DecodingRows]:
             remaining = capacity + 1 - tf.reduce_max(rows.length)
             drawn = tf.ensure_shape(uniform[:, number : number + self.STEPS], [None, self.STEPS])
             # XLA would compile for each size of `logprobs`.
             asked = rows._replace(logprobs=None)
-            taken, after, recent = self._compiled(asked, params, extra, end, drawn, tf.minimum(remaining, self.STEPS))
+            limit = tf.minimum(remaining, self.STEPS)
+            taken, after, recent = self.compiled(asked, params, extra, end, drawn, limit, weights)
             slots = rows.length[:, None] - 1 + tf.range(taken)
             write = key_value_cache.Writer(rows.buffers[0], slots).write
             buffers = [write(buffer, new[:, :, :taken]) for buffer, new in zip(rows.buffers, recent, strict=True)]
@@ -202,9 +234,12 @@ class CompiledDecoder(Decoder):
 
     def compile(self, rows: DecodingRows, params: SamplingParams, extra: ExtraParams) -> Tensor:
         """Compiles for the sizes of `rows`; returns the number of steps that were run, which is 0."""
-        uniform = tf.zeros([tf.shape(rows.length)[0], self.STEPS], tf.float64)
-        taken, *_ = self._compiled(rows, params, extra, rows.length, uniform, tf.constant(0))
-        return taken
+        uniform, none = tf.zeros([tf.shape(rows.length)[0], self.STEPS], tf.float64), tf.constant(0)
+
+        def run(weights: Weights) -> Tensor:
+            return self.compiled(rows, params, extra, rows.length, uniform, none, weights)[0]
+
+        return self._with_fast_weights(self._network.weights(), rows, run)
 
     def _run_compiled(
         self,
@@ -214,10 +249,10 @@ class CompiledDecoder(Decoder):
         end: Tensor,
         uniform: Tensor,
         limit: Tensor,
+        weights: Weights,
     ) -> tuple[Tensor, DecodingRows, list[Tensor]]:
         """Runs at most `limit` [] steps: their number, the rows without buffers, and the new keys and values."""
         network, starts, buffers = self._network, rows.length - 1, rows.buffers
-        weights = network.weights()
         batch, heads, _, size = buffers[0].shape
         batch = tf.shape(buffers[0])[0] if batch is None else batch
         recent = [tf.zeros([batch, heads, self.STEPS, size]) for _ in buffers]
@@ -225,34 +260,19 @@ class CompiledDecoder(Decoder):
         rows = rows._replace(logprobs=NewLogprobs(tf.zeros(shape, tf.int32), tf.zeros(shape)))
         choose = self._chooser(rows, params, extra, uniform, xla=True)
 
-        def loop(read_weights: Callable[[Tensor], Weights]) -> tuple[Tensor, DecodingRows, list[Tensor]]:
-            """Runs with the weights that `read_weights` returns at each step, given the last tokens."""
+        def step(number: Tensor, rows: DecodingRows, recent: list[Tensor]) -> tuple[Any, ...]:
+            last = tf.gather(rows.tokens, rows.length - 1, batch_dims=1)
+            now, last = _cast_at_each_step(weights, last)
+            logits, recent = network.compiled_step(last, starts, number, buffers, recent, now)
+            rows = choose(number, rows, logits)
+            return number + 1, rows._replace(finished=(rows.stopped | (rows.length >= end)) & (end > 0)), recent
 
-            def step(number: Tensor, rows: DecodingRows, recent: list[Tensor]) -> tuple[Any, ...]:
-                last = tf.gather(rows.tokens, rows.length - 1, batch_dims=1)
-                logits, recent = network.compiled_step(last, starts, number, buffers, recent, read_weights(last))
-                rows = choose(number, rows, logits)
-                return number + 1, rows._replace(finished=(rows.stopped | (rows.length >= end)) & (end > 0)), recent
-
-            return cast(
-                "tuple[Tensor, DecodingRows, list[Tensor]]",
-                tf.while_loop(
-                    lambda number, rows, recent: (number < limit) & ~tf.reduce_any(rows.finished),
-                    step,
-                    (tf.constant(0), rows._replace(buffers=()), recent),
-                ),
-            )
-
-        if network.dtype == tf.float32:
-            return loop(lambda token: weights)
-        # The products of one row are limited by memory bandwidth: reading the smaller weights at each step is faster.
-        # For more rows, weights that are cast to float32 once are faster.
         return cast(
             "tuple[Tensor, DecodingRows, list[Tensor]]",
-            tf.cond(
-                batch == 1,
-                lambda: loop(lambda token: _cast_at_each_step(weights, token)),
-                lambda: loop(lambda token: weights),
+            tf.while_loop(
+                lambda number, rows, recent: (number < limit) & ~tf.reduce_any(rows.finished),
+                step,
+                (tf.constant(0), rows._replace(buffers=()), recent),
             ),
         )
 
@@ -263,8 +283,17 @@ def _no_logprobs(uniform: Tensor, extra: ExtraParams) -> NewLogprobs:
     return NewLogprobs(tf.zeros(shape, tf.int32), tf.zeros(shape))
 
 
-def _cast_at_each_step(weights: Weights, token: Tensor) -> Weights:
-    """The same weights, made to depend on the last token, so that XLA cannot cast them once before the loop."""
-    flat = tf.nest.flatten(weights)
-    *flat, _ = xla_optimization_barrier(input=[*flat, token])
-    return cast("Weights", tf.nest.pack_sequence_as(weights, flat))
+def _as_float32(weight: Tensor) -> Tensor:
+    return tf.cast(weight, tf.float32)
+
+
+def _cast_at_each_step(weights: Weights, tokens: Tensor) -> tuple[Weights, Tensor]:
+    """The same weights and tokens, made to depend on one another.
+
+    So XLA cannot cast smaller weights once before the loop. Both must be used, because XLA removes from its barriers
+    what is not.
+    """
+    if all(weight.dtype == tf.float32 for weight in tf.nest.flatten(weights)):
+        return weights, tokens
+    *flat, tokens = xla_optimization_barrier(input=[*tf.nest.flatten(weights), tokens])
+    return cast("Weights", tf.nest.pack_sequence_as(weights, flat)), tokens
