@@ -17,8 +17,8 @@ import tensorflow as tf
 from conftest import LONG
 
 from tfclm.savedmodel.graph.engine import Engine, EngineLimits
+from tfclm.savedmodel.graph.key_value_cache import CompiledSizes
 from tfclm.savedmodel.graph.network import Network
-from tfclm.savedmodel.graph.passes import CompiledSizes
 from tfclm.savedmodel.graph.sampling import PARAM_TYPES, SamplingParams
 
 CONTEXT = 160
@@ -111,28 +111,58 @@ def test_a_text_continued_in_several_requests(engine: tuple[Engine, Complete], p
         assert text[len(prompt) :][: len(whole)] == tuple(whole)
 
 
-def test_a_text_that_is_continued_is_not_read_again(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row whose keys and values reach the prefix cache after the request that continues it has begun."""
-    read: list[int] = []
+@pytest.fixture
+def counting(network: Network, monkeypatch: pytest.MonkeyPatch) -> tuple[Complete, list[tuple[int, ...]]]:
+    """A function that runs requests, and the number of rows and tokens of each chunk of prompts that it reads."""
+    chunks: list[tuple[int, ...]] = []
     extend = network.extend
 
-    def note(count: np.ndarray) -> np.int32:
-        read.append(int(count))
+    def note(*sizes: np.ndarray) -> np.int32:
+        chunks.append(tuple(map(int, sizes)))
         return np.int32(0)
 
-    def counted(row: Any, start: Any, count: Any, *others: Any) -> Any:
-        with tf.control_dependencies([tf.numpy_function(note, [count], tf.int32)]):
-            return extend(row, start, tf.identity(count), *others)
+    def counted(rows: Any, start: Any, count: Any, *others: Any) -> Any:
+        with tf.control_dependencies([tf.numpy_function(note, [tf.shape(rows)[0], count], tf.int32)]):
+            return extend(rows, start, tf.identity(count), *others)
 
     monkeypatch.setattr(network, "extend", counted)
-    complete = completer(network, EngineLimits(4, NEW, 6 * CONTEXT))[1]
+    return completer(network, EngineLimits(4, NEW, 6 * CONTEXT))[1], chunks
+
+
+def test_a_text_that_is_continued_is_not_read_again(counting: tuple[Complete, list[tuple[int, ...]]]) -> None:
+    """A row whose keys and values reach the prefix cache after the request that continues it has begun."""
+    complete, chunks = counting
     text = tuple(np.random.default_rng(5).integers(1, 512, 30).tolist())
     # The last token of a prompt is read by the step that adds the first new one.
     for new_text, expected in [((), 29), ((), 0), ((7, 8, 9), 3), ((), 0)]:
         text += new_text
         text += tuple(complete(Request((text,), 11))[0])
-        assert sum(read) == expected
-        read.clear()
+        assert sum(tokens for _, tokens in chunks) == expected
+        chunks.clear()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((15, 10, 18, 15), [(4, 17)]),
+        ((60, 50, 80, 101), [(3, 79), (1, 256 - 3 * 79), (1, 81)]),
+        # Much shorter than the others.
+        ((40, 10, 9), [(1, 39), (2, 9)]),
+    ],
+)
+def test_short_prompts_are_read_together(
+    counting: tuple[Complete, list[tuple[int, ...]]],
+    plain: Complete,
+    lengths: tuple[int, ...],
+    expected: list[tuple[int, int]],
+) -> None:
+    """Prompts that are read one after another, too many of them at once, or another row's keys and values."""
+    complete, chunks = counting
+    rng = np.random.default_rng(len(lengths))
+    prompts = [tuple(rng.integers(1, 512, length).tolist()) for length in lengths]
+    answers = complete(Request(tuple(prompts), 20))
+    assert chunks == expected
+    assert answers == [plain(Request((prompt,), 20))[0] for prompt in prompts]
 
 
 def test_a_pass_that_fails_does_not_fail_forever(

@@ -77,8 +77,8 @@ def test_the_context_excludes_reserved_positions() -> None:
     assert network.context == context_size(model) == 22
     ids = tf.random.stateless_uniform([1, 22], [0, 1], 2, 300, tf.int32)
     weights = network.weights()
-    zero, count, length = map(tf.constant, (0, 21, 22))
-    _, buffers = network.extend(ids[0], zero, count, length, network.buffers(1, 22), weights)
+    zero, count, lengths = map(tf.constant, (0, 21, [22]))
+    _, buffers = network.extend(ids, zero, count, lengths, network.buffers(1, 22), weights)
     logits, _ = network.step(ids[:, 21], tf.constant([21]), buffers, weights)
     np.testing.assert_allclose(logits, model(ids).logits[:, -1], atol=1e-4)
     with pytest.raises(tf.errors.InvalidArgumentError):
@@ -92,20 +92,17 @@ def test_padding_ids_within_a_text_are_not_counted() -> None:
     ids = np.array([[5, 1, 1, 7, 8, 1], [9, 8, 7, 6, 5, 4]], np.int32)
     weights = network.weights()
     zero, six = tf.constant(0), tf.constant(6)
-    for row, expected in zip(tf.constant(ids), model(ids).logits, strict=True):
-        hidden, _ = network.extend(row, zero, six, six, network.buffers(1, 6), weights)
-        logits = network.logits(hidden[0], weights, small_batch=False)
-        np.testing.assert_allclose(logits, expected, atol=1e-4)
+    hidden, _ = network.extend(tf.constant(ids), zero, six, tf.constant([6, 6]), network.buffers(2, 6), weights)
+    np.testing.assert_allclose(network.logits(hidden, weights, small_batch=False), model(ids).logits, atol=1e-4)
     # With a cache, the next token's position is the text's length.
     cached = model(ids[:, :5], use_cache=True).past_key_values
     own = model(ids[:, 5:], past_key_values=cached).logits[:, 0]
-    for row, expected in zip(tf.constant(ids), own, strict=True):
-        buffers = network.buffers(1, 7)
-        for start, count in ((0, 2), (2, 3)):
-            start, count = tf.constant(start), tf.constant(count)
-            _, buffers = network.extend(row[:5], start, count, tf.constant(5), buffers, weights)
-        after, _ = network.step(row[5:6], tf.constant([5]), buffers, weights)
-        np.testing.assert_allclose(after[0], expected, atol=1e-4)
+    lengths, buffers = tf.constant([5, 5]), network.buffers(2, 7)
+    for start, count in ((0, 2), (2, 3)):
+        rows, start, count = tf.constant(ids[:, :5]), tf.constant(start), tf.constant(count)
+        _, buffers = network.extend(rows, start, count, lengths, buffers, weights)
+    after, _ = network.step(tf.constant(ids[:, 5]), lengths, buffers, weights)
+    np.testing.assert_allclose(after, own, atol=1e-4)
 
 
 # RemBERT's table of positions is BERT's, and CamemBERT's that of RoBERTa.

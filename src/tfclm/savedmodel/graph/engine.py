@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfclm.savedmodel.graph.decoding import CompiledDecoder, Decoder
+from tfclm.savedmodel.graph.key_value_cache import CompiledSizes
 from tfclm.savedmodel.graph.network import Network
-from tfclm.savedmodel.graph.passes import CompiledSizes, Passes
+from tfclm.savedmodel.graph.passes import Passes
 from tfclm.savedmodel.graph.prefix_cache import PrefixCache
 from tfclm.savedmodel.graph.sampling import PARAM_TYPES, ExtraParams, SamplingParams, no_extras, resolve_seeds
 from tfclm.savedmodel.graph.state import ENDED, FINISHED, Logprobs, Rows, SharedState, State, Submission

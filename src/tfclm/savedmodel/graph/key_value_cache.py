@@ -6,13 +6,20 @@ Tokens are written into the buffers in place. The buffers are made anew when row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-__all__ = ["Writer", "fitted", "rearranged", "row_of", "zeros"]
+__all__ = ["CompiledSizes", "Writer", "fitted", "rearranged", "row_of", "zeros"]
 
 Tensor = Any
+
+
+class CompiledSizes(NamedTuple):
+    """The sizes of the key-value cache that XLA compiles for, ascending."""
+
+    rows: Sequence[int]
+    capacities: Sequence[int]
 
 
 def zeros(shape: Sequence[Tensor | int], count: int) -> list[Tensor]:

@@ -91,44 +91,43 @@ class Network:
         return head_logits(self.spec, self._products(weights, small_batch, xla), hidden)
 
     def extend(
-        self, row: Tensor, start: Tensor, count: Tensor, length: Tensor, buffers: Sequence[Tensor], weights: Weights
+        self, rows: Tensor, start: Tensor, count: Tensor, lengths: Tensor, buffers: Sequence[Tensor], weights: Weights
     ) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states [1, count, D] of `count` [] more tokens of a row, and the buffers [1, ...] of its cache.
+        """The hidden states [B, count, D] of `count` [] more tokens per row, and the buffers [B, ...] of their cache.
 
-        `row` int32 [L] begins with a text of `length` [] tokens, of which the buffers hold the first `start` [].
+        `rows` int32 [B, L] begin with texts of `lengths` [B] tokens, of which the buffers hold the first `start` [].
         The given buffers must not be used afterwards.
         """
         slots = (start + tf.range(count))[None]
         append = key_value_cache.Writer(buffers[0], slots).write
         cache = Cache(_pairs(buffers), slots, tf.range(tf.shape(buffers[0])[2])[None], append)
-        return self._read(row[None, start : start + count], slots, row, length, cache, weights, xla=False)
+        return self._read(rows[:, start : start + count], slots, rows, lengths, cache, weights, xla=False)
 
     def extension(
-        self, row: Tensor, start: Tensor, count: int, length: Tensor, buffers: Sequence[Tensor], weights: Weights
+        self, rows: Tensor, start: Tensor, count: int, lengths: Tensor, buffers: Sequence[Tensor], weights: Weights
     ) -> list[Tensor]:
-        """What `extend` writes, [1, key-value heads, count, head size] each, for a call that XLA compiles.
+        """What `extend` writes, [B, key-value heads, count, head size] each, for a call that XLA compiles.
 
-        The buffers are only read. Tokens from `length` on are padding.
+        The buffers are only read. Tokens from `lengths` on are padding.
         """
         slots = (start + tf.range(count))[None]
         past = tf.range(tf.shape(buffers[0])[2])[None]
         key_slots = tf.concat([tf.where(past < start, past, HIDDEN_SLOT), slots], 1)
         cache = Cache(_pairs(buffers), slots, key_slots, lambda past, new: (past, new))
         # XLA would compile a slice once for each start.
-        ids = tf.gather(row, tf.minimum(slots, tf.size(row) - 1))
-        _, parts = self._read(ids, slots, row, length, cache, weights, xla=True)
+        ids = _columns(rows, slots)
+        _, parts = self._read(ids, slots, rows, lengths, cache, weights, xla=True)
         return [new for _, new in parts]
 
     def _read(
-        self, ids: Tensor, slots: Tensor, row: Tensor, length: Tensor, cache: Cache, weights: Weights, *, xla: bool
+        self, ids: Tensor, slots: Tensor, rows: Tensor, lengths: Tensor, cache: Cache, weights: Weights, *, xla: bool
     ) -> tuple[Tensor, list[Any]]:
         positions = slots
         if self.spec.padding_id is not None:
             # These models do not count padding ids.
-            counted = tf.cumsum(tf.cast(row != self.spec.padding_id, tf.int32)) - 1
-            positions = tf.gather(counted, tf.minimum(slots, tf.size(row) - 1))
+            positions = _columns(tf.cumsum(tf.cast(rows != self.spec.padding_id, tf.int32), 1) - 1, slots)
         products = self._products(weights, False, xla)
-        out = decode_tokens(self.spec, products, ids, positions=positions, lengths=length[None], cache=cache)
+        out = decode_tokens(self.spec, products, ids, positions=positions, lengths=lengths, cache=cache)
         return out.hidden, [part for pair in out.pairs for part in pair]
 
     def step(
@@ -259,6 +258,11 @@ class Network:
         return tf.Variable(tf.transpose(value) if transpose else value, trainable=False)
 
 
+def _columns(rows: Tensor, slots: Tensor) -> Tensor:
+    """The columns `slots` [1, L] of rows [B, N]; of those beyond the last one, the last one."""
+    return tf.gather(rows, tf.minimum(slots[0], tf.shape(rows)[1] - 1), axis=1)
+
+
 def _pairs(buffers: Sequence[Any]) -> list[tuple[Any, Any]]:
     """Keys and values of each layer."""
     return list(zip(buffers[::2], buffers[1::2], strict=True))
@@ -296,11 +300,12 @@ def _check_logits(network: Network, model_type: str) -> None:
     # Unknown shapes, as in the exported graph.
     @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int32)])
     def cached(ids: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        weights = network.weights()
-        _, buffers = network.extend(ids, tf.constant(0), length // 2, length, network.buffers(1, length + 1), weights)
-        _, buffers = network.extend(ids, length // 2, (length - 1) - length // 2, length, buffers, weights)
-        first, buffers = network.step(ids[None, length - 1], length[None] - 1, buffers, weights)
-        second, _ = network.step(ids[None, length], length[None], buffers, weights)
+        weights, half = network.weights(), length // 2
+        rows, lengths, buffers = ids[None], length[None], network.buffers(1, length + 1)
+        _, buffers = network.extend(rows, tf.constant(0), half, lengths, buffers, weights)
+        _, buffers = network.extend(rows, half, length - 1 - half, lengths, buffers, weights)
+        first, buffers = network.step(rows[:, length - 1], lengths - 1, buffers, weights)
+        second, _ = network.step(rows[:, length], lengths, buffers, weights)
         return first[0], second[0]
 
     for length in _checked_lengths(network):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
 
 from tfclm.savedmodel.graph.branching import apply_if
+from tfclm.savedmodel.graph.counting import any_before, at_least, largest, number_of, total, wide
 from tfclm.savedmodel.graph.decoding import CompiledDecoder, Decoder, DecodingRows
-from tfclm.savedmodel.graph.key_value_cache import Writer, fitted, rearranged, row_of
-from tfclm.savedmodel.graph.network import Network, Weights
+from tfclm.savedmodel.graph.key_value_cache import CompiledSizes, rearranged, row_of
+from tfclm.savedmodel.graph.network import Network
+from tfclm.savedmodel.graph.prefill import COMPILED_CHUNK, PromptReader
 from tfclm.savedmodel.graph.prefix_cache import PrefixCache
 from tfclm.savedmodel.graph.sampling import uniform_samples
 from tfclm.savedmodel.graph.state import DECODING, ENDED, FINISHED, READING, WAITING, Rows, SharedState, State
@@ -20,29 +21,16 @@ __all__ = ["Passes"]
 
 Tensor = Any
 
-# Tokens of prompts that are read in a pass: few if rows are decoded that began before the prompts arrived, which would
-# wait; else many, which is faster.
-CHUNK_BETWEEN_STEPS = 64
-CHUNK = 256
-COMPILED_CHUNK = 64  # with XLA, which compiles for this number; the others are rounded up to multiples
 MAX_STEPS = 64
 # Steps after which others may take their turn, so that it is noticed if they are gone. There is no clock: TensorFlow
 # refuses to tell the time if determinism is enabled.
 STEPS_BETWEEN_TURNS = 8
-MAX_OVERTAKEN_PASSES = 100  # for which a row waits while shorter prompts overtake it
 MIN_GROWTH = 64  # slots that are added to the key-value cache at once
 # Passes that a request must have missed to be considered gone. They are short if the model is small, and the thread of
 # a request may have to wait for a processor.
 MISSED_PASSES = 3
 MISSED_PASSES_TIMES_WEIGHTS = 2**25
 MAX_MISSED_PASSES = 100
-
-
-class CompiledSizes(NamedTuple):
-    """The sizes of the key-value cache that XLA compiles for, ascending."""
-
-    rows: Sequence[int]
-    capacities: Sequence[int]
 
 
 class Passes:
@@ -55,6 +43,7 @@ class Passes:
         shared: where new rows are submitted.
         max_rows: the maximum number of rows that are decoded together.
         max_tokens: the maximum number of tokens whose keys and values are kept; the context or more.
+        sizes: what XLA compiles for, if it does.
     """
 
     def __init__(
@@ -73,7 +62,7 @@ class Passes:
         weights = sum(int(np.prod(variable.shape)) for variable in network.variables)
         missed = min(MAX_MISSED_PASSES, MISSED_PASSES_TIMES_WEIGHTS // weights)
         self._missed_passes = max(MISSED_PASSES, missed)
-        self._extension = tf.function(self._compiled_extension, autograph=False, jit_compile=True)
+        self._prompts = PromptReader(network, cache, shared, max_rows=max_rows, max_tokens=max_tokens, sizes=sizes)
 
     def compile(self, rows: Rows) -> Tensor:
         """Compiles all sizes with XLA; `rows` has one row. Returns 0."""
@@ -81,7 +70,6 @@ class Passes:
         assert isinstance(self._decoder, CompiledDecoder)
         decoder = self._decoder
         pairs = [(count, capacity) for count in self._sizes.rows for capacity in self._sizes.capacities]
-        first = tf.nest.map_structure(lambda field: field[0], rows)
 
         def compile_one(index: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
             count, capacity = tf.unstack(tf.constant(pairs)[index])
@@ -91,9 +79,7 @@ class Passes:
             buffers = tuple(self._network.buffers(count, capacity))
             length = chosen.length + 1
             decoding = DecodingRows(tokens, length, chosen.prompt_length, no, no, chosen.stop, buffers)
-            one = tf.constant(1)
-            extended = self._extension(first.tokens, tf.constant(0), one, [part[:1] for part in buffers])
-            with tf.control_dependencies(extended):
+            with tf.control_dependencies(self._prompts.compile(chosen.tokens, buffers)):
                 return index + 1, steps + decoder.compile(decoding, chosen.params, chosen.extra)
 
         return tf.while_loop(lambda index, _: index < len(pairs), compile_one, (0, 0), parallel_iterations=1)[1]
@@ -103,8 +89,8 @@ class Passes:
         state = self._without_gone(state, due)
         # Before others begin, which may continue their texts.
         state = apply_if(due & tf.reduce_any(self._leaving(state)), self._leave, state)
-        state = apply_if(due & tf.reduce_any(state.rows.status == WAITING), self._admit, state)
-        state = apply_if(due & tf.reduce_any(self._unread(state) > 0), self._read, state)
+        state = apply_if(due & tf.reduce_any(state.rows.status == WAITING), self._prompts.begin, state)
+        state = apply_if(due & tf.reduce_any(self._prompts.unread(state) > 0), self._prompts.read, state)
         state = apply_if(due & self._is_rearranged(state), self._rearrange, state)
         state = self._without_ended(state, due)
         state = apply_if(due & self._is_decoded(state), self._decode, state)
@@ -123,135 +109,10 @@ class Passes:
         rows = rows._replace(status=tf.where(gone, ENDED, rows.status), entry=tf.where(reading, -1, rows.entry))
         return state._replace(rows=rows, entries=entries)
 
-    def _admit(self, state: State) -> State:
-        """Begins the prompts of rows that wait as far as there is room for their tokens.
-
-        First come first served, but the shortest prompt may overtake those that have not waited for long.
-        """
-        rows = state.rows
-        reading, decoding = rows.status == READING, rows.status == DECODING
-        waiting = tf.where(rows.status == WAITING)[:, 0]
-        since = tf.reduce_min(tf.concat([tf.gather(rows.arrived, waiting), [state.number]], 0))
-        overtaken = ~_in_order(state.number) & (state.number - since < MAX_OVERTAKEN_PASSES)
-        order = tf.argsort(tf.where(overtaken, tf.gather(rows.prompt_length, waiting), 0), stable=True)
-        waiting = tf.gather(waiting, tf.concat([order[:1], tf.sort(order[1:])], 0))
-
-        prompts = _sum(rows.prompt_length, reading) + tf.cumsum(_wide(tf.gather(rows.prompt_length, waiting)))
-        longest = tf.scan(tf.maximum, tf.gather(rows.end, waiting), _largest(rows.end, reading | decoding))
-        count = tf.range(1, tf.size(waiting) + 1) + _count(reading)
-        # When its prompt is read, a row must find a place beside the rows that are decoded now and the other prompts.
-        tokens = _wide(_count(decoding) + 1) * _wide(longest) + prompts
-        alone = (count == 1) & ~tf.reduce_any(decoding)  # always fits
-        fits = (count <= self._max_rows) & (alone | (tokens <= self._max_tokens))
-        admitted = tf.boolean_mask(waiting, ~_any_before(~fits))
-
-        def begin(index: Tensor, state: State) -> tuple[Tensor, State]:
-            return index + 1, self._begin(state, tf.cast(admitted[index], tf.int32))
-
-        shapes = (tf.TensorShape([]), tf.nest.map_structure(lambda spec: spec.shape, self._shared.specs))
-        _, state = tf.while_loop(
-            lambda index, state: index < tf.size(admitted),
-            begin,
-            (tf.constant(0), state),
-            shape_invariants=shapes,
-            parallel_iterations=1,
-        )
-        return state
-
-    def _begin(self, state: State, row: Tensor) -> State:
-        """Gives a row an entry, with the keys and values of the beginning of its prompt if they are in the cache."""
-        rows, entries = state.rows, state.entries
-        tokens, unread = rows.tokens[row], rows.prompt_length[row] - 1
-        best, count = self._cache.longest_match(entries, tokens, unread)
-        size = unread if self._sizes is None else _at_least(self._sizes.capacities, unread)
-        parts = tf.cond(
-            count > 0,
-            lambda: fitted(self._cache.read(entries, best), count, size),
-            lambda: self._network.buffers(1, size),
-        )
-        used = tf.cond(
-            count > 0,
-            lambda: tf.tensor_scatter_nd_update(entries.used, best[None, None], state.number[None]),
-            lambda: entries.used,
-        )
-        entries, entry = self._cache.begin(entries._replace(used=used), state.number, tokens, parts, count)
-        at = row[None, None]
-        rows = rows._replace(
-            status=tf.tensor_scatter_nd_update(rows.status, at, [READING]),
-            entry=tf.tensor_scatter_nd_update(rows.entry, at, entry[None]),
-        )
-        return state._replace(rows=rows, entries=self._cache.within(entries, self._room(rows)))
-
-    def _room(self, rows: Rows) -> Tensor:
-        """The tokens int32 [] that the prefix cache may hold."""
-        decoding = rows.status == DECODING
-        decoded = _wide(_count(decoding)) * _wide(_largest(rows.end, decoding))
-        prompts = _sum(rows.prompt_length, rows.status == READING)
-        return tf.cast(tf.maximum(self._max_tokens - decoded - prompts, 0), tf.int32)
-
-    def _unread(self, state: State) -> Tensor:
-        """The tokens int32 [N] of each row's prompt that are still to be read; -1 for rows of another status."""
-        rows = state.rows
-        read = tf.gather(state.entries.length, tf.maximum(rows.entry, 0))
-        return tf.where(rows.status == READING, rows.prompt_length - 1 - read, -1)
-
-    def _read(self, state: State) -> State:
-        """Reads chunks of prompts: of the shortest rests, or in order of arrival."""
-        weights = self._network.weights()
-        is_waited_for = self._is_waited_for(state)
-        chunk = tf.where(is_waited_for, CHUNK_BETWEEN_STEPS, CHUNK)
-
-        def again(budget: Tensor, entries: Any) -> Tensor:
-            unread = self._unread(state._replace(entries=entries))
-            first = budget == chunk
-            return (budget > 0) & tf.reduce_any(unread > 0) & (first | (self._shared.submitted() == 0))
-
-        def read(budget: Tensor, entries: Any) -> tuple[Tensor, Any]:
-            now = state._replace(entries=entries)
-            unread = self._unread(now)
-            order = tf.where(_in_order(state.number), tf.range(tf.size(unread)), unread)
-            row = tf.argmin(tf.where(unread > 0, order, tf.int32.max), output_type=tf.int32)
-            count = tf.minimum(unread[row], budget if self._sizes is None else COMPILED_CHUNK)
-            # A row whose prompt is read can be decoded, so the rest of the budget waits until after that.
-            rest = tf.where(is_waited_for & (count == unread[row]), 0, budget - count)
-            return rest, self._read_chunk(now, row, count, weights)
-
-        entries = tf.while_loop(again, read, (chunk, state.entries), parallel_iterations=1)[1]
-        return state._replace(entries=entries)
-
-    def _is_waited_for(self, state: State) -> Tensor:
-        """Whether a row that was decoded before the prompts arrived waits until they are read."""
-        rows = state.rows
-        unread, decoding = self._unread(state) > 0, rows.status == DECODING
-        arrived = tf.reduce_min(tf.where(unread, rows.arrived, tf.int64.max))
-        return tf.reduce_any(decoding & (rows.started < arrived))
-
-    def _read_chunk(self, state: State, row: Tensor, count: Tensor, weights: Weights) -> Any:
-        """The entries after `count` [] more tokens of a row's prompt are read."""
-        rows, entries = state.rows, state.entries
-        entry = rows.entry[row]
-        start = entries.length[entry]
-        parts, length = self._cache.read(entries, entry), rows.prompt_length[row]
-        if self._sizes is None:
-            _, parts = self._network.extend(rows.tokens[row], start, count, length, parts, weights)
-        else:
-            write = Writer(parts[0], (start + tf.range(count))[None]).write
-            new = self._extension(rows.tokens[row], start, length, parts)
-            parts = [write(part, tokens[:, :, :count]) for part, tokens in zip(parts, new, strict=True)]
-        entries = self._cache.write(entries, entry, parts)
-        length = tf.tensor_scatter_nd_update(entries.length, entry[None, None], (start + count)[None])
-        return entries._replace(length=length)
-
-    def _compiled_extension(
-        self, tokens: Tensor, start: Tensor, length: Tensor, parts: Sequence[Tensor]
-    ) -> list[Tensor]:
-        network = self._network
-        return network.extension(tokens, start, COMPILED_CHUNK, length, parts, network.weights())
-
     def _is_rearranged(self, state: State) -> Tensor:
         """Whether rows join or leave the key-value cache, or need more slots in it."""
         rows = state.rows
-        longest = _largest(rows.length, rows.status == DECODING)
+        longest = largest(rows.length, rows.status == DECODING)
         full = longest > tf.shape(state.buffers[0])[2]
         return tf.reduce_any(self._joining(state) | self._leaving(state)) | full
 
@@ -273,13 +134,13 @@ class Passes:
     def _joining(self, state: State) -> Tensor:
         """Which rows bool [N] have read their prompts and find a place among those that are decoded."""
         rows = state.rows
-        read, decoding = self._unread(state) == 0, rows.status == DECODING
-        count = _count(decoding) + tf.cumsum(tf.cast(read, tf.int32))
-        longest = tf.scan(tf.maximum, tf.where(read, rows.end, 0), _largest(rows.end, decoding))
+        read, decoding = self._prompts.unread(state) == 0, rows.status == DECODING
+        count = number_of(decoding) + tf.cumsum(tf.cast(read, tf.int32))
+        longest = tf.scan(tf.maximum, tf.where(read, rows.end, 0), largest(rows.end, decoding))
         unjoined = tf.where(read, rows.prompt_length, 0)
-        prompts = _sum(rows.prompt_length, rows.status == READING) - tf.cumsum(_wide(unjoined))
-        fits = (count <= self._max_rows) & (_wide(count) * _wide(longest) + prompts <= self._max_tokens)
-        return read & ~_any_before(read & ~fits)
+        prompts = total(rows.prompt_length, rows.status == READING) - tf.cumsum(wide(unjoined))
+        fits = (count <= self._max_rows) & (wide(count) * wide(longest) + prompts <= self._max_tokens)
+        return read & ~any_before(read & ~fits)
 
     def _leave(self, state: State) -> State:
         """Copies the keys and values of rows that leave into the prefix cache; `_rearrange` must follow."""
@@ -311,7 +172,7 @@ class Passes:
             tf.gather(rows.slot, staying),
             entries,
             lambda entry: self._cache.read(state.entries, entry),
-            tf.size(order) if self._sizes is None else _at_least(self._sizes.rows, tf.size(order)),
+            tf.size(order) if self._sizes is None else at_least(self._sizes.rows, tf.size(order)),
             capacity,
         )
         slot = tf.where(rows.status == DECODING, rows.slot, -1)
@@ -321,7 +182,7 @@ class Passes:
             slot=tf.tensor_scatter_nd_update(slot, order[:, None], tf.range(tf.size(order))),
             started=tf.where(joins, state.number, rows.started),
         )
-        released = self._cache.within(self._cache.release(state.entries, entries), self._room(rows))
+        released = self._cache.within(self._cache.release(state.entries, entries), self._prompts.room(rows))
         return state._replace(rows=rows, buffers=buffers, entries=released)
 
     def _capacity(self, rows: Rows, order: Tensor, old: Tensor, staying: Tensor) -> Tensor:
@@ -330,7 +191,7 @@ class Passes:
         most = tf.reduce_max(tf.concat([tf.gather(rows.end, order), [0]], 0))
         if self._sizes is not None:
             # The keys and values of a row's last token are never needed.
-            return _at_least(self._sizes.capacities, tf.minimum(most - 1, longest + COMPILED_CHUNK))
+            return at_least(self._sizes.capacities, tf.minimum(most - 1, longest + COMPILED_CHUNK))
         # The slot of the last token stays free, because the slice of a whole row would not be a copy: its entry of the
         # prefix cache would keep the rows beside it in memory.
         growth = tf.maximum(MIN_GROWTH, longest // 4)
@@ -347,7 +208,7 @@ class Passes:
         """
         rows = state.rows
         decoding = tf.boolean_mask(rows.request, rows.status == DECODING)
-        unread = tf.boolean_mask(rows.request, self._unread(state) > 0)
+        unread = tf.boolean_mask(rows.request, self._prompts.unread(state) > 0)
         return tf.reduce_any(~tf.reduce_any(decoding[:, None] == unread, 1))
 
     def _decode(self, state: State) -> State:
@@ -366,7 +227,7 @@ class Passes:
         # While prompts are read, they get a chunk after each step, or after the last step of the row that ends first.
         last = tf.reduce_min(tf.boolean_mask(chosen.end - chosen.length, end > 0))
         between_chunks = tf.where(last <= STEPS_BETWEEN_TURNS, last, 1)
-        unread = tf.reduce_any(self._unread(state) > 0)
+        unread = tf.reduce_any(self._prompts.unread(state) > 0)
         most = tf.minimum(most, tf.where(unread, between_chunks, MAX_STEPS))
         may_join = ~unread & (count < self._max_rows)
 
@@ -406,35 +267,3 @@ class Passes:
             lambda: state.logprobs,
         )
         return state._replace(rows=rows, buffers=done.buffers, logprobs=logprobs)
-
-
-def _in_order(number: Tensor) -> Tensor:
-    """Whether in this pass, rows that came first go first. In the others, the shortest prompts do."""
-    return number % 4 == 0
-
-
-def _count(rows: Tensor) -> Tensor:
-    return tf.reduce_sum(tf.cast(rows, tf.int32))
-
-
-def _largest(values: Tensor, rows: Tensor) -> Tensor:
-    return tf.reduce_max(tf.pad(tf.where(rows, values, 0), [[0, 1]]))
-
-
-def _wide(values: Tensor) -> Tensor:
-    """The values as int64: sums and products over many rows may be large."""
-    return tf.cast(values, tf.int64)
-
-
-def _sum(values: Tensor, rows: Tensor) -> Tensor:
-    return tf.reduce_sum(_wide(tf.where(rows, values, 0)))
-
-
-def _any_before(rows: Tensor) -> Tensor:
-    """For each row, whether it or an earlier one is among `rows` bool [N]."""
-    return tf.cumsum(tf.cast(rows, tf.int32)) > 0
-
-
-def _at_least(sizes: Sequence[int], size: Tensor) -> Tensor:
-    """The smallest of the ascending `sizes` that is `size` [] or more."""
-    return tf.reduce_min(tf.boolean_mask(tf.constant(sizes), tf.constant(sizes) >= size))

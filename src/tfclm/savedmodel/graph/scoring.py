@@ -81,7 +81,7 @@ def _score_window(network: Network, weights: Weights, ids: Tensor) -> TokenScore
     ) -> tuple[Tensor, Sequence[Tensor], TokenScores]:
         start = index * CHUNK
         count = tf.minimum(CHUNK, length - start)
-        hidden, buffers = network.extend(ids, start, count, length, buffers, weights)
+        hidden, buffers = network.extend(ids[None], start, count, length[None], buffers, weights)
         logits = network.logits(hidden[0], weights, small_batch=False)
         labels = targets[start : start + count]
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)

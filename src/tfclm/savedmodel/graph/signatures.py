@@ -12,8 +12,8 @@ import tensorflow as tf
 from tfclm.errors import InputError
 from tfclm.savedmodel.checks import require
 from tfclm.savedmodel.graph.engine import Completions, Engine, EngineLimits
+from tfclm.savedmodel.graph.key_value_cache import CompiledSizes
 from tfclm.savedmodel.graph.network import Network
-from tfclm.savedmodel.graph.passes import CompiledSizes
 from tfclm.savedmodel.graph.requests import RequestChecks, first_invalid
 from tfclm.savedmodel.graph.sampling import EXTRA_TYPES, MAX_BIASES, PARAM_TYPES, ExtraParams, SamplingParams, no_extras
 from tfclm.savedmodel.graph.scoring import TokenScores, score_tokens
