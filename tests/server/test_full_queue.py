@@ -54,6 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_more_requests_than_may_wait(base: Path, start_server: Any, client: Any) -> None:
     """A server that fails, hangs, or forgets those it has accepted; another status than that of a full queue."""
     server = start_server(model_base_path=str(base))
