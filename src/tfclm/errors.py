@@ -36,6 +36,15 @@ def replace_names(message: str, names: Iterable[str], write: Callable[[str], str
     return _NAME.sub(lambda match: write(match[1]) if match[1] in known else match[0], message)
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The error that led to an error: of a failed request, what the network layer said."""
+    seen = {id(error)}
+    while (before := error.__cause__ or error.__context__) is not None and id(before) not in seen:
+        error = before
+        seen.add(id(error))
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """The type of an error and the first line of its message that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

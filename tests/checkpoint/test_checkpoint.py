@@ -753,6 +753,7 @@ def test_a_name_that_leads_nowhere_is_refused(name: str, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         checkpoint.load(name)
     assert "\n" not in str(caught.value)
+    assert "Max retries exceeded" not in str(caught.value)  # but what the network said
 
 
 def test_a_file_or_a_revision_of_a_folder_is_refused(saved) -> None:

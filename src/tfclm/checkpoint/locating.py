@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tfclm.checkpoint.diagnosis import CONVERT, explain, explain_file
-from tfclm.errors import InputError, first_line
+from tfclm.errors import InputError, first_line, root_cause
 
 # In order of preference: the first that exists is read.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "tf_model.h5", "tf_model.h5.index.json")
@@ -82,7 +82,7 @@ def _download(name: str, revision: str | None) -> Path:
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         raise InputError(
             f"there is no directory {name}, the Hub cannot be reached, and its cache has no such model: "
-            f"{first_line(error)}"
+            f"{first_line(root_cause(error))}"
         ) from error
 
 

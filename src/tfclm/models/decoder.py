@@ -299,7 +299,7 @@ class _Layer:
         # The heads that share keys and values are rows of one product, so that these are not repeated.
         group, keys = spec.heads // spec.kv_heads, sum(sizes(part)[2] for part in _parts(k))
         q = tf.reshape(q * tf.cast(scale, q.dtype), [batch, spec.kv_heads, group * length, spec.head_dim])
-        scores = _joined([tf.matmul(q, part, transpose_b=True) for part in _parts(k)])
+        scores = _joined([_product(q, part, adj_y=True) for part in _parts(k)])
         if spec.attention_cap is not None:
             scores = spec.attention_cap * tf.tanh(scores / spec.attention_cap)
         if x.shape[1] != 1:
@@ -357,9 +357,20 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _mixed(attention: Tensor, values: Sequence[Tensor]) -> Tensor:
     """The values [B, heads, keys, size], in parts, weighted by the attention [B, heads, L, keys]."""
     if len(values) == 1:
-        return tf.matmul(attention, values[0])
+        return _product(attention, values[0])
     weights = tf.split(attention, [sizes(part)[2] for part in values], -1)
-    return tf.add_n([tf.matmul(weight, part) for weight, part in zip(weights, values, strict=True)])
+    return tf.add_n([_product(weight, part) for weight, part in zip(weights, values, strict=True)])
+
+
+def _product(x: Tensor, y: Tensor, *, adj_y: bool = False) -> Tensor:
+    """The products of batches of matrices, of which `adj_y` transposes the second.
+
+    For a single row, TensorFlow's own kernel takes half of the time of oneDNN's, by which TensorFlow replaces it in all
+    versions of the op but the third.
+    """
+    if x.shape[-2] == 1 and x.dtype == tf.float32:
+        return tf.raw_ops.BatchMatMulV3(x=x, y=y, adj_y=adj_y, Tout=tf.float32)
+    return tf.matmul(x, y, transpose_b=adj_y)
 
 
 def _swap_heads(x: Tensor) -> Tensor:
