@@ -39,7 +39,10 @@ def replace_names(message: str, names: Iterable[str], write: Callable[[str], str
 def root_cause(error: BaseException) -> BaseException:
     """The error that led to an error: of a failed request, what the network layer said."""
     seen = {id(error)}
-    while (before := error.__cause__ or error.__context__) is not None and id(before) not in seen:
+    # As in a traceback, which leaves out what was raised `from None`.
+    while before := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        if id(before) in seen:
+            break
         error = before
         seen.add(id(error))
     return error

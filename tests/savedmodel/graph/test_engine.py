@@ -17,7 +17,7 @@ import tensorflow as tf
 from conftest import LONG
 
 from tfclm.savedmodel.graph.engine import Engine, EngineLimits
-from tfclm.savedmodel.graph.key_value_cache import CompiledSizes
+from tfclm.savedmodel.graph.key_value_cache import CompiledSizes, Writer, row_of, zeros
 from tfclm.savedmodel.graph.network import Network
 from tfclm.savedmodel.graph.sampling import PARAM_TYPES, SamplingParams
 
@@ -236,6 +236,22 @@ def test_rows_at_the_original_context_of_a_longrope() -> None:
     assert len(answers[2]) > 4
     assert [complete(Request((prompt,), 50))[0] for prompt in prompts] == answers
     assert complete(Request(tuple(prompts), 50)) == answers
+
+
+def test_keys_and_values_of_a_whole_row_are_copied() -> None:
+    """An entry of the prefix cache that has the memory of the rows that were decoded beside it."""
+
+    @tf.function(autograph=False)
+    def row_before_a_write(length: tf.Tensor) -> tf.Tensor:
+        (buffer,) = zeros([2, 1, 3, 4], 1)
+        (row,) = row_of([buffer], tf.constant(1), length)
+        with tf.control_dependencies([row]):
+            written = Writer(buffer, tf.constant([[0], [0]])).write(buffer, tf.ones([2, 1, 1, 4]))
+        with tf.control_dependencies([written]):
+            return tf.identity(row)
+
+    for length in (2, 3):
+        assert not row_before_a_write(tf.constant(length)).numpy().any()
 
 
 def random_request(rng: random.Random, texts: list[tuple[int, ...]]) -> Request:

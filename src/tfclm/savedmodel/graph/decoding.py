@@ -184,7 +184,7 @@ class CompiledDecoder(Decoder):
         if self._network.dtype == tf.float32:
             return run(weights)
         alone = tf.shape(rows.length)[0] == 1
-        return tf.cond(alone, lambda: run(weights), lambda: run(tf.nest.map_structure(_as_float32, weights)))
+        return tf.cond(alone, lambda: run(weights), lambda: run(self._network.with_float32_products(weights)))
 
     def _loop(
         self,
@@ -283,17 +283,14 @@ def _no_logprobs(uniform: Tensor, extra: ExtraParams) -> NewLogprobs:
     return NewLogprobs(tf.zeros(shape, tf.int32), tf.zeros(shape))
 
 
-def _as_float32(weight: Tensor) -> Tensor:
-    return tf.cast(weight, tf.float32)
-
-
 def _cast_at_each_step(weights: Weights, tokens: Tensor) -> tuple[Weights, Tensor]:
     """The same weights and tokens, made to depend on one another.
 
     So XLA cannot cast smaller weights once before the loop. Both must be used, because XLA removes from its barriers
     what is not.
     """
-    if all(weight.dtype == tf.float32 for weight in tf.nest.flatten(weights)):
+    smaller = [name for name, weight in weights.items() if weight.dtype != tf.float32]
+    if not smaller:
         return weights, tokens
-    *flat, tokens = xla_optimization_barrier(input=[*tf.nest.flatten(weights), tokens])
-    return cast("Weights", tf.nest.pack_sequence_as(weights, flat)), tokens
+    *barred, tokens = xla_optimization_barrier(input=[*(weights[name] for name in smaller), tokens])
+    return {**weights, **dict(zip(smaller, barred, strict=True))}, tokens

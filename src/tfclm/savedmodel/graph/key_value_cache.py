@@ -42,9 +42,13 @@ def fitted(parts: Sequence[Tensor], length: Tensor, capacity: Tensor) -> list[Te
 
 
 def row_of(buffers: Sequence[Tensor], slot: Tensor, length: Tensor) -> list[Tensor]:
-    """The first `length` [] slots of one row of each buffer, [1, heads, length, size]."""
+    """A copy of the first `length` [] slots of one row of each buffer, [1, heads, length, size]."""
     begin, size = tf.stack([slot, 0, 0, 0]), tf.stack([1, -1, length, -1])
-    return [_as_before(tf.slice(buffer, begin, size), buffer, 1) for buffer in buffers]
+    parts = [tf.slice(buffer, begin, size) for buffer in buffers]
+    # The slice of a whole row has the memory of the buffer, and would keep the rows beside it there.
+    is_whole = length == tf.shape(buffers[0])[2]
+    copies = tf.cond(is_whole, lambda: [tf.raw_ops.DeepCopy(x=part) for part in parts], lambda: parts)
+    return [_as_before(part, buffer, 1) for part, buffer in zip(copies, buffers, strict=True)]
 
 
 def _at_the_end(slots: Tensor) -> Tensor:

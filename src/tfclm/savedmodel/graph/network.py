@@ -78,6 +78,16 @@ class Network:
         """The weights, read once: inside a loop, each read of a variable that is gathered from copies it."""
         return {name: variable.read_value() for name, variable in self._variables.items()}
 
+    def with_float32_products(self, weights: Weights) -> Weights:
+        """The weights with those in float32 that are multiplied, and not only looked up."""
+        multiplied = {name for name, module in self._modules.items() if module.kind in ("linear", "conv1d")}
+        if self.spec.tied:
+            multiplied.add(self.spec.names.embedding)
+        return {
+            name: tf.cast(weight, tf.float32) if name.rpartition(".")[0] in multiplied else weight
+            for name, weight in weights.items()
+        }
+
     def buffers(self, batch: Tensor | int, capacity: Tensor | int) -> list[Tensor]:
         """Empty buffers of a key-value cache, [batch, key-value heads, capacity, head size] each."""
         shape = [batch, self.spec.kv_heads, capacity, self.spec.head_dim]

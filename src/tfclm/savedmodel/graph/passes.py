@@ -192,8 +192,6 @@ class Passes:
         if self._sizes is not None:
             # The keys and values of a row's last token are never needed.
             return at_least(self._sizes.capacities, tf.minimum(most - 1, longest + COMPILED_CHUNK))
-        # The slot of the last token stays free, because the slice of a whole row would not be a copy: its entry of the
-        # prefix cache would keep the rows beside it in memory.
         growth = tf.maximum(MIN_GROWTH, longest // 4)
         wanted = tf.minimum(most, (longest + growth + MIN_GROWTH - 1) // MIN_GROWTH * MIN_GROWTH)
         # Shrinking costs a copy that is not worth it for a few slots.

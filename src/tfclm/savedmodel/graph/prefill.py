@@ -21,9 +21,9 @@ Tensor = Any
 # wait; else many, which is faster.
 CHUNK_BETWEEN_STEPS = 64
 CHUNK = 256
-COMPILED_CHUNK = 64  # with XLA, which compiles for this number; the others are rounded up to multiples
-# Prompts of up to so many tokens, or of which none is more than twice as long as another, are read at once: a few
-# tokens take about as long as one, the time to read the weights.
+COMPILED_CHUNK = 64  # with XLA, which compiles for this number and for SHORT; the others are rounded up
+# Prompts of up to so many tokens are read at once, because a few tokens take about as long as one: the time to read the
+# weights. So are, without XLA, those of at most twice the length of the first one of them, and at least half of it.
 SHORT = 16
 MAX_OVERTAKEN_PASSES = 100  # for which a row waits while shorter prompts overtake it
 
@@ -57,10 +57,11 @@ class PromptReader:
 
     def compile(self, tokens: Tensor, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Compiles for rows of tokens [B, context + 1] and their buffers [B, ...]; returns what must be computed."""
-        one, lengths = tf.constant(1), tf.ones_like(tokens[:, 0])
+        lengths = tf.ones_like(tokens[:, 0])
         extended = self._extension(tokens[:1], tf.constant(0), lengths[:1], [part[:1] for part in buffers])
         with tf.control_dependencies(extended):
-            return [one, *self._beginning(tokens, lengths)]
+            new: list[Tensor] = self._beginning(tokens, lengths)
+            return new
 
     def begin(self, state: State) -> State:
         """Begins the prompts of rows that wait as far as there is room for their tokens.
@@ -193,8 +194,7 @@ class PromptReader:
             return self._cache.read(entries, rows.entry[0])
 
         if sizes is None:
-            # The last slot stays free, so that the slice of a row is a copy and does not keep the others in memory.
-            parts = tf.cond(one, own, lambda: self._network.buffers(tf.size(together), tokens + 1))
+            parts = tf.cond(one, own, lambda: self._network.buffers(tf.size(together), tokens))
             _, parts = self._network.extend(rows.tokens, start, tokens, rows.prompt_length, parts, weights)
         else:
 
@@ -231,9 +231,8 @@ class PromptReader:
 
     def _compiled_beginning(self, tokens: Tensor, lengths: Tensor) -> list[Tensor]:
         network = self._network
-        # One more, so that the slice of a row is a copy, as above.
         return network.extension(
-            tokens, tf.constant(0), SHORT + 1, lengths, network.buffers(tf.shape(tokens)[0], 0), network.weights()
+            tokens, tf.constant(0), SHORT, lengths, network.buffers(tf.shape(tokens)[0], 0), network.weights()
         )
 
 
