@@ -243,10 +243,10 @@ def test_keys_and_values_of_a_whole_row_are_copied() -> None:
 
     @tf.function(autograph=False)
     def row_before_a_write(length: tf.Tensor) -> tf.Tensor:
-        (buffer,) = zeros([2, 1, 3, 4], 1)
+        (buffer,) = zeros([2, 1, 3, 16], 1)
         (row,) = row_of([buffer], tf.constant(1), length)
         with tf.control_dependencies([row]):
-            written = Writer(buffer, tf.constant([[0], [0]])).write(buffer, tf.ones([2, 1, 1, 4]))
+            written = Writer(buffer, tf.constant([[0], [0]])).write(buffer, tf.ones([2, 1, 1, 16]))
         with tf.control_dependencies([written]):
             return tf.identity(row)
 
