@@ -232,14 +232,14 @@ class CompiledDecoder(Decoder):
             )[1],
         )
 
-    def compile(self, rows: DecodingRows, params: SamplingParams, extra: ExtraParams) -> Tensor:
+    def compile(self, rows: DecodingRows, params: SamplingParams, extra: ExtraParams, weights: Weights) -> Tensor:
         """Compiles for the sizes of `rows`; returns the number of steps that were run, which is 0."""
         uniform, none = tf.zeros([tf.shape(rows.length)[0], self.STEPS], tf.float64), tf.constant(0)
 
         def run(weights: Weights) -> Tensor:
             return self.compiled(rows, params, extra, rows.length, uniform, none, weights)[0]
 
-        return self._with_fast_weights(self._network.weights(), rows, run)
+        return self._with_fast_weights(weights, rows, run)
 
     def _run_compiled(
         self,

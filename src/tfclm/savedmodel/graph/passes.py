@@ -69,6 +69,7 @@ class Passes:
         assert self._sizes is not None
         assert isinstance(self._decoder, CompiledDecoder)
         decoder = self._decoder
+        weights = self._network.weights()  # outside of the loop: Grappler breaks a loop that reads them for XLA
         pairs = [(count, capacity) for count in self._sizes.rows for capacity in self._sizes.capacities]
 
         def compile_one(index: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ class Passes:
             length = chosen.length + 1
             decoding = DecodingRows(tokens, length, chosen.prompt_length, no, no, chosen.stop, buffers)
             with tf.control_dependencies(self._prompts.compile(chosen.tokens, buffers)):
-                return index + 1, steps + decoder.compile(decoding, chosen.params, chosen.extra)
+                return index + 1, steps + decoder.compile(decoding, chosen.params, chosen.extra, weights)
 
         return tf.while_loop(lambda index, _: index < len(pairs), compile_one, (0, 0), parallel_iterations=1)[1]
 
